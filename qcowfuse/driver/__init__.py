@@ -1,0 +1,35 @@
+"""The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
+
+Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
+``qcow_image`` (versions 1, 2 and 3), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2 slices),
+``reading`` and ``decoded`` (fetching extents, compressed clusters), ``allocation`` (host clusters), ``claims``
+(allocations and operations in flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what
+``du`` should say).
+
+Theory of operation
+-------------------
+
+Everything runs in one trio thread. Metadata in memory is the truth for the guest; it changes only in plain
+functions, between two awaits, so nothing needs a lock for it. What the image file has is behind memory, never ahead
+of it, and always consistent but for leaks, because only one module writes metadata, in one order: ``ordering``.
+
+A write that is not in place claims its guest clusters, takes host clusters (counts raised in memory), writes head,
+data and tail with one call, and links them in memory. Others that want the same clusters wait for the claim and look
+again. fsync then writes counts, flushes, writes links, flushes.
+
+New L2 tables are not written through one by one: no L1 entry on disk points at them until the flush after their
+contents, so their slices may be written early and their L1 entries go out with the other links. A table costs
+no flush of its own, and rule R4 holds all the same.
+
+What a crash at any point may cost: leaked clusters. Never: corruption, or a byte that an fsync had promised.
+
+Crash points, by the steps of a round in ``ordering``:
+
+    C1  before step 2: nothing of the round is on disk; clusters written by the guest are unreferenced data
+    C2  in step 2 (counts partly written): raised counts without references: leaks
+    C3  between the flush and the pointers of step 2: new refcount blocks that nothing points at: free space
+    C4  in step 3: contents of tables that no L1 entry points at: leaks at worst
+    C5  in step 5: some links are there, some are not; each that is has its count and contents: leaks
+    C6  after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
+    C7  before the first write, between autoclear bits and data: bits cleared too early are harmless
+"""

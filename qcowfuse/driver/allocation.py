@@ -1,0 +1,376 @@
+"""Host clusters: which are free, taking them, giving them back.
+
+Two allocators with one face (:class:`Allocator`): :class:`RefcountAllocator` for QCOW2, and
+:class:`AppendAllocator` for version 1, which has no refcounts and only ever grows.
+
+1. Taking and giving back are plain functions on memory; a refcount block that is needed and not in memory is
+   asked for by :class:`BlockMissing`, loaded by the awaiting caller, and the step is done again from its start.
+2. A new refcount block, and a larger refcount table, exist in memory only until :meth:`take_dirty` hands them to
+   the ordering rules. A block describes its own cluster.
+3. The search starts at the lowest cluster that may be free and never looks at what lies below.
+4. A count in memory is never lower than the references that the image file may hold at that moment: counts are
+   raised before a link and lowered after the unlink is durable (R1, R3).
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from typing import NamedTuple, Protocol
+
+from ..errors import CorruptImageError
+from ..format.entries import MAX_HOST_OFFSET, serialise_table
+from ..format.geometry import divide_up, round_up
+from ..format.refcounts import (
+    REFCOUNT_TABLE_OFFSET_MASK,
+    decremented,
+    empty_refcounts,
+    entries_per_block,
+    parse_refcounts,
+    serialise_refcounts,
+)
+from ..storage.base import Storage
+
+MAX_REFCOUNT_TABLE_BYTES = 8 << 20
+BLOCK_CACHE_BYTES = 8 << 20
+_SECTOR_ENTRIES = 64
+
+
+class HostRun(NamedTuple):
+    """``n_clusters`` contiguous clusters of the image file from byte ``host_offset`` on."""
+
+    host_offset: int
+    n_clusters: int
+
+
+class MetadataWrite(NamedTuple):
+    """Bytes for one place of the image file."""
+
+    host_offset: int
+    data: bytes
+
+
+class DirtyRefcounts(NamedTuple):
+    """What :meth:`take_dirty` hands out: ``blocks`` first, then (when they are durable) ``table``, which is
+    empty unless blocks were added. ``moved_table``: a grown table to be written with the blocks; ``table`` then
+    is the header field that points at it."""
+
+    blocks: list[MetadataWrite]
+    moved_table: list[MetadataWrite]
+    table: list[MetadataWrite]
+
+
+class BlockMissing(Exception):  # noqa: N818 - not an error: the answer "load this first"
+    """The refcount block ``block_index`` has to be loaded."""
+
+    def __init__(self, block_index: int) -> None:
+        self.block_index = block_index
+
+
+class Allocator(Protocol):
+    """What the write path and the ordering rules need of host cluster management."""
+
+    async def allocate(self, n_clusters: int) -> HostRun:
+        """Take 1 to ``n_clusters`` contiguous clusters. Raises OSError, CorruptImageError."""
+
+    async def release(self, runs: list[HostRun]) -> None:
+        """Lower the count of every cluster in the runs by one. All or, on an exception, a part."""
+
+    def take_dirty(self) -> DirtyRefcounts:
+        """Everything that the image file lacks, in one step; from now on it counts as written."""
+
+    def put_back(self) -> None:
+        """What :meth:`take_dirty` handed out last could not be written: it is dirty again."""
+
+    def written(self) -> None:
+        """What :meth:`take_dirty` handed out last has been written: it may be read back from the file."""
+
+    def take_unlinked(self) -> list[HostRun]:
+        """Clusters of moved structures that are free once the last :meth:`take_dirty` is durable."""
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether :meth:`take_dirty` would hand out anything."""
+
+
+class AppendAllocator:
+    """Version 1: the next cluster is where the file ends, and nothing is ever given back."""
+
+    is_dirty = False
+
+    def __init__(self, storage: Storage, cluster_size: int) -> None:
+        self._storage = storage
+        self._cluster_size = cluster_size
+        self._end = 0
+
+    async def allocate(self, n_clusters: int) -> HostRun:
+        """See Allocator."""
+        host_offset = round_up(max(self._end, self._storage.size()), self._cluster_size)
+        if host_offset + n_clusters * self._cluster_size > MAX_HOST_OFFSET:
+            raise CorruptImageError("image file", host_offset, "has no room for another cluster")
+        self._end = host_offset + n_clusters * self._cluster_size
+        return HostRun(host_offset, n_clusters)
+
+    async def release(self, runs: list[HostRun]) -> None:
+        """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
+        for run in runs:
+            if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
+                self._end = run.host_offset
+
+    def take_dirty(self) -> DirtyRefcounts:
+        """See Allocator."""
+        return DirtyRefcounts([], [], [])
+
+    def put_back(self) -> None:
+        """See Allocator."""
+
+    def written(self) -> None:
+        """See Allocator."""
+
+    def take_unlinked(self) -> list[HostRun]:
+        """See Allocator."""
+        return []
+
+
+class _Block:
+    __slots__ = ("counts", "dirty_end", "dirty_start")
+
+    def __init__(self, counts: array[int]) -> None:
+        self.counts = counts
+        self.dirty_start = len(counts)
+        self.dirty_end = 0
+
+    def mark_dirty(self, start: int, end: int) -> None:
+        self.dirty_start = min(self.dirty_start, start)
+        self.dirty_end = max(self.dirty_end, end)
+
+
+class RefcountAllocator:
+    """QCOW2. ``table`` is the refcount table as loaded, ``table_offset`` its place in the image file."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        cluster_bits: int,
+        refcount_order: int,
+        table: array[int],
+        table_offset: int,
+    ) -> None:
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._order = refcount_order
+        self._per_block = entries_per_block(cluster_bits, refcount_order)
+        self._table = table
+        self._table_offset = table_offset
+        self._blocks: OrderedDict[int, _Block] = OrderedDict()
+        self._dirty_blocks: set[int] = set()
+        self._new_entries: set[int] = set()
+        self._table_moved = False
+        self._unlinked: list[HostRun] = []
+        self._taken: tuple[list[tuple[int, int, int]], set[int], bool] = ([], set(), False)
+        self._being_written: set[int] = set()
+        self._first_maybe_free = 0
+
+    @property
+    def is_dirty(self) -> bool:
+        """See Allocator."""
+        return bool(self._dirty_blocks or self._new_entries or self._table_moved)
+
+    async def allocate(self, n_clusters: int) -> HostRun:
+        """See Allocator."""
+        while True:
+            try:
+                return self._allocate(n_clusters)
+            except BlockMissing as missing:
+                await self._load_block(missing.block_index)
+
+    async def release(self, runs: list[HostRun]) -> None:
+        """See Allocator. Raises CorruptImageError where a count was 0 already."""
+        for run in runs:
+            first = run.host_offset >> self._cluster_bits
+            for cluster in range(first, first + run.n_clusters):
+                while True:
+                    try:
+                        self._decrement(cluster)
+                        break
+                    except BlockMissing as missing:
+                        await self._load_block(missing.block_index)
+
+    async def refcount(self, cluster: int) -> int:
+        """The count of a host cluster."""
+        block_index, index = divmod(cluster, self._per_block)
+        if block_index >= len(self._table) or not self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK:
+            return 0
+        while True:
+            try:
+                return self._block(block_index).counts[index]
+            except BlockMissing as missing:
+                await self._load_block(missing.block_index)
+
+    def _block(self, block_index: int) -> _Block:
+        block = self._blocks.get(block_index)
+        if block is None:
+            raise BlockMissing(block_index)
+        return block
+
+    async def _load_block(self, block_index: int) -> None:
+        cluster_size = 1 << self._cluster_bits
+        host_offset = self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK
+        if host_offset & (cluster_size - 1) or host_offset >= MAX_HOST_OFFSET:
+            raise CorruptImageError(
+                "refcount table", self._table_offset + 8 * block_index, f"impossible entry {host_offset:#x}"
+            )
+        if host_offset >= self._storage.size():
+            raise CorruptImageError("refcount block", host_offset, "lies past the end of the image file")
+        data = self._storage.try_pread(host_offset, cluster_size)
+        if data is None:
+            data = await self._storage.pread(host_offset, cluster_size)
+        if block_index in self._blocks:
+            return
+        self._blocks[block_index] = block = _Block(parse_refcounts(data, self._order))
+        keep = max(4, BLOCK_CACHE_BYTES // (block.counts.itemsize * self._per_block))
+        while len(self._blocks) > keep:
+            for victim in self._blocks:
+                if not (victim in self._dirty_blocks or victim in self._being_written or victim == block_index):
+                    del self._blocks[victim]
+                    break
+            else:
+                break
+
+    def _set(self, block_index: int, block: _Block, start: int, end: int, count: int) -> None:
+        for index in range(start, end):
+            block.counts[index] = count
+        block.mark_dirty(start, end)
+        self._dirty_blocks.add(block_index)
+
+    def _allocate(self, n_clusters: int) -> HostRun:
+        cluster = self._first_maybe_free
+        while True:
+            if cluster + n_clusters > MAX_HOST_OFFSET >> self._cluster_bits:
+                raise CorruptImageError("image file", None, "has no room for another cluster")
+            block_index, index = divmod(cluster, self._per_block)
+            if block_index >= len(self._table):
+                self._grow_table(block_index)
+            if not self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK:
+                self._add_block(block_index, cluster)
+            counts = self._block(block_index).counts
+            try:
+                start = counts.index(0, index)
+            except ValueError:
+                cluster = self._first_maybe_free = (block_index + 1) * self._per_block
+                continue
+            end = start + 1
+            limit = min(start + n_clusters, self._per_block)
+            while end < limit and not counts[end]:
+                end += 1
+            self._set(block_index, self._blocks[block_index], start, end, 1)
+            first = block_index * self._per_block + start
+            self._first_maybe_free = first + end - start
+            return HostRun(first << self._cluster_bits, end - start)
+
+    def _add_block(self, block_index: int, cluster: int) -> None:
+        """A new block for a range that has none, in that range's ``cluster``, which it marks as used."""
+        block = _Block(empty_refcounts(self._cluster_bits, self._order))
+        self._blocks[block_index] = block
+        self._table[block_index] = cluster << self._cluster_bits
+        self._new_entries.add(block_index)
+        self._set(block_index, block, cluster % self._per_block, cluster % self._per_block + 1, 1)
+        block.mark_dirty(0, self._per_block)
+
+    def _grow_table(self, needed_index: int) -> None:
+        """Move the refcount table to a larger place behind everything, with the blocks that describe it."""
+        cluster_size = 1 << self._cluster_bits
+        entries_per_cluster = cluster_size // 8
+        used = len(self._table)
+        while used and not self._table[used - 1] & REFCOUNT_TABLE_OFFSET_MASK:
+            used -= 1
+        file_end = divide_up(self._storage.size(), cluster_size)
+        first_block = max(used, divide_up(file_end, self._per_block), needed_index)
+        start = first_block * self._per_block
+        n_table = n_blocks = 1
+        while True:
+            entries = max(first_block + n_blocks, len(self._table) * 3 // 2)
+            wanted_table = divide_up(entries, entries_per_cluster)
+            wanted_blocks = divide_up(wanted_table + n_blocks, self._per_block)
+            if wanted_table <= n_table and wanted_blocks <= n_blocks:
+                break
+            n_table, n_blocks = max(n_table, wanted_table), max(n_blocks, wanted_blocks)
+        if n_table * cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+            raise CorruptImageError("refcount table", self._table_offset, "cannot grow beyond 8 MiB")
+        old = HostRun(self._table_offset, divide_up(len(self._table) * 8, cluster_size))
+        self._table.extend(array("Q", bytes(8 * (n_table * entries_per_cluster - len(self._table)))))
+        for number in range(n_blocks):
+            block = _Block(empty_refcounts(self._cluster_bits, self._order))
+            block_index = first_block + number
+            self._blocks[block_index] = block
+            self._table[block_index] = (start + n_table + number) << self._cluster_bits
+            in_use = min(max(n_table + n_blocks - number * self._per_block, 0), self._per_block)
+            self._set(block_index, block, 0, in_use, 1)
+            block.mark_dirty(0, self._per_block)
+        self._table_offset = start << self._cluster_bits
+        self._table_moved = True
+        self._unlinked.append(old)
+
+    def _decrement(self, cluster: int) -> None:
+        block_index, index = divmod(cluster, self._per_block)
+        if block_index >= len(self._table) or not self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK:
+            decremented(0, cluster)
+        block = self._block(block_index)
+        count = decremented(block.counts[index], cluster)
+        self._set(block_index, block, index, index + 1, count)
+        if not count:
+            self._first_maybe_free = min(self._first_maybe_free, cluster)
+
+    def take_dirty(self) -> DirtyRefcounts:
+        """See Allocator."""
+        blocks: list[MetadataWrite] = []
+        taken: list[tuple[int, int, int]] = []
+        per_sector = max(4096 >> self._order, 1)
+        for block_index in sorted(self._dirty_blocks):
+            block = self._blocks[block_index]
+            start = block.dirty_start // per_sector * per_sector
+            end = min(round_up(block.dirty_end, per_sector), self._per_block)
+            host_offset = (self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK) + (start << self._order >> 3)
+            blocks.append(MetadataWrite(host_offset, serialise_refcounts(block.counts, self._order, start, end)))
+            taken.append((block_index, block.dirty_start, block.dirty_end))
+            block.dirty_start, block.dirty_end = self._per_block, 0
+        moved: list[MetadataWrite] = []
+        table: list[MetadataWrite] = []
+        if self._table_moved:
+            moved.append(MetadataWrite(self._table_offset, serialise_table(self._table, 0, len(self._table))))
+            n_clusters = len(self._table) * 8 >> self._cluster_bits
+            pointer = self._table_offset.to_bytes(8, "big") + n_clusters.to_bytes(4, "big")
+            table.append(MetadataWrite(48, pointer))
+        else:
+            for sector in sorted({index // _SECTOR_ENTRIES for index in self._new_entries}):
+                start = sector * _SECTOR_ENTRIES
+                end = min(start + _SECTOR_ENTRIES, len(self._table))
+                table.append(MetadataWrite(self._table_offset + 8 * start, serialise_table(self._table, start, end)))
+        self._taken = (taken, self._new_entries, self._table_moved)
+        self._being_written = self._dirty_blocks
+        self._dirty_blocks = set()
+        self._new_entries = set()
+        self._table_moved = False
+        return DirtyRefcounts(blocks, moved, table)
+
+    def put_back(self) -> None:
+        """See Allocator."""
+        taken, new_entries, table_moved = self._taken
+        for block_index, start, end in taken:
+            self._blocks[block_index].mark_dirty(start, end)
+            self._dirty_blocks.add(block_index)
+        self._new_entries |= new_entries
+        self._table_moved |= table_moved
+        self._taken = ([], set(), False)
+        self._being_written = set()
+
+    def written(self) -> None:
+        """See Allocator."""
+        self._taken = ([], set(), False)
+        self._being_written = set()
+
+    def take_unlinked(self) -> list[HostRun]:
+        """See Allocator."""
+        unlinked, self._unlinked = self._unlinked, []
+        return unlinked

@@ -1,0 +1,286 @@
+"""open_image(): what may be opened, the backing chain, loops and depth.
+
+1. The image that the user named must be QCOW. It is opened for writing unless asked otherwise; everything below
+   it is opened read-only, and all of it is locked the way QEMU locks it.
+2. A name found inside an image is a plain local path, relative to the folder of the image that holds it. Nothing
+   with a protocol, no ``json:``.
+3. The format of a backing file is the one that the image names. A QCOW2 image that names none is believed to
+   mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to a raw
+   disk could make it look like QCOW and have a file of the host shown. Version 1 cannot name a format: there,
+   and there only, the content decides.
+4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
+5. Whatever fails, everything that was opened is closed again.
+"""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
+from ..format.entries import entry_format, parse_table
+from ..format.geometry import Geometry
+from ..format.header import (
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
+    Qcow1Header,
+    Qcow2Header,
+    header_length_needed,
+    parse_header,
+    probe_format,
+    refuse_unsupported,
+)
+from ..storage.base import Storage
+from ..storage.file import FileStorage, open_file_storage
+from ..storage.latency import LatencyStorage
+from ..storage.locks import wait_image_lock
+from ..storage.memory import ResidentStorage
+from .allocation import Allocator, AppendAllocator, RefcountAllocator
+from .decoded import CompressedSource
+from .header_bits import HeaderBits
+from .mapping import Layer, Mapping, RawLayer
+from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
+from .qcow_image import QcowImage
+from .reading import ChainReader
+from .table_cache import TableCache
+
+DEFAULT_L2_CACHE_BYTES = 32 << 20
+_RAW_FORMATS = frozenset({"raw", "file", "host_device"})
+
+StorageOpener = Callable[[str, bool, OpenOptions], Awaitable[Storage]]
+"""``(path, writable, options)`` to a locked Storage; tests and tools put their own in."""
+
+
+async def open_storage(path: str, writable: bool, options: OpenOptions) -> Storage:
+    """Open and lock a file, with the measuring layers that the options ask for.
+
+    Raises OSError, ImageLockedError.
+    """
+    file: FileStorage = await open_file_storage(path, writable=writable)
+    storage: Storage = file
+    try:
+        await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
+        file.refresh_size()
+        if options.image_in_memory:
+            storage = ResidentStorage(file)
+        if options.io_delay is not None:
+            storage = LatencyStorage(storage, options.io_delay)
+    except BaseException:
+        await file.aclose()
+        raise
+    return storage
+
+
+@dataclass(slots=True)
+class _Opened:
+    path: str
+    storage: Storage
+    header: Qcow1Header | Qcow2Header | None
+    """None for raw."""
+    l1_table: array[int]
+
+
+async def open_image(
+    path: str, options: OpenOptions | None = None, *, opener: StorageOpener = open_storage
+) -> QcowImage:
+    """Open a QCOW image and its backing chain.
+
+    Raises FormatError (not QCOW, damaged), UnsupportedFeatureError, ImageLockedError, BackingChainError,
+    ImageUsageError (needs repair before it may be written), OSError.
+    """
+    options = options or OpenOptions()
+    async with AsyncExitStack() as stack:
+        layers = await _open_chain(path, options, opener, stack)
+        image = await _assemble(path, layers, options)
+        stack.pop_all()
+    return image
+
+
+async def _open_chain(path: str, options: OpenOptions, opener: StorageOpener, stack: AsyncExitStack) -> list[_Opened]:
+    opened: list[_Opened] = []
+    seen: dict[str, str] = {}
+    next_path: str | None = path
+    next_format: str | None = "qcow"
+    while next_path is not None:
+        identity = os.path.realpath(next_path)
+        if identity in seen:
+            raise BackingChainError(opened[-1].path, f"its backing file {next_path} is part of the chain already")
+        if len(opened) > MAX_BACKING_DEPTH:
+            raise BackingChainError(path, f"the backing chain is deeper than {MAX_BACKING_DEPTH} files")
+        seen[identity] = next_path
+        writable = not opened and not options.read_only
+        try:
+            storage = await opener(next_path, writable, options)
+        except OSError as error:
+            if not opened:
+                raise
+            detail = f"cannot open its backing file {next_path}: {error.strerror or error}"
+            raise BackingChainError(opened[-1].path, detail) from error
+        stack.push_async_callback(storage.aclose)
+        try:
+            layer = await _open_layer(next_path, storage, next_format)
+        except FormatError as error:
+            if not opened:
+                raise
+            raise BackingChainError(next_path, f"backing file of {opened[-1].path}: {error}") from error
+        opened.append(layer)
+        next_path, next_format = _backing_of(layer)
+    return opened
+
+
+async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _Opened:
+    """Read a layer's header and L1 table. ``format_name``: raw, qcow (any version), or None to go by content."""
+    if format_name == "raw":
+        return _Opened(path, storage, None, array("Q"))
+    start = await storage.pread(0, min(512, storage.size()))
+    probed = probe_format(bytes(start))
+    if probed is None:
+        if format_name is None:
+            return _Opened(path, storage, None, array("Q"))
+        raise FormatError("header", 0, f"no QCOW image: starts with {bytes(start[:4]).hex(' ') or 'nothing'}")
+    wanted = min(header_length_needed(bytes(start)), storage.size())
+    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size())
+    if isinstance(header, Qcow2Header):
+        refuse_unsupported(header)
+        n_entries, l1_offset = header.l1_size, header.l1_table_offset
+    else:
+        refuse_unsupported(header)
+        n_entries, l1_offset = header.n_l1_entries, header.l1_table_offset
+    data = await storage.pread(l1_offset, n_entries * 8) if n_entries else b""
+    return _Opened(path, storage, header, parse_table(data))
+
+
+def _backing_of(layer: _Opened) -> tuple[str | None, str | None]:
+    """Path and format of a layer's backing file."""
+    header = layer.header
+    if header is None or not header.backing_file:
+        return None, None
+    name = header.backing_file
+    path = _local_path(layer.path, name)
+    if isinstance(header, Qcow1Header):
+        return path, None
+    named = header.backing_format
+    if named in ("qcow", "qcow2"):
+        return path, "qcow"
+    if named in _RAW_FORMATS:
+        return path, "raw"
+    if named is not None:
+        raise UnsupportedFeatureError([f"backing format {named}"])
+    if _looks_like_qcow(path):
+        detail = (
+            f"names backing file {name} without its format, and that file looks like QCOW; if it is, record it: "
+            f"qemu-img rebase -u -F qcow2 -b {name} {layer.path}"
+        )
+        raise BackingChainError(layer.path, detail)
+    return path, "raw"
+
+
+def _local_path(holder: str, name: str) -> str:
+    """The file that ``name``, found inside the image ``holder``, means. Raises BackingChainError."""
+    plain = name.removeprefix("file:")
+    protocol, colon, _ = plain.partition(":")
+    if "\0" in plain or not plain or (colon and "/" not in protocol):
+        raise BackingChainError(holder, f"its backing file {name!r} is not a plain local path")
+    return os.path.join(os.path.dirname(holder), plain)
+
+
+def _looks_like_qcow(path: str) -> bool:
+    try:
+        with open(path, "rb") as file:
+            return file.read(4) == b"QFI\xfb"
+    except OSError:
+        return False  # opening it properly will say what is wrong
+
+
+async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> QcowImage:
+    top = opened[0]
+    header = top.header
+    assert header is not None
+    if isinstance(header, Qcow2Header) and not options.read_only:
+        _refuse_damaged(path, header)
+    cache = TableCache(0)
+    layers: list[Layer] = []
+    sources: list[CompressedSource | None] = []
+    for number, layer in enumerate(opened):
+        if layer.header is None:
+            layers.append(RawLayer(layer.storage))
+            sources.append(None)
+            continue
+        mapping = _mapping_of(number, layer, cache)
+        layers.append(mapping)
+        compression = layer.header.compression_type if isinstance(layer.header, Qcow2Header) else 0
+        sources.append(CompressedSource(layer.storage, mapping.entry_format, compression))
+    top_mapping = layers[0]
+    assert isinstance(top_mapping, Mapping)
+    cache.budget = _cache_budget(top_mapping.geometry, options.l2_cache_size)
+    return QcowImage(
+        path=path,
+        format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
+        mapping=top_mapping,
+        reader=ChainReader(layers, sources, cache),
+        cache=cache,
+        storages=[layer.storage for layer in opened],
+        allocator=None if options.read_only else await _allocator_of(top, header),
+        l1_table_offset=header.l1_table_offset,
+        header_bits=_header_bits_of(top, header),
+    )
+
+
+def _refuse_damaged(path: str, header: Qcow2Header) -> None:
+    if header.incompatible_features & INCOMPATIBLE_CORRUPT:
+        raise ImageUsageError(
+            f"{path}: marked as corrupt; mount it read-only (-r), or repair it: qemu-img check -r all {path}"
+        )
+    if header.incompatible_features & INCOMPATIBLE_DIRTY:
+        raise ImageUsageError(
+            f"{path}: was not closed cleanly and its refcounts may be wrong; mount it read-only (-r), "
+            f"or repair it: qemu-img check -r all {path}"
+        )
+
+
+def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
+    header = layer.header
+    assert header is not None
+    version = 1 if isinstance(header, Qcow1Header) else header.version
+    l2_bits = header.l2_bits if isinstance(header, Qcow1Header) else header.cluster_bits - 3
+    return Mapping(
+        layer=number,
+        geometry=Geometry(cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.size),
+        entry_format=entry_format(version, header.cluster_bits),
+        l1_table=layer.l1_table,
+        storage=layer.storage,
+        cache=cache,
+    )
+
+
+async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> Allocator:
+    if isinstance(header, Qcow1Header):
+        return AppendAllocator(layer.storage, 1 << header.cluster_bits)
+    table_bytes = header.refcount_table_clusters << header.cluster_bits
+    table = parse_table(await layer.storage.pread(header.refcount_table_offset, table_bytes))
+    return RefcountAllocator(
+        layer.storage,
+        cluster_bits=header.cluster_bits,
+        refcount_order=header.refcount_order,
+        table=table,
+        table_offset=header.refcount_table_offset,
+    )
+
+
+def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> HeaderBits | None:
+    if isinstance(header, Qcow1Header) or header.version < 3:
+        return None
+    return HeaderBits(layer.storage, incompatible=header.incompatible_features, autoclear=header.autoclear_features)
+
+
+def _cache_budget(geometry: Geometry, wanted: L2CacheSize | None) -> int:
+    """Bytes of L2 entries to keep."""
+    if wanted is None:
+        whole_disk = geometry.n_l1_entries * geometry.l2_table_size
+        return max(min(whole_disk, DEFAULT_L2_CACHE_BYTES), 4 * geometry.slice_size)
+    if wanted.n_tables is not None:
+        return wanted.n_tables * geometry.l2_table_size
+    return wanted.n_bytes or 0

@@ -1,0 +1,71 @@
+"""The Image protocol: what export sees of a virtual disk, whatever its format.
+
+1. ``try_`` calls are plain functions for the hot path: an answer now, or None / False, and then the
+   caller awaits the other call with the same arguments.
+2. Requests must lie inside ``0 <= guest_offset, guest_offset + n_bytes <= size``; else OutOfRangeError.
+3. A completed write is visible to every later read and durable after the next successful ``flush``.
+4. Overlapping requests in flight may land in any order, but never mix inside one image sector of 512 bytes
+   with bytes that none of them wrote.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from ..storage.base import Buffer
+
+
+class Image(Protocol):
+    """An open virtual disk. All calls are made from one trio thread."""
+
+    @property
+    def path(self) -> str:
+        """The image file as the user named it."""
+
+    @property
+    def format_name(self) -> str:
+        """``raw``, ``qcow`` or ``qcow2``."""
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes per cluster, the natural unit of discard; 4096 for raw."""
+
+    @property
+    def read_only(self) -> bool:
+        """True when opened read-only, and from the moment on that an error made it so."""
+
+    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """The bytes when they can be had at once, else None."""
+
+    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
+        """The bytes. Raises OutOfRangeError, CorruptImageError, OSError."""
+
+    def try_write(self, guest_offset: int, data: Buffer) -> bool:
+        """True when the data was written in place at once; False: await :meth:`write`."""
+
+    async def write(self, guest_offset: int, data: Buffer) -> None:
+        """Write. Raises OutOfRangeError, ReadOnlyImageError, CorruptImageError, OSError."""
+
+    async def flush(self) -> None:
+        """Make every completed write durable. A failed flush is final: later ones fail too."""
+
+    def allocated_bytes(self) -> int:
+        """Bytes of the virtual disk that hold data somewhere in the chain (what ``du`` should say)."""
+
+    async def count_allocated(self) -> None:
+        """Find out what :meth:`allocated_bytes` is; until this has ended it is an estimate. To be run once, in the
+        background. Raises OSError, FormatError."""
+
+    def free_host_bytes(self) -> int:
+        """Free bytes in the file system that holds the image (for statfs)."""
+
+    def statistics(self) -> dict[str, int]:
+        """Counters by dotted name: ``l2_cache.hits``, ``backend.reads`` ..."""
+
+    async def aclose(self) -> None:
+        """Flush (unless read-only or failed), close every layer, give up the locks. Raises what flush raises,
+        after everything has been closed all the same. Idempotent."""

@@ -1,0 +1,30 @@
+"""How an image is to be opened: plain values that cli fills in and driver reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..storage.latency import DelayModel
+
+MAX_BACKING_DEPTH = 200
+"""Layers below the top one. QEMU has no limit of its own; beyond this a chain is taken for hostile."""
+
+
+@dataclass(frozen=True, slots=True)
+class L2CacheSize:
+    """The budget of the L2 cache: ``n_bytes``, or ``n_tables`` whole tables of the top image; 0 is off."""
+
+    n_bytes: int | None = None
+    n_tables: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenOptions:
+    """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
+    wait for a lock that another process holds. ``io_delay`` and ``image_in_memory`` are for measuring."""
+
+    read_only: bool = False
+    l2_cache_size: L2CacheSize | None = None
+    lock_wait: float = 0.0
+    io_delay: DelayModel | None = None
+    image_in_memory: bool = False

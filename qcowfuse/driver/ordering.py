@@ -1,0 +1,249 @@
+"""The ordering rules R1 to R5 and flush(): the only place that writes metadata of a running image.
+
+R1  a raised refcount is durable before any link to that cluster is
+R2  the contents of a cluster (data, COW, a new table) are durable before the link to it is
+R3  an unlink is durable before the refcount falls, and before the cluster is used again
+R4  what is moved or added is durable before what points at it: an L2 table before its L1 entry, a refcount block
+    before its table entry, a grown refcount table before the header field (one write inside one sector)
+R5  header bits first: autoclear bits that we do not keep are cleared before the first write
+
+One round of write-back is, in this order:
+
+    1  one synchronous step takes everything dirty: refcount blocks, L2 slices, L1 entries, and the clusters
+       that were unlinked so far. What changes from here on belongs to the next round.
+    2  write the refcount blocks (and a grown refcount table); only where blocks were added: flush, then write
+       what points at them                                                                            (R4)
+    3  write the slices of L2 tables that no L1 entry on disk points at yet: nothing can see them
+    4  flush: counts, data and new tables are durable                                             (R1, R2)
+    5  write the other L2 slices and the L1 entries                                                   (R4)
+    6  flush: the promise of fsync
+    7  the unlinked clusters of step 1 lose their reference, once no operation that began before step 1 is in
+       flight; the lower counts go out with the next round                                            (R3)
+
+With nothing dirty a round is step 6 alone: one fdatasync. A round for eviction stops after step 5.
+
+1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
+2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again.
+3. A flush that fails is final: the kernel has dropped pages that we can't name. Every later flush fails with the
+   same error and the image is read-only.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from collections.abc import Sequence
+
+import trio
+
+from ..errors import QcowFuseError
+from ..format.entries import EntryFormat, serialise_table
+from ..format.geometry import L2_ENTRY_SIZE
+from ..storage.base import Storage
+from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite
+from .claims import Generations
+from .mapping import Mapping
+from .table_cache import L2Slice, TableCache
+
+log = logging.getLogger(__name__)
+_SECTOR_ENTRIES = 64
+
+
+class _Round:
+    __slots__ = ("done", "error", "succeeded")
+
+    def __init__(self) -> None:
+        self.done = trio.Event()
+        self.succeeded = False
+        self.error: Exception | None = None
+
+
+class Ordering:
+    """Write-back and flush of one writable QCOW image."""
+
+    def __init__(
+        self,
+        *,
+        storage: Storage,
+        mapping: Mapping,
+        l1_table_offset: int,
+        allocator: Allocator,
+        cache: TableCache,
+    ) -> None:
+        self.failure: Exception | None = None
+        self.generations = Generations()
+        self._storage = storage
+        self._mapping = mapping
+        self._entry_format: EntryFormat = mapping.entry_format
+        self._l1_table: array[int] = mapping.l1_table
+        self._l1_table_offset = l1_table_offset
+        self._allocator = allocator
+        self._cache = cache
+        self._lock = trio.Lock()
+        self._next_round: _Round | None = None
+        self._dirty_l1: set[int] = set()
+        self._unlinked_tables: set[int] = set()
+        self._unlinked: list[HostRun] = []
+        self._released: list[tuple[int, list[HostRun]]] = []
+
+    def link_table(self, l1_index: int, host_offset: int) -> None:
+        """Point an L1 entry, in memory, at a table that is written but that the disk does not link yet."""
+        self._l1_table[l1_index] = host_offset | self._entry_format.copied
+        self._dirty_l1.add(l1_index)
+        self._unlinked_tables.add(l1_index)
+
+    def unlink_cluster(self, run: HostRun) -> None:
+        """Clusters that nothing in memory refers to any more: to be given back when that is durable."""
+        self._unlinked.append(run)
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the image file lacks anything that memory has."""
+        return bool(
+            self._cache.dirty or self._dirty_l1 or self._allocator.is_dirty or self._unlinked or self._released
+        )
+
+    def check_usable(self) -> None:
+        """Raise the error that made the image unusable for writing, if there was one."""
+        if self.failure is not None:
+            raise self.failure
+
+    async def flush(self) -> None:
+        """Make everything written so far durable. Raises OSError; after a failed fdatasync always the same."""
+        while True:
+            self.check_usable()
+            shared = self._next_round
+            if shared is not None:
+                await shared.done.wait()
+                if shared.error is not None:
+                    raise shared.error
+                if shared.succeeded:
+                    return
+                continue
+            mine = self._next_round = _Round()
+            try:
+                async with self._lock:
+                    self._next_round = None
+                    self.check_usable()
+                    await self._run(final=True)
+                    mine.succeeded = True
+            except Exception as error:
+                mine.error = error
+                raise
+            finally:
+                if self._next_round is mine:
+                    self._next_round = None
+                mine.done.set()
+            return
+
+    async def write_back(self) -> None:
+        """Hand all dirty metadata to the kernel in the right order, without the last flush."""
+        async with self._lock:
+            self.check_usable()
+            await self._run(final=False)
+
+    async def _flush_storage(self) -> None:
+        try:
+            await self._storage.flush()
+        except OSError as error:
+            self.fail(error)
+            raise
+
+    def fail(self, error: Exception) -> None:
+        """From now on the image is read-only and every flush raises ``error``."""
+        if self.failure is None:
+            self.failure = error
+            log.error("%s: %s; the image is read-only from now on", self._storage.name, error)
+
+    async def _run(self, *, final: bool) -> None:
+        refcounts = self._allocator.take_dirty()
+        slices = list(self._cache.dirty.values())
+        self._cache.dirty.clear()
+        new_tables = self._unlinked_tables
+        taken = [(slice_, slice_.dirty_start, slice_.dirty_end) for slice_ in slices]
+        early = [self._serialise(slice_) for slice_ in slices if slice_.l1_index in new_tables]
+        late = [self._serialise(slice_) for slice_ in slices if slice_.l1_index not in new_tables]
+        dirty_l1 = self._dirty_l1
+        late += self._serialise_l1(dirty_l1)
+        self._dirty_l1, self._unlinked_tables = set(), set()
+        for slice_ in slices:
+            slice_.n_pins += 1
+            slice_.mark_clean()
+        unlinked: list[HostRun] = []
+        generation = 0
+        links_written = False
+        self._unlinked += self._allocator.take_unlinked()
+        if final and self._unlinked:
+            unlinked, self._unlinked = self._unlinked, []
+            generation = self.generations.advance()
+        try:
+            await self._write_refcounts(refcounts)
+            await self._write_all(early)
+            if late:
+                await self._flush_storage()
+                links_written = True
+                await self._write_all(late)
+            self._cache.write_backs += len(slices)
+            if final:
+                await self._flush_storage()
+        except BaseException:
+            self._allocator.put_back()
+            for slice_, start, end in taken:
+                self._cache.mark_dirty(slice_, start, end)
+            self._dirty_l1 |= dirty_l1
+            if not links_written:
+                self._unlinked_tables |= new_tables
+            self._unlinked += unlinked
+            raise
+        finally:
+            for slice_ in slices:
+                self._cache.unpin(slice_)
+        self._allocator.written()
+        if unlinked:
+            self._released.append((generation, unlinked))
+        if final:
+            await self._release_unlinked()
+
+    def _serialise(self, slice_: L2Slice) -> MetadataWrite:
+        """The dirty part of a slice, whole sectors."""
+        start = slice_.dirty_start // _SECTOR_ENTRIES * _SECTOR_ENTRIES
+        end = min(-(-slice_.dirty_end // _SECTOR_ENTRIES) * _SECTOR_ENTRIES, len(slice_.entries))
+        host_offset = self._mapping.slice_host_offset(slice_.slice_number) + start * L2_ENTRY_SIZE
+        return MetadataWrite(host_offset, serialise_table(slice_.entries, start, end))
+
+    def _serialise_l1(self, indices: set[int]) -> list[MetadataWrite]:
+        writes = []
+        for sector in sorted({index // _SECTOR_ENTRIES for index in indices}):
+            start = sector * _SECTOR_ENTRIES
+            end = min(start + _SECTOR_ENTRIES, len(self._l1_table))
+            data = serialise_table(self._l1_table, start, end)
+            writes.append(MetadataWrite(self._l1_table_offset + 8 * start, data))
+        return writes
+
+    async def _write_refcounts(self, refcounts: DirtyRefcounts) -> None:
+        await self._write_all(refcounts.blocks)
+        await self._write_all(refcounts.moved_table)
+        if refcounts.table:
+            await self._flush_storage()
+            await self._write_all(refcounts.table)
+
+    async def _write_all(self, writes: Sequence[MetadataWrite]) -> None:
+        for host_offset, data in writes:
+            if not self._storage.try_pwritev(host_offset, (data,)):
+                await self._storage.pwritev(host_offset, (data,))
+
+    async def _release_unlinked(self) -> None:
+        """Step 7, for every round whose readers have gone."""
+        waiting, self._released = self._released, []
+        for position, (generation, runs) in enumerate(waiting):
+            if not self.generations.all_ended(generation):
+                self._released.append((generation, runs))
+                continue
+            try:
+                await self._allocator.release(runs)
+            except QcowFuseError as error:
+                # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
+                log.warning("%s: %s", self._storage.name, error)
+            except BaseException:
+                self._released += waiting[position + 1 :]
+                raise

@@ -1,0 +1,118 @@
+"""Reading a guest range through a backing chain: look up, then fetch every extent.
+
+1. ``try_read`` never waits: everything it needs is in memory and in the page cache, or it answers None.
+2. One extent is handed through without a copy. Several are read into their slices of one ``bytearray``; those
+   that can't be answered at once are fetched together.
+3. What the chain does not hold is zeroes, and a fresh ``bytearray`` is zeroes already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+import trio
+
+from ..errors import QcowFuseError
+from ..format.entries import ClusterKind
+from ..format.extents import Extent
+from ..storage.base import Buffer
+from .decoded import CompressedSource, DecodedClusters
+from .mapping import Layer, Missing, lookup_chain
+from .table_cache import TableCache
+
+
+class ChainReader:
+    """Reads from ``layers`` (the top one first). ``sources`` has None for layers without compressed clusters."""
+
+    def __init__(
+        self, layers: Sequence[Layer], sources: Sequence[CompressedSource | None], cache: TableCache
+    ) -> None:
+        self.layers = tuple(layers)
+        self.decoded = DecodedClusters()
+        self._sources = tuple(sources)
+        self._cache = cache
+        self._storages = tuple(layer.storage for layer in layers)
+
+    async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
+        """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
+        with ExitStack() as pins:
+            while True:
+                try:
+                    return lookup_chain(self.layers, guest_offset, n_bytes, first_layer=first_layer)
+                except Missing as missing:
+                    pins.callback(self._cache.unpin, await missing.layer.load(missing.guest_offset))
+
+    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """The bytes if they can be had at once. Raises CorruptImageError, OSError."""
+        try:
+            extents = lookup_chain(self.layers, guest_offset, n_bytes)
+        except Missing:
+            return None
+        if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
+            extent = extents[0]
+            return self._storages[extent.layer].try_pread(extent.value, n_bytes)
+        buffer = bytearray(n_bytes)
+        view = memoryview(buffer)
+        for extent in extents:
+            start = extent.guest_offset - guest_offset
+            if not self._try_fetch(extent, view[start : start + extent.n_bytes]):
+                return None
+        return buffer
+
+    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
+        """The bytes. Raises OSError, FormatError, CorruptImageError."""
+        extents = await self.lookup(guest_offset, n_bytes)
+        if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
+            extent = extents[0]
+            storage = self._storages[extent.layer]
+            data = storage.try_pread(extent.value, n_bytes)
+            return await storage.pread(extent.value, n_bytes) if data is None else data
+        buffer = bytearray(n_bytes)
+        view = memoryview(buffer)
+        waiting: list[tuple[Extent, memoryview]] = []
+        for extent in extents:
+            start = extent.guest_offset - guest_offset
+            part = view[start : start + extent.n_bytes]
+            if not self._try_fetch(extent, part):
+                waiting.append((extent, part))
+        if len(waiting) == 1:
+            await self._fetch(*waiting[0])
+        elif waiting:
+            errors: list[Exception] = []
+            async with trio.open_nursery() as nursery:
+                for extent, part in waiting:
+                    nursery.start_soon(self._fetch_noting, extent, part, errors)
+            if errors:
+                raise errors[0]
+        return buffer
+
+    def _try_fetch(self, extent: Extent, part: memoryview) -> bool:
+        if extent.kind == ClusterKind.DATA:
+            return self._storages[extent.layer].try_pread_into(extent.value, part)
+        if extent.kind == ClusterKind.COMPRESSED:
+            cluster = self.decoded.get(extent.layer, extent.value)
+            if cluster is None:
+                return False
+            _copy_part(cluster, extent, part)
+        return True
+
+    async def _fetch(self, extent: Extent, part: memoryview) -> None:
+        if extent.kind == ClusterKind.DATA:
+            await self._storages[extent.layer].pread_into(extent.value, part)
+            return
+        source = self._sources[extent.layer]
+        assert source is not None
+        cluster = await self.decoded.load(extent.layer, extent.value, source)
+        _copy_part(cluster, extent, part)
+
+    async def _fetch_noting(self, extent: Extent, part: memoryview, errors: list[Exception]) -> None:
+        try:
+            await self._fetch(extent, part)
+        except (OSError, QcowFuseError) as error:
+            errors.append(error)
+
+
+def _copy_part(cluster: bytes, extent: Extent, part: memoryview) -> None:
+    in_cluster = extent.guest_offset & (len(cluster) - 1)
+    part[:] = memoryview(cluster)[in_cluster : in_cluster + extent.n_bytes]

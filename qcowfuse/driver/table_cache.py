@@ -1,0 +1,162 @@
+"""The LRU cache of L2 slices, shared by all layers of a backing chain within one budget.
+
+1. A hit is one dictionary look-up. The key of a slice is ``slice_number << LAYER_BITS | layer``, where the slice
+   number counts slices over the guest's address space: a table that moves in the image file keeps its key.
+2. A miss is one load however many wait for it. A load that fails or is cancelled leaves nothing behind, and one
+   of those who waited tries again.
+3. A pinned slice is never evicted, nor is a dirty one: it is written back by the ordering rules first.
+4. With a budget of 0 nothing clean outlives its last pin.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+
+import trio
+
+LAYER_BITS = 8
+MIN_DIRTY_BYTES = 1 << 20
+"""Dirty slices may pile up to this many bytes even where the budget is smaller; then they are written back."""
+
+
+class L2Slice:
+    """A part of an L2 table in memory. ``entries`` is the truth for the guest; ``dirty_start`` to ``dirty_end``
+    (indices) is what the image file does not have yet."""
+
+    __slots__ = ("dirty_end", "dirty_start", "entries", "key", "l1_index", "n_pins", "slice_number")
+
+    def __init__(self, key: int, slice_number: int, l1_index: int, entries: array[int]) -> None:
+        self.key = key
+        self.slice_number = slice_number
+        self.l1_index = l1_index
+        self.entries = entries
+        self.n_pins = 0
+        self.dirty_start = len(entries)
+        self.dirty_end = 0
+
+    @property
+    def is_dirty(self) -> bool:
+        """Whether the image file lacks some of the entries."""
+        return self.dirty_start < self.dirty_end
+
+    def mark_dirty(self, start: int, end: int) -> None:
+        """Entries ``start`` to ``end`` (exclusive) have changed."""
+        self.dirty_start = min(self.dirty_start, start)
+        self.dirty_end = max(self.dirty_end, end)
+
+    def mark_clean(self) -> None:
+        """All changes have been taken for writing."""
+        self.dirty_start = len(self.entries)
+        self.dirty_end = 0
+
+
+class TableCache:
+    """See the module docstring. ``budget`` in bytes of L2 entries; ``hits`` and friends count since the start."""
+
+    __slots__ = (
+        "_loading",
+        "budget",
+        "dirty",
+        "evictions",
+        "hits",
+        "misses",
+        "newest",
+        "slices",
+        "used",
+        "write_back",
+        "write_backs",
+    )
+
+    def __init__(self, budget: int) -> None:
+        self.budget = budget
+        self.slices: OrderedDict[int, L2Slice] = OrderedDict()
+        self.newest: L2Slice | None = None
+        self.dirty: dict[int, L2Slice] = {}
+        self.used = 0
+        self.hits = 0
+        self.misses = 0
+        self.evictions = 0
+        self.write_backs = 0
+        self.write_back: Callable[[], Awaitable[None]] | None = None
+        self._loading: dict[int, trio.Event] = {}
+
+    def get(self, key: int) -> L2Slice | None:
+        """The slice, now the most recently used one, or None."""
+        slice_ = self.slices.get(key)
+        if slice_ is not None:
+            self.hits += 1
+            if slice_ is not self.newest:
+                self.touch(slice_)
+        return slice_
+
+    def touch(self, slice_: L2Slice) -> None:
+        """Make it the most recently used one."""
+        self.slices.move_to_end(slice_.key)
+        self.newest = slice_
+
+    async def load(self, key: int, read_slice: Callable[[], Awaitable[L2Slice]]) -> L2Slice:
+        """The slice, pinned; read by ``read_slice`` unless it is there by now. Raises what that raises."""
+        while True:
+            slice_ = self.slices.get(key)
+            if slice_ is not None:
+                slice_.n_pins += 1
+                self.touch(slice_)
+                return slice_
+            loading = self._loading.get(key)
+            if loading is None:
+                break
+            await loading.wait()
+        self.misses += 1
+        self._loading[key] = event = trio.Event()
+        try:
+            await self._make_room()
+            slice_ = await read_slice()
+            self.insert(slice_)
+        finally:
+            del self._loading[key]
+            event.set()
+        return slice_
+
+    def insert(self, slice_: L2Slice) -> None:
+        """Take in a slice that is not there yet, pinned once."""
+        assert slice_.key not in self.slices
+        slice_.n_pins += 1
+        self.slices[slice_.key] = slice_
+        self.newest = slice_
+        self.used += slice_.entries.itemsize * len(slice_.entries)
+        self._evict_clean()
+
+    def unpin(self, slice_: L2Slice) -> None:
+        """Give back one pin."""
+        slice_.n_pins -= 1
+        if self.used > self.budget and not slice_.n_pins:
+            self._evict_clean()
+
+    def mark_dirty(self, slice_: L2Slice, start: int, end: int) -> None:
+        """Entries ``start`` to ``end`` of a slice changed in memory."""
+        slice_.mark_dirty(start, end)
+        self.dirty[slice_.key] = slice_
+
+    async def _make_room(self) -> None:
+        """Before a load: have dirty slices written back when they alone exceed what may be kept."""
+        if not self.dirty or self.write_back is None:
+            return
+        n_bytes = len(self.dirty) * 8 * len(next(iter(self.dirty.values())).entries)
+        if n_bytes > max(self.budget // 2, MIN_DIRTY_BYTES):
+            await self.write_back()
+            self._evict_clean()
+
+    def _evict_clean(self) -> None:
+        while self.used > self.budget:
+            for victim in self.slices.values():
+                if not victim.n_pins and victim.dirty_start >= victim.dirty_end:
+                    break
+            else:
+                return
+            del self.slices[victim.key]
+            if victim is self.newest:
+                self.newest = None
+            self.used -= 8 * len(victim.entries)
+            self.evictions += 1

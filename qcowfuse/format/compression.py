@@ -1,0 +1,91 @@
+"""Compressed clusters: where one lies in the image file, and its bytes as they were before.
+
+1. Output is bounded by one cluster, whatever the stream claims to hold.
+2. Bytes behind the stream are ignored: the format knows a stream's end only to a sector of 512 bytes.
+"""
+
+from __future__ import annotations
+
+import zlib
+from dataclasses import dataclass
+
+import zstandard
+
+from ..errors import FormatError
+from .geometry import SECTOR_SIZE
+from .header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
+
+_STRUCTURE = "compressed cluster"
+
+
+@dataclass(frozen=True, slots=True)
+class CompressedCluster:
+    """Where a compressed cluster lies: ``host_offset`` at any byte, ``n_bytes`` (1 to two clusters) to read."""
+
+    host_offset: int
+    n_bytes: int
+
+
+def parse_compressed_entry(entry: int, cluster_bits: int) -> CompressedCluster:
+    """The place that a QCOW2 L2 entry with the compressed flag (bit 62) names; the flags are ignored."""
+    offset_bits = 62 - (cluster_bits - 8)
+    host_offset = entry & ((1 << offset_bits) - 1)
+    n_more_sectors = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
+    return CompressedCluster(
+        host_offset=host_offset,
+        n_bytes=(n_more_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE,
+    )
+
+
+def parse_compressed_entry_v1(entry: int, cluster_bits: int) -> CompressedCluster:
+    """The place that a version 1 L2 entry with the compressed flag (bit 63) names.
+
+    Raises FormatError for a length of 0, which no stream has.
+    """
+    offset_bits = 63 - cluster_bits
+    host_offset = entry & ((1 << offset_bits) - 1)
+    n_bytes = (entry >> offset_bits) & ((1 << cluster_bits) - 1)
+    if n_bytes == 0:
+        raise FormatError("L2 entry", None, f"{entry:#018x} names 0 compressed bytes, expected at least 1")
+    return CompressedCluster(host_offset=host_offset, n_bytes=n_bytes)
+
+
+def decompress_cluster(data: bytes | bytearray | memoryview, compression_type: int, cluster_size: int) -> bytes:
+    """Exactly ``cluster_size`` bytes out of ``data``. Safe to call from several threads at once.
+
+    Version 1 images use compression type 0 as well. Raises FormatError for a broken stream and for one that
+    ends before the cluster does.
+    """
+    if compression_type == COMPRESSION_DEFLATE:
+        cluster = _inflate(data, cluster_size)
+    elif compression_type == COMPRESSION_ZSTD:
+        cluster = _decompress_zstd(data, cluster_size)
+    else:
+        raise FormatError(_STRUCTURE, None, f"compression type {compression_type}, expected 0 or 1")
+    if len(cluster) != cluster_size:
+        raise FormatError(_STRUCTURE, None, f"{len(cluster)} bytes when unpacked, expected {cluster_size}")
+    return cluster
+
+
+def _inflate(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+    # Writers use a window of 2^12; a reader with the largest window takes every smaller one too.
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, cluster_size)
+    except zlib.error as error:
+        raise FormatError(_STRUCTURE, None, f"broken deflate stream ({error})") from None
+
+
+def _decompress_zstd(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+    # A decompressor must not be shared between threads, and a new one is cheap beside the cluster.
+    decompressor = zstandard.ZstdDecompressor()
+    try:
+        n_claimed = zstandard.get_frame_parameters(data).content_size
+        if n_claimed != zstandard.CONTENTSIZE_UNKNOWN and n_claimed > cluster_size:
+            raise FormatError(_STRUCTURE, None, f"{n_claimed} bytes when unpacked, expected {cluster_size}")
+        if n_claimed == cluster_size:
+            return decompressor.decompress(data)
+        # Several frames, or one that does not say its length: QEMU reads on until the cluster is full.
+        with decompressor.stream_reader(data, read_across_frames=True) as reader:
+            return reader.read(cluster_size)
+    except zstandard.ZstdError as error:
+        raise FormatError(_STRUCTURE, None, f"broken zstd stream ({error})") from None

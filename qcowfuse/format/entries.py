@@ -1,0 +1,150 @@
+"""L1 and L2 table entries: the bits of each format, and what an entry says about its cluster.
+
+1. Tables are ``array('Q')`` in the machine's byte order; they are swapped once, when loaded or stored.
+2. The common questions are single mask tests whose masks are fields here, so that a hot path may ask them
+   without a call: an entry is *plain* (readable at its offset) when ``entry & not_plain == 0`` and its offset
+   is not 0; it may be written *in place* when ``entry & in_place_mask == in_place_value`` and its offset is not 0.
+3. Whatever is not plain goes through :meth:`EntryFormat.classify`, which refuses impossible entries.
+
+Sources: qcow2 specification, "Cluster mapping"; QEMU's block/qcow.c for version 1.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+from ..errors import CorruptImageError
+from .compression import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
+
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+READS_ZERO = 1
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+COMPRESSED_V1 = 1 << 63
+OFFSET_MASK_V1 = (1 << 63) - 1
+MAX_HOST_OFFSET = 1 << 56
+"""Offsets in version 2 and 3 have 56 bits; a v1 entry beyond that is garbage too."""
+
+
+class ClusterKind(IntEnum):
+    """What an L2 entry says. ``ZERO`` may have a host cluster (preallocated) or none."""
+
+    UNALLOCATED = 0
+    ZERO = 1
+    DATA = 2
+    COMPRESSED = 3
+
+
+@dataclass(frozen=True, slots=True)
+class EntryFormat:
+    """The bits of one image's entries; make one with :func:`entry_format`."""
+
+    version: int
+    cluster_bits: int
+    offset_mask: int
+    copied: int
+    compressed: int
+    reads_zero: int
+    l1_offset_mask: int
+    not_plain: int = field(init=False)
+    in_place_mask: int = field(init=False)
+    in_place_value: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        misaligned = ((1 << self.cluster_bits) - 1) & self.offset_mask if self.version > 1 else 0
+        zero_bit = READS_ZERO if self.version > 1 else 0
+        not_plain = self.compressed | zero_bit | misaligned
+        object.__setattr__(self, "not_plain", not_plain)
+        object.__setattr__(self, "in_place_mask", not_plain | self.copied)
+        object.__setattr__(self, "in_place_value", self.copied)
+
+    def classify(self, entry: int) -> ClusterKind:
+        """What the entry says. Raises CorruptImageError for what no valid image holds."""
+        if entry & self.compressed:
+            return ClusterKind.COMPRESSED
+        host_offset = entry & self.offset_mask
+        if self.version > 1 and host_offset & ((1 << self.cluster_bits) - 1):
+            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not cluster aligned")
+        if host_offset >= MAX_HOST_OFFSET:
+            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset beyond 2^56")
+        if entry & READS_ZERO and self.version > 1:
+            if not self.reads_zero:
+                raise CorruptImageError("L2 entry", None, f"{entry:#018x}: zero flag in a version 2 image")
+            return ClusterKind.ZERO
+        return ClusterKind.DATA if host_offset else ClusterKind.UNALLOCATED
+
+    def host_offset(self, entry: int) -> int:
+        """The host offset in an entry that is not compressed; 0 when there is none."""
+        return entry & self.offset_mask
+
+    def is_reusable_zero(self, entry: int) -> bool:
+        """A zero cluster that owns a host cluster alone: a write may fill that cluster."""
+        wanted = self.reads_zero | self.copied
+        return bool(
+            self.reads_zero
+            and entry & (wanted | self.compressed) == wanted
+            and entry & self.offset_mask
+            and not entry & self.offset_mask & ((1 << self.cluster_bits) - 1)
+        )
+
+    def compressed_cluster(self, entry: int) -> CompressedCluster:
+        """Where the compressed data of an entry lies. Raises FormatError."""
+        if self.version == 1:
+            return parse_compressed_entry_v1(entry, self.cluster_bits)
+        return parse_compressed_entry(entry, self.cluster_bits)
+
+    def data_entry(self, host_offset: int) -> int:
+        """The entry for a data cluster that is referenced once."""
+        return host_offset | self.copied
+
+    def l1_host_offset(self, l1_entry: int) -> int:
+        """Host offset of the L2 table, 0 for none. Raises CorruptImageError for an impossible one."""
+        host_offset = l1_entry & self.l1_offset_mask
+        if self.version > 1 and host_offset & ((1 << self.cluster_bits) - 1):
+            raise CorruptImageError("L1 entry", None, f"{l1_entry:#018x}: L2 table is not cluster aligned")
+        if host_offset >= MAX_HOST_OFFSET:
+            raise CorruptImageError("L1 entry", None, f"{l1_entry:#018x}: L2 table beyond 2^56")
+        return host_offset
+
+
+def entry_format(version: int, cluster_bits: int) -> EntryFormat:
+    """The entry bits of a QCOW image of ``version`` 1, 2 or 3 with clusters of ``2**cluster_bits`` bytes."""
+    if version == 1:
+        return EntryFormat(
+            version=1,
+            cluster_bits=cluster_bits,
+            offset_mask=OFFSET_MASK_V1,
+            copied=0,
+            compressed=COMPRESSED_V1,
+            reads_zero=0,
+            l1_offset_mask=OFFSET_MASK_V1,
+        )
+    return EntryFormat(
+        version=version,
+        cluster_bits=cluster_bits,
+        offset_mask=OFFSET_MASK,
+        copied=COPIED,
+        compressed=COMPRESSED,
+        reads_zero=READS_ZERO if version >= 3 else 0,
+        l1_offset_mask=OFFSET_MASK,
+    )
+
+
+def parse_table(data: bytes | bytearray | memoryview) -> array[int]:
+    """A table of big-endian 64-bit entries as an array; ``len(data)`` must be a multiple of 8."""
+    table = array("Q")
+    table.frombytes(data)
+    if sys.byteorder == "little":
+        table.byteswap()
+    return table
+
+
+def serialise_table(table: array[int], start: int, end: int) -> bytes:
+    """Entries ``start`` to ``end`` (exclusive) as they stand on disk."""
+    part = table[start:end]
+    if sys.byteorder == "little":
+        part.byteswap()
+    return part.tobytes()

@@ -1,0 +1,76 @@
+"""Extents: runs of guest bytes that are read or written the same way.
+
+1. A run never reaches beyond what was asked for, and never beyond one L2 slice.
+2. Runs of data clusters that lie back to back in the host file are one run: one system call later.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import NamedTuple
+
+from .entries import ClusterKind, EntryFormat
+
+MISS = -1
+"""Kind of a run whose L2 slice is not in memory."""
+
+
+class Run(NamedTuple):
+    """``n_bytes`` of guest bytes of one ``kind`` (a ClusterKind, or MISS).
+
+    ``value`` is the host offset of the first byte for DATA, the L2 entry for COMPRESSED, else 0.
+    """
+
+    kind: int
+    value: int
+    n_bytes: int
+
+
+class Extent(NamedTuple):
+    """A run after the backing chain was resolved: ``layer`` is the index of the layer that holds the bytes."""
+
+    kind: int
+    layer: int
+    value: int
+    guest_offset: int
+    n_bytes: int
+
+
+def lookup_run(entries: array[int], entry_format: EntryFormat, index: int, in_cluster: int, n_bytes: int) -> Run:
+    """The run at byte ``in_cluster`` of the cluster of ``entries[index]``, at most ``n_bytes`` long.
+
+    Raises CorruptImageError for an impossible entry.
+    """
+    cluster_size = 1 << entry_format.cluster_bits
+    entry = entries[index]
+    end = in_cluster + n_bytes
+    covered = cluster_size
+    n_entries = len(entries)
+    not_plain = entry_format.not_plain
+    offset_mask = entry_format.offset_mask
+    host_offset = entry & offset_mask
+    if not entry & not_plain and host_offset:
+        entry_format.classify(entry)
+        expected = host_offset + cluster_size
+        while covered < end:
+            index += 1
+            if index == n_entries:
+                break
+            entry = entries[index]
+            if entry & not_plain or entry & offset_mask != expected:
+                break
+            expected += cluster_size
+            covered += cluster_size
+        return Run(ClusterKind.DATA, host_offset + in_cluster, min(covered, end) - in_cluster)
+    kind = entry_format.classify(entry)
+    if kind is ClusterKind.COMPRESSED:
+        return Run(kind, entry, min(cluster_size, end) - in_cluster)
+    while covered < end:
+        index += 1
+        if index == n_entries:
+            break
+        following = entries[index]
+        if following != entry and (not kind or entry_format.classify(following) is not kind):
+            break
+        covered += cluster_size
+    return Run(kind, 0, min(covered, end) - in_cluster)

@@ -1,0 +1,100 @@
+"""Addresses and sizes of a QCOW image: every shift and mask that the rest of the code uses.
+
+1. An address says by its type which side it is on: guest (the virtual disk) or host (the image file).
+2. Everything here is arithmetic on validated numbers; nothing reads bytes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NewType
+
+from ..errors import FormatError
+
+GuestOffset = NewType("GuestOffset", int)
+"""Bytes from the start of the virtual disk."""
+HostOffset = NewType("HostOffset", int)
+"""Bytes from the start of the image file."""
+GuestCluster = NewType("GuestCluster", int)
+"""Index of a cluster of the virtual disk."""
+HostCluster = NewType("HostCluster", int)
+"""Index of a cluster of the image file."""
+
+SECTOR_SIZE = 512
+MIN_CLUSTER_BITS = 9
+MAX_CLUSTER_BITS = 21
+MAX_REFCOUNT_ORDER = 6
+L2_ENTRY_SIZE = 8
+MAX_SLICE_SIZE = 64 * 1024
+"""Bytes of an L2 table that are read, cached and evicted as one; smaller tables are one slice."""
+
+
+def divide_up(value: int, divisor: int) -> int:
+    """``value / divisor``, rounded up."""
+    return -(-value // divisor)
+
+
+def round_up(value: int, unit: int) -> int:
+    """The least multiple of ``unit`` that is not below ``value``."""
+    return -(-value // unit) * unit
+
+
+@dataclass(frozen=True, slots=True)
+class Geometry:
+    """Sizes and shifts of one image.
+
+    ``cluster_bits`` 9 to 21; ``l2_bits`` log2 of the entries per L2 table; ``size`` virtual size in bytes.
+    Raises FormatError for numbers that no valid image has.
+    """
+
+    cluster_bits: int
+    l2_bits: int
+    size: int
+
+    def __post_init__(self) -> None:
+        if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
+            raise FormatError("header", 20, f"cluster_bits {self.cluster_bits}, expected 9 to 21")
+        if not 1 <= self.l2_bits <= MAX_CLUSTER_BITS - 3:
+            raise FormatError("header", None, f"l2_bits {self.l2_bits}, expected 1 to 18")
+        if self.size < 0 or self.size >= 1 << 63:
+            raise FormatError("header", 24, f"virtual size {self.size:#x}, expected less than 2^63")
+
+    @property
+    def cluster_size(self) -> int:
+        """Bytes per cluster."""
+        return 1 << self.cluster_bits
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries per L2 table."""
+        return 1 << self.l2_bits
+
+    @property
+    def l2_table_size(self) -> int:
+        """Bytes per L2 table."""
+        return self.l2_entries * L2_ENTRY_SIZE
+
+    @property
+    def slice_size(self) -> int:
+        """Bytes per L2 slice: the table, or 64 KiB of it."""
+        return min(self.l2_table_size, MAX_SLICE_SIZE)
+
+    @property
+    def slice_bits(self) -> int:
+        """log2 of the entries per L2 slice."""
+        return (self.slice_size // L2_ENTRY_SIZE).bit_length() - 1
+
+    @property
+    def l1_shift(self) -> int:
+        """Guest offset to L1 index is a right shift by this."""
+        return self.cluster_bits + self.l2_bits
+
+    @property
+    def n_guest_clusters(self) -> int:
+        """Clusters of the virtual disk, the last one possibly cut short."""
+        return divide_up(self.size, self.cluster_size)
+
+    @property
+    def n_l1_entries(self) -> int:
+        """L1 entries that the virtual size needs."""
+        return divide_up(self.size, 1 << self.l1_shift)

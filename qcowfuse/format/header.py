@@ -1,0 +1,598 @@
+"""The headers of QCOW version 1 and QCOW2 versions 2 and 3: parse, validate, serialise, name the features.
+
+1. What QEMU refuses to open is refused here; what it opens is parsed, even where a table lies past the end
+   of the file (such a table reads as zeroes).
+2. Every length is compared with its limit before anything of that length is made.
+3. Fields and extensions that nobody here knows are kept byte for byte.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from typing import Literal
+
+from ..errors import FormatError, UnsupportedFeatureError
+from .extensions import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_BITMAPS,
+    EXTENSION_FEATURE_NAMES,
+    EXTENSION_LUKS_HEADER,
+    FEATURE_KIND_INCOMPATIBLE,
+    HeaderExtension,
+    find_extension,
+    parse_extensions,
+    parse_feature_names,
+    serialise_extensions,
+)
+from .geometry import L2_ENTRY_SIZE, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, SECTOR_SIZE, divide_up
+
+MAGIC = b"QFI\xfb"
+
+INCOMPATIBLE_DIRTY = 1 << 0
+INCOMPATIBLE_CORRUPT = 1 << 1
+INCOMPATIBLE_DATA_FILE = 1 << 2
+INCOMPATIBLE_COMPRESSION = 1 << 3
+INCOMPATIBLE_EXTENDED_L2 = 1 << 4
+KNOWN_INCOMPATIBLE = (1 << 5) - 1
+COMPATIBLE_LAZY_REFCOUNTS = 1 << 0
+KNOWN_COMPATIBLE = COMPATIBLE_LAZY_REFCOUNTS
+AUTOCLEAR_BITMAPS = 1 << 0
+AUTOCLEAR_RAW_DATA_FILE = 1 << 1
+KNOWN_AUTOCLEAR = AUTOCLEAR_BITMAPS | AUTOCLEAR_RAW_DATA_FILE
+
+CRYPT_NONE = 0
+CRYPT_AES = 1
+CRYPT_LUKS = 2
+COMPRESSION_DEFLATE = 0
+COMPRESSION_ZSTD = 1
+
+# Places of the fields that change while an image is in use.
+L1_SIZE_FIELD = 36
+"""l1_size (u32) and behind it l1_table_offset (u64): written as one, inside one sector."""
+REFCOUNT_TABLE_FIELD = 48
+"""refcount_table_offset (u64) and behind it refcount_table_clusters (u32): written as one."""
+SNAPSHOTS_FIELD = 60
+"""n_snapshots (u32) and behind it snapshots_offset (u64): written as one."""
+INCOMPATIBLE_FIELD = 72
+COMPATIBLE_FIELD = 80
+AUTOCLEAR_FIELD = 88
+
+V1_HEADER_LENGTH = 48
+V2_HEADER_LENGTH = 72
+V3_MIN_HEADER_LENGTH = 104
+V3_KNOWN_HEADER_LENGTH = 112
+"""Bytes up to the end of the fields known here: compression_type and its 7 bytes of padding."""
+
+MAX_L1_SIZE = 32 * 1024 * 1024
+"""Bytes of an L1 table. For version 1 QEMU allows 2 GiB; all of it is kept in memory, so it is the same here."""
+MAX_REFCOUNT_TABLE_SIZE = 8 * 1024 * 1024
+MAX_SNAPSHOTS = 65536
+SNAPSHOT_ENTRY_SIZE = 40
+MAX_BACKING_NAME = 1023
+MAX_BACKING_FORMAT = 15
+MAX_BITMAPS = 65535
+MAX_BITMAP_DIRECTORY_SIZE = 1024 * MAX_BITMAPS
+MAX_HEADER_AREA = 1 << MAX_CLUSTER_BITS
+"""Bytes at the start of a file that can matter to the parser."""
+OFFSET_LIMIT = 1 << 63
+
+V1_MIN_CLUSTER_BITS, V1_MAX_CLUSTER_BITS = 9, 16
+V1_MIN_L2_BITS, V1_MAX_L2_BITS = 6, 13
+EXTENDED_L2_MIN_CLUSTER_BITS = 14
+
+_MAGIC_AND_VERSION = struct.Struct(">4sI")
+_V1 = struct.Struct(">4sIQIIQBBHIQ")
+_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
+_V3 = struct.Struct(">QQQII")
+_BITMAPS = struct.Struct(">IIQQ")
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow1Header:
+    """The header of a version 1 image. ``size`` in bytes, ``mtime`` of the backing file in seconds."""
+
+    backing_file_offset: int
+    backing_file_size: int
+    mtime: int
+    size: int
+    cluster_bits: int
+    l2_bits: int
+    crypt_method: int
+    l1_table_offset: int
+    backing_file: str | None
+
+    @property
+    def n_l1_entries(self) -> int:
+        """Entries of the L1 table; version 1 does not store it."""
+        return divide_up(self.size, 1 << (self.cluster_bits + self.l2_bits))
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the virtual disk as QEMU serves it: whole sectors of 512."""
+        return self.size // SECTOR_SIZE * SECTOR_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Header:
+    """The header of a version 2 or 3 image; version 2 has the values that version 3 gives to absent fields.
+
+    ``size`` in bytes, ``l1_size`` in entries, ``unknown_fields`` the bytes between the fields known here and
+    ``header_length``. ``backing_file`` has undecodable bytes as surrogates, as ``os.fsdecode`` gives them.
+    """
+
+    version: int
+    backing_file_offset: int
+    backing_file_size: int
+    cluster_bits: int
+    size: int
+    crypt_method: int
+    l1_size: int
+    l1_table_offset: int
+    refcount_table_offset: int
+    refcount_table_clusters: int
+    n_snapshots: int
+    snapshots_offset: int
+    incompatible_features: int = 0
+    compatible_features: int = 0
+    autoclear_features: int = 0
+    refcount_order: int = 4
+    header_length: int = V2_HEADER_LENGTH
+    compression_type: int = COMPRESSION_DEFLATE
+    unknown_fields: bytes = b""
+    extensions: tuple[HeaderExtension, ...] = ()
+    backing_file: str | None = None
+
+    @property
+    def backing_format(self) -> str | None:
+        """What the image calls its backing file's format ("raw", "qcow2"), or None when it does not say."""
+        raw = find_extension(self.extensions, EXTENSION_BACKING_FORMAT)
+        return None if raw is None else _decode_name(raw) or None
+
+    @property
+    def l2_bits(self) -> int:
+        """log2 of the entries per L2 table."""
+        extended = self.incompatible_features & INCOMPATIBLE_EXTENDED_L2
+        return self.cluster_bits - (4 if extended else 3)
+
+    @property
+    def virtual_size(self) -> int:
+        """Bytes of the virtual disk as QEMU serves it: whole sectors of 512."""
+        return self.size // SECTOR_SIZE * SECTOR_SIZE
+
+    @property
+    def dirty(self) -> bool:
+        """Whether refcounts may be too low on disk (incompatible bit 0)."""
+        return bool(self.incompatible_features & INCOMPATIBLE_DIRTY)
+
+    @property
+    def corrupt(self) -> bool:
+        """Whether some writer found the metadata to be wrong (incompatible bit 1)."""
+        return bool(self.incompatible_features & INCOMPATIBLE_CORRUPT)
+
+
+def probe_format(data: bytes) -> Literal["qcow", "qcow2"] | None:
+    """The format by magic and version (8 bytes), None for anything else. Raises FormatError for a QCOW magic
+    with a version other than 1, 2 or 3."""
+    if len(data) < _MAGIC_AND_VERSION.size:
+        return None
+    magic, version = _MAGIC_AND_VERSION.unpack_from(data)
+    if magic != MAGIC:
+        return None
+    if version not in (1, 2, 3):
+        raise FormatError("header", 4, f"version {version}, expected 1, 2 or 3")
+    return "qcow" if version == 1 else "qcow2"
+
+
+def header_length_needed(data: bytes) -> int:
+    """How many bytes of the file's start :func:`parse_header` wants, at most 2 MiB, told from the first 32."""
+    if probe_format(data) is None or len(data) < 24:
+        return V3_KNOWN_HEADER_LENGTH
+    name_offset: int
+    name_size: int
+    cluster_bits: int
+    name_offset, name_size, cluster_bits = struct.unpack_from(">QII", data, 8)
+    if probe_format(data) == "qcow":
+        end = name_offset + name_size if name_offset and name_size <= MAX_BACKING_NAME else 0
+        return max(V1_HEADER_LENGTH, end if end <= MAX_HEADER_AREA else 0)
+    if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
+        return V3_KNOWN_HEADER_LENGTH
+    return 1 << cluster_bits
+
+
+def parse_header(data: bytes, file_size: int) -> Qcow1Header | Qcow2Header:
+    """The validated header in ``data``, the first :func:`header_length_needed` bytes of a file of ``file_size``.
+
+    ``data`` may be shorter where the file is. Raises FormatError, of which UnsupportedFeatureError only for
+    what keeps the rest of the header from being understood.
+    """
+    format_name = probe_format(data)
+    if format_name is None:
+        raise FormatError("header", 0, f"magic {bytes(data[:4]).hex() or 'absent'}, expected {MAGIC.hex()}")
+    if len(data) < min(header_length_needed(data), file_size):
+        raise FormatError("header", None, f"{len(data)} bytes, expected {header_length_needed(data)}")
+    return _parse_v1(data) if format_name == "qcow" else _parse_v2(data)
+
+
+def _parse_v1(data: bytes) -> Qcow1Header:
+    _require(len(data) >= V1_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 48")
+    (
+        _magic,
+        _version,
+        backing_file_offset,
+        backing_file_size,
+        mtime,
+        size,
+        cluster_bits,
+        l2_bits,
+        _padding,
+        crypt_method,
+        l1_table_offset,
+    ) = _V1.unpack_from(data)
+    _require(1 < size < OFFSET_LIMIT, 24, f"virtual size {size:#x}, expected 2 to 2^63 - 1")
+    _require(
+        V1_MIN_CLUSTER_BITS <= cluster_bits <= V1_MAX_CLUSTER_BITS,
+        32,
+        f"cluster_bits {cluster_bits}, expected 9 to 16",
+    )
+    _require(V1_MIN_L2_BITS <= l2_bits <= V1_MAX_L2_BITS, 33, f"l2_bits {l2_bits}, expected 6 to 13")
+    _require(crypt_method in (CRYPT_NONE, CRYPT_AES), 36, f"crypt_method {crypt_method}, expected 0 or 1")
+    backing_file: str | None = None
+    if backing_file_offset and backing_file_size:
+        _require(
+            backing_file_size <= MAX_BACKING_NAME,
+            16,
+            f"backing file name of {backing_file_size} bytes, expected at most {MAX_BACKING_NAME}",
+        )
+        _require(
+            V1_HEADER_LENGTH <= backing_file_offset <= MAX_HEADER_AREA - backing_file_size,
+            8,
+            f"backing file name at {backing_file_offset:#x}, expected in the first 2 MiB behind the header",
+        )
+        backing_file = _parse_backing_name(data, backing_file_offset, backing_file_size)
+    header = Qcow1Header(
+        backing_file_offset=backing_file_offset,
+        backing_file_size=backing_file_size,
+        mtime=mtime,
+        size=size,
+        cluster_bits=cluster_bits,
+        l2_bits=l2_bits,
+        crypt_method=crypt_method,
+        l1_table_offset=l1_table_offset,
+        backing_file=backing_file,
+    )
+    l1_bytes = header.n_l1_entries * L2_ENTRY_SIZE
+    _require(l1_bytes <= MAX_L1_SIZE, 24, f"L1 table of {l1_bytes:#x} bytes, expected at most {MAX_L1_SIZE:#x}")
+    _require(
+        l1_table_offset < OFFSET_LIMIT - l1_bytes,
+        40,
+        f"L1 table at {l1_table_offset:#x}, expected to end below 2^63",
+    )
+    return header
+
+
+def _parse_v2(data: bytes) -> Qcow2Header:
+    _require(len(data) >= V2_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 72")
+    (
+        _magic,
+        version,
+        backing_file_offset,
+        backing_file_size,
+        cluster_bits,
+        size,
+        crypt_method,
+        l1_size,
+        l1_table_offset,
+        refcount_table_offset,
+        refcount_table_clusters,
+        n_snapshots,
+        snapshots_offset,
+    ) = _V2.unpack_from(data)
+    _require(
+        MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS, 20, f"cluster_bits {cluster_bits}, expected 9 to 21"
+    )
+    cluster_size = 1 << cluster_bits
+    # Past the end of the file QEMU reads zeroes, so that a header-only file is as good as a padded one.
+    area = bytes(data[:cluster_size]).ljust(cluster_size, b"\0")
+    incompatible = compatible = autoclear = 0
+    refcount_order, header_length, compression_type = 4, V2_HEADER_LENGTH, COMPRESSION_DEFLATE
+    if version == 3:
+        _require(len(data) >= V3_MIN_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 104")
+        incompatible, compatible, autoclear, refcount_order, header_length = _V3.unpack_from(area, V2_HEADER_LENGTH)
+        _require(
+            V3_MIN_HEADER_LENGTH <= header_length <= cluster_size,
+            100,
+            f"header_length {header_length}, expected 104 to {cluster_size}",
+        )
+        if header_length > V3_MIN_HEADER_LENGTH:
+            compression_type = area[V3_MIN_HEADER_LENGTH]
+    _require(
+        backing_file_offset <= cluster_size,
+        8,
+        f"backing file name at {backing_file_offset:#x}, expected inside the first cluster",
+    )
+    _check_compression(compression_type, incompatible)
+    extensions = _parse_extensions(area, header_length, backing_file_offset or cluster_size, incompatible)
+    backing_file: str | None = None
+    if backing_file_offset:
+        limit = min(MAX_BACKING_NAME, cluster_size - backing_file_offset)
+        _require(
+            backing_file_size <= limit,
+            16,
+            f"backing file name of {backing_file_size} bytes, expected at most {limit}",
+        )
+        if backing_file_size:
+            _require(
+                backing_file_offset >= header_length,
+                8,
+                f"backing file name at {backing_file_offset:#x}, expected behind the header of {header_length}",
+            )
+            backing_file = _parse_backing_name(area, backing_file_offset, backing_file_size)
+    header = Qcow2Header(
+        version=version,
+        backing_file_offset=backing_file_offset,
+        backing_file_size=backing_file_size,
+        cluster_bits=cluster_bits,
+        size=size,
+        crypt_method=crypt_method,
+        l1_size=l1_size,
+        l1_table_offset=l1_table_offset,
+        refcount_table_offset=refcount_table_offset,
+        refcount_table_clusters=refcount_table_clusters,
+        n_snapshots=n_snapshots,
+        snapshots_offset=snapshots_offset,
+        incompatible_features=incompatible,
+        compatible_features=compatible,
+        autoclear_features=autoclear,
+        refcount_order=refcount_order,
+        header_length=header_length,
+        compression_type=compression_type,
+        unknown_fields=area[V3_KNOWN_HEADER_LENGTH:header_length],
+        extensions=extensions,
+        backing_file=backing_file,
+    )
+    # An unknown feature may give the other fields another meaning: they are nobody's to judge then.
+    if not incompatible & ~KNOWN_INCOMPATIBLE:
+        _check_tables(header)
+        _check_extensions(header)
+    return header
+
+
+def _check_compression(compression_type: int, incompatible: int) -> None:
+    if compression_type not in (COMPRESSION_DEFLATE, COMPRESSION_ZSTD):
+        raise UnsupportedFeatureError([f"compression type {compression_type}"])
+    expected = compression_type != COMPRESSION_DEFLATE
+    _require(
+        bool(incompatible & INCOMPATIBLE_COMPRESSION) == expected,
+        INCOMPATIBLE_FIELD,
+        f"incompatible features {incompatible:#x}, expected bit 3 {'set' if expected else 'clear'} "
+        f"for compression type {compression_type}",
+    )
+
+
+def _parse_extensions(area: bytes, start: int, end: int, incompatible: int) -> tuple[HeaderExtension, ...]:
+    try:
+        return parse_extensions(area, start, end)
+    except FormatError:
+        if incompatible & ~KNOWN_INCOMPATIBLE:
+            raise UnsupportedFeatureError(_incompatible_names(incompatible, b"")) from None
+        raise
+
+
+def _check_tables(header: Qcow2Header) -> None:
+    """Places and sizes of the tables, with QEMU's limits."""
+    cluster_size = 1 << header.cluster_bits
+    if header.incompatible_features & INCOMPATIBLE_EXTENDED_L2:
+        _require(
+            header.cluster_bits >= EXTENDED_L2_MIN_CLUSTER_BITS,
+            20,
+            f"cluster_bits {header.cluster_bits}, expected 14 to 21 with extended L2 entries",
+        )
+    _require(
+        header.refcount_order <= MAX_REFCOUNT_ORDER,
+        96,
+        f"refcount_order {header.refcount_order}, expected 0 to {MAX_REFCOUNT_ORDER}",
+    )
+    _require(header.refcount_table_clusters > 0, 56, "refcount table of 0 clusters, expected at least 1")
+    tables = (
+        (
+            "refcount table",
+            REFCOUNT_TABLE_FIELD,
+            header.refcount_table_offset,
+            header.refcount_table_clusters * cluster_size,
+            MAX_REFCOUNT_TABLE_SIZE,
+        ),
+        (
+            "snapshot table",
+            64,
+            header.snapshots_offset,
+            header.n_snapshots * SNAPSHOT_ENTRY_SIZE,
+            MAX_SNAPSHOTS * SNAPSHOT_ENTRY_SIZE,
+        ),
+        ("L1 table", 40, header.l1_table_offset, header.l1_size * L2_ENTRY_SIZE, MAX_L1_SIZE),
+    )
+    for name, field, offset, n_bytes, limit in tables:
+        _require(n_bytes <= limit, field, f"{name} of {n_bytes:#x} bytes, expected at most {limit:#x}")
+        _require(
+            offset % cluster_size == 0 and offset < OFFSET_LIMIT - n_bytes,
+            field,
+            f"{name} at {offset:#x}, expected a multiple of {cluster_size:#x} that ends below 2^63",
+        )
+    _require(header.size < OFFSET_LIMIT, 24, f"virtual size {header.size:#x}, expected less than 2^63")
+    n_needed = divide_up(header.size, 1 << (header.cluster_bits + header.l2_bits))
+    _require(
+        header.l1_size >= n_needed,
+        L1_SIZE_FIELD,
+        f"L1 table of {header.l1_size} entries, expected at least {n_needed} for {header.size} bytes",
+    )
+
+
+def _check_extensions(header: Qcow2Header) -> None:
+    """The extensions that QEMU looks into when it opens an image."""
+    cluster_size = 1 << header.cluster_bits
+    for extension in header.extensions:
+        if extension.magic == EXTENSION_BACKING_FORMAT and len(extension.data) > MAX_BACKING_FORMAT:
+            raise FormatError(
+                "header extension",
+                None,
+                f"backing format name of {len(extension.data)} bytes, expected at most {MAX_BACKING_FORMAT}",
+            )
+        if extension.magic == EXTENSION_LUKS_HEADER and header.crypt_method != CRYPT_LUKS:
+            raise FormatError(
+                "header extension",
+                None,
+                f"LUKS header pointer with crypt_method {header.crypt_method}, expected 2",
+            )
+        if extension.magic == EXTENSION_BITMAPS:
+            _check_bitmaps(extension.data, cluster_size, header.autoclear_features)
+    raw_data_file = header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE
+    _require(
+        not raw_data_file or bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE),
+        AUTOCLEAR_FIELD,
+        f"autoclear features {header.autoclear_features:#x}: raw external data without an external data file",
+    )
+
+
+def _check_bitmaps(data: bytes, cluster_size: int, autoclear: int) -> None:
+    if len(data) != _BITMAPS.size:
+        raise FormatError("bitmaps extension", None, f"{len(data)} bytes, expected {_BITMAPS.size}")
+    if not autoclear & AUTOCLEAR_BITMAPS:
+        return
+    n_bitmaps, reserved, directory_size, directory_offset = _BITMAPS.unpack(data)
+    if (
+        reserved
+        or not 1 <= n_bitmaps <= MAX_BITMAPS
+        or directory_offset % cluster_size
+        or directory_size > MAX_BITMAP_DIRECTORY_SIZE
+    ):
+        raise FormatError(
+            "bitmaps extension",
+            None,
+            f"{n_bitmaps} bitmaps, directory of {directory_size:#x} bytes at {directory_offset:#x}, reserved "
+            f"{reserved:#x}, expected 1 to {MAX_BITMAPS}, at most {MAX_BITMAP_DIRECTORY_SIZE:#x}, aligned, 0",
+        )
+
+
+def unknown_incompatible(header: Qcow2Header) -> tuple[str, ...]:
+    """Names of the set incompatible bits that qcowfuse has never heard of, by the image's own feature table,
+    "incompatible feature bit N" where that is silent."""
+    table = find_extension(header.extensions, EXTENSION_FEATURE_NAMES) or b""
+    return _incompatible_names(header.incompatible_features, table)
+
+
+def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
+    """Raise UnsupportedFeatureError with the name of everything that this image needs and nobody here serves."""
+    names: list[str] = []
+    if header.crypt_method == CRYPT_AES:
+        names.append("AES encryption")
+    elif header.crypt_method == CRYPT_LUKS:
+        names.append("LUKS encryption")
+    elif header.crypt_method != CRYPT_NONE:
+        names.append(f"encryption method {header.crypt_method}")
+    if isinstance(header, Qcow2Header):
+        if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
+            names.append("external data file")
+        if header.incompatible_features & INCOMPATIBLE_EXTENDED_L2:
+            names.append("extended L2 entries")
+        names += unknown_incompatible(header)
+    if names:
+        raise UnsupportedFeatureError(names)
+
+
+def serialise_header(header: Qcow1Header | Qcow2Header) -> bytes:
+    """The bytes of ``header`` from offset 0 to the end of the backing file's name (or of the extensions).
+
+    The inverse of :func:`parse_header`. Raises FormatError when the parts do not fit where the header says.
+    """
+    if isinstance(header, Qcow1Header):
+        fixed = _V1.pack(
+            MAGIC,
+            1,
+            header.backing_file_offset,
+            header.backing_file_size,
+            header.mtime,
+            header.size,
+            header.cluster_bits,
+            header.l2_bits,
+            0,
+            header.crypt_method,
+            header.l1_table_offset,
+        )
+        return _append_backing_name(fixed, header)
+    fixed = _V2.pack(
+        MAGIC,
+        header.version,
+        header.backing_file_offset,
+        header.backing_file_size,
+        header.cluster_bits,
+        header.size,
+        header.crypt_method,
+        header.l1_size,
+        header.l1_table_offset,
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        header.n_snapshots,
+        header.snapshots_offset,
+    )
+    if header.version >= 3:
+        fixed += _V3.pack(
+            header.incompatible_features,
+            header.compatible_features,
+            header.autoclear_features,
+            header.refcount_order,
+            header.header_length,
+        )
+        fixed += bytes([header.compression_type]) + bytes(7)
+        fixed = fixed[: header.header_length] + header.unknown_fields
+    if len(fixed) != header.header_length:
+        raise FormatError("header", 100, f"header_length {header.header_length}, expected {len(fixed)}")
+    end = header.backing_file_offset or 1 << header.cluster_bits
+    if header.extensions:
+        fixed += serialise_extensions(header.extensions)
+        n_padding = -len(header.extensions[-1].data) % 8
+        if len(fixed) - n_padding > end:
+            raise FormatError("header", None, f"extensions end at {len(fixed):#x}, expected at most {end:#x}")
+        fixed = fixed[:end]
+    # Extensions that fill their place to the last byte need no end marker, and there is no room for one.
+    if end - len(fixed) >= 8:
+        fixed += bytes(8)
+    return _append_backing_name(fixed, header)
+
+
+def _append_backing_name(fixed: bytes, header: Qcow1Header | Qcow2Header) -> bytes:
+    if header.backing_file is None:
+        return fixed
+    name = header.backing_file.encode("utf-8", "surrogateescape").ljust(header.backing_file_size, b"\0")
+    if len(name) != header.backing_file_size or len(fixed) > header.backing_file_offset:
+        raise FormatError(
+            "header",
+            8,
+            f"backing file name of {len(name)} bytes at {header.backing_file_offset:#x}, "
+            f"expected {header.backing_file_size} behind {len(fixed):#x}",
+        )
+    return fixed.ljust(header.backing_file_offset, b"\0") + name
+
+
+def _incompatible_names(incompatible: int, table: bytes) -> tuple[str, ...]:
+    known = {
+        feature.bit: feature.name
+        for feature in reversed(parse_feature_names(table))
+        if feature.kind == FEATURE_KIND_INCOMPATIBLE
+    }
+    unknown = incompatible & ~KNOWN_INCOMPATIBLE
+    return tuple(known.get(bit, f"incompatible feature bit {bit}") for bit in range(64) if unknown & (1 << bit))
+
+
+def _parse_backing_name(data: bytes, offset: int, n_bytes: int) -> str | None:
+    raw = bytes(data[offset : offset + n_bytes])
+    return _decode_name(raw) or None
+
+
+def _decode_name(raw: bytes) -> str:
+    """Bytes up to the first NUL (as C code reads them), undecodable ones as surrogates."""
+    return raw.partition(b"\0")[0].decode("utf-8", "surrogateescape")
+
+
+def _require(condition: bool, host_offset: int, detail: str) -> None:
+    if not condition:
+        raise FormatError("header", host_offset, detail)

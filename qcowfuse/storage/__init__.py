@@ -1,0 +1,32 @@
+"""Bytes at offsets, asynchronously: the layer below the image drivers, which knows nothing of QCOW.
+
+1. Inline where the kernel can answer at once, a worker thread where it can't; which of the two is found
+   out once, at open (``file``). An event loop that waits for a disk serves nobody.
+2. A storage is used from one trio thread only. It holds no lock: overlapping writes are the caller's affair.
+3. ``OSError`` is what comes out, untouched; a failed flush is final (``base``, rule 4).
+
+``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``locks`` the image locks that
+QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a known delay on each access, and
+an image that is locked in RAM.
+"""
+
+from __future__ import annotations
+
+from .base import Buffer, Storage, StorageCounters
+from .file import FileStorage, open_file_storage
+from .latency import DelayModel, LatencyStorage
+from .locks import acquire_image_lock, wait_image_lock
+from .memory import ResidentStorage
+
+__all__ = [
+    "Buffer",
+    "DelayModel",
+    "FileStorage",
+    "LatencyStorage",
+    "ResidentStorage",
+    "Storage",
+    "StorageCounters",
+    "acquire_image_lock",
+    "open_file_storage",
+    "wait_image_lock",
+]

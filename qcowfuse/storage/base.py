@@ -1,0 +1,93 @@
+"""The Storage protocol: bytes at offsets, asynchronously, and nothing about QCOW.
+
+1. The ``try_`` calls are plain functions: they answer at once or say that they can't, and never block.
+   They are an offer: a storage may always decline, and the caller then awaits the other call.
+2. Reads past the end of the storage give zeroes; writes past the end grow it.
+3. A completed write is visible to every later read; it is durable after the next successful ``flush``.
+4. ``OSError`` is the only exception. A failed ``flush`` is final: each later one fails too (the kernel has
+   dropped the dirty pages and would report success).
+5. Cancelling an awaited write leaves any part of it done; the task returns only when the storage no longer
+   touches the caller's buffers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Protocol
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(slots=True)
+class StorageCounters:
+    """What reached the backend: one count per call, inline or not; ``_bytes`` in bytes."""
+
+    reads: int = 0
+    writes: int = 0
+    flushes: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+
+    def as_dict(self) -> dict[str, int]:
+        """The counts by name."""
+        return asdict(self)
+
+
+class Storage(Protocol):
+    """A file, or something that acts as one. Offsets and lengths are in bytes."""
+
+    @property
+    def name(self) -> str:
+        """The path, for messages."""
+
+    @property
+    def writable(self) -> bool:
+        """Whether writes are allowed; a write to a read-only storage raises ``OSError(EBADF)``."""
+
+    @property
+    def counters(self) -> StorageCounters:
+        """Live counts of backend operations."""
+
+    def size(self) -> int:
+        """The present length, kept in memory (the image is held alone); grows with writes past the end."""
+
+    def allocated_bytes(self) -> int:
+        """Bytes of host disk space in use (``st_blocks * 512``)."""
+
+    def free_bytes(self) -> int:
+        """Bytes that the file system still has for it."""
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """All ``n_bytes`` (zero-filled past the end), or None when that would block."""
+
+    def try_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
+        """Fill ``buffer`` and return True, or return False when that would block (``buffer`` is then undefined)."""
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """All ``n_bytes``, zero-filled past the end."""
+
+    async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
+        """Fill ``buffer``, with zeroes past the end."""
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Write all buffers back to back and return True, or return False: then nothing is promised and the
+        caller must await :meth:`pwritev` with the same arguments."""
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write all buffers back to back (any number of them), however many system calls it takes."""
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+        """Make the range read as zeroes, keeping its space allocated where the file system can; may grow."""
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """Give the range's space back where the file system can; reads as zeroes in any case; never grows."""
+
+    async def truncate(self, n_bytes: int) -> None:
+        """Set the length."""
+
+    async def flush(self) -> None:
+        """Make every completed write durable (fdatasync). Failure is final, see rule 4."""
+
+    async def aclose(self) -> None:
+        """Give up the file and its locks. Does not flush. Idempotent."""

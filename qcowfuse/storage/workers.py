@@ -1,0 +1,136 @@
+"""A small pool of threads for system calls that may block, shared by all storages of one trio run.
+
+1. A job that has begun is waited for, cancelled or not: the thread may be using the caller's buffers.
+   A cancellation is seen at the caller's next checkpoint.
+2. All book-keeping is done in the trio thread; the two sides share only a queue and a deque.
+3. The threads end with the last user's :meth:`WorkerPool.release`.
+
+Measured against ``trio.to_thread.run_sync`` (one token per job, one wake-up per job), completions that share
+one idempotent wake-up carry about a third more cold reads at queue depth 16.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any, TypeVar, cast
+
+import trio
+
+MAX_THREADS = 32
+"""Threads in the pool at most; they are started only when all others are busy."""
+
+T = TypeVar("T")
+
+
+class _Job:
+    """One call on its way through the pool; ``error`` and ``value`` are set by the thread."""
+
+    __slots__ = ("args", "error", "function", "task", "value")
+
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], task: trio.lowlevel.Task) -> None:
+        self.function = function
+        self.args = args
+        self.task = task
+        self.value: Any = None
+        self.error: BaseException | None = None
+
+
+class WorkerPool:
+    """Threads that run blocking calls for the tasks of one trio run."""
+
+    def __init__(self, *, max_threads: int = MAX_THREADS) -> None:
+        self._max_threads = max_threads
+        self._token = trio.lowlevel.current_trio_token()
+        self._queue: SimpleQueue[_Job | None] = SimpleQueue()
+        self._done: deque[_Job] = deque()
+        self._n_jobs = 0
+        self._n_threads = 0
+        self._n_users = 0
+
+    @property
+    def n_threads(self) -> int:
+        """Threads that run now."""
+        return self._n_threads
+
+    async def run(self, function: Callable[..., T], *args: Any) -> T:
+        """``function(*args)`` in a thread; its exception is raised here. Cancellation waits (rule 1)."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        job = _Job(function, args, trio.lowlevel.current_task())
+        self._n_jobs += 1
+        if self._n_jobs > self._n_threads < self._max_threads:
+            self._start_thread()
+        self._queue.put(job)
+        await trio.lowlevel.wait_task_rescheduled(_refuse_abort)
+        error = job.error
+        if error is not None:
+            try:
+                raise error
+            finally:
+                # The traceback refers to this frame: break the cycle, or the caller's buffers live on in it.
+                del error, job
+        return cast(T, job.value)
+
+    def retain(self) -> WorkerPool:
+        """One more user."""
+        self._n_users += 1
+        return self
+
+    def release(self) -> None:
+        """One user less; the last one ends the threads (they finish what is queued first)."""
+        self._n_users -= 1
+        if self._n_users == 0:
+            for _ in range(self._n_threads):
+                self._queue.put(None)
+            self._n_threads = 0
+
+    def _start_thread(self) -> None:
+        thread = threading.Thread(target=self._work, name=f"qcowfuse-io-{self._n_threads}", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            # No more threads to be had: the ones that run will get to the job. With none at all, it can't be done.
+            if self._n_threads == 0:
+                self._n_jobs -= 1
+                raise
+        else:
+            self._n_threads += 1
+
+    def _work(self) -> None:
+        while (job := self._queue.get()) is not None:
+            try:
+                job.value = job.function(*job.args)
+            except BaseException as error:
+                job.error = error
+            self._done.append(job)
+            # Not kept while waiting for the next job: it holds the caller's buffers.
+            del job
+            try:
+                self._token.run_sync_soon(self._wake, idempotent=True)
+            except trio.RunFinishedError:
+                return
+
+    def _wake(self) -> None:
+        done = self._done
+        while done:
+            self._n_jobs -= 1
+            trio.lowlevel.reschedule(done.popleft().task)
+
+
+def _refuse_abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
+
+
+_current_pool: trio.lowlevel.RunVar[WorkerPool] = trio.lowlevel.RunVar("qcowfuse worker pool")
+
+
+def retain_worker_pool() -> WorkerPool:
+    """The pool of this trio run with one more user; give it back with :meth:`WorkerPool.release`."""
+    try:
+        pool = _current_pool.get()
+    except LookupError:
+        pool = WorkerPool()
+        _current_pool.set(pool)
+    return pool.retain()

@@ -1,0 +1,50 @@
+"""What holds for all tests: markers that ask the machine, and no skip unnoticed under QCOWFUSE_NO_SKIPS=1."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Generator
+
+import pytest
+
+DECLARED_SKIPS = ("corpus",)
+"""Parts of skip reasons that are no failure under QCOWFUSE_NO_SKIPS=1: things that a complete machine may lack."""
+
+NO_SKIPS = os.environ.get("QCOWFUSE_NO_SKIPS") == "1"
+
+
+def _missing_for_mounts() -> str:
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "needs /dev/fuse, readable and writable"
+    return "" if shutil.which("fusermount3") else "needs fusermount3"
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("root") and os.geteuid() != 0:
+        pytest.skip("needs to be root")
+    if item.get_closest_marker("mount") and (reason := _missing_for_mounts()):
+        pytest.skip(reason)
+
+
+def _refuse_undeclared_skip(report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not NO_SKIPS or not report.skipped or hasattr(report, "wasxfail"):
+        return
+    reason = str(report.longrepr[2]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+    if not any(part in reason for part in DECLARED_SKIPS):
+        report.outcome = "failed"
+        report.longrepr = f"undeclared skip (QCOWFUSE_NO_SKIPS=1): {reason}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    _refuse_undeclared_skip(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report() -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    report = yield
+    _refuse_undeclared_skip(report)
+    return report

@@ -1,0 +1,78 @@
+"""What pip builds and installs: the wheel's contents, and an entry point that runs."""
+
+from __future__ import annotations
+
+import email
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from qcowfuse._version import __version__
+
+REPOSITORY = Path(__file__).parents[2]
+WHEEL_NAME = f"qcowfuse-{__version__}-py3-none-any.whl"
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy so that the working tree stays as it is."""
+    source = tmp_path_factory.mktemp("source") / "qcowfuse"
+    source.mkdir()
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, source)
+    shutil.copytree(REPOSITORY / "qcowfuse", source / "qcowfuse", ignore=shutil.ignore_patterns("__pycache__"))
+    out = source.parent / "out"
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return out / WHEEL_NAME
+
+
+def test_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
+    """Exactly the modules of the source tree are in the wheel, and py.typed with them."""
+    names = zipfile.ZipFile(wheel).namelist()
+    modules = {str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("qcowfuse/**/*.py")}
+    assert {name for name in names if name.endswith(".py")} == modules
+    assert "qcowfuse/py.typed" in names
+    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+
+
+def test_wheel_holds_the_systemd_unit_where_systemd_looks(wheel: Path) -> None:
+    """Installed below /usr/local or /usr, the unit lands in lib/systemd/system."""
+    unit = f"qcowfuse-{__version__}.data/data/lib/systemd/system/qcowfuse@.service"
+    assert zipfile.ZipFile(wheel).read(unit) == (REPOSITORY / "qcowfuse/data/qcowfuse@.service").read_bytes()
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    """Name, licence and its text, minimum Python, README and pinned minimums are in the metadata."""
+    archive = zipfile.ZipFile(wheel)
+    info = f"qcowfuse-{__version__}.dist-info"
+    metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    assert metadata["License-Expression"] == "LGPL-2.1-or-later"
+    assert metadata["Requires-Python"] == ">=3.11"
+    assert "# qcowfuse" in str(metadata.get_payload())
+    needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
+    assert {line.split(">=")[0].split("<")[0] for line in needed} == {"pyfuse3", "trio", "zstandard", "sdnotify"}
+    assert all(">=" in line for line in needed)
+    assert archive.read(f"{info}/licenses/LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
+
+
+def test_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
+    """pip install of the wheel gives a qcowfuse command that knows its version, and the unit below the prefix."""
+    prefix = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", prefix], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin/python"), "install", "-q", "--no-deps", "--no-index"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    # A venv made from a venv sees the packages of the base interpreter only: lend it those of this one.
+    site = next(prefix.glob("lib/python*/site-packages"))
+    (site / "lent.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    done = subprocess.run(
+        [prefix / "bin/qcowfuse", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert __version__ in done.stdout
+    assert (prefix / "lib/systemd/system/qcowfuse@.service").exists()
