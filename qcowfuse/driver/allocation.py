@@ -7,8 +7,9 @@ Two allocators with one face (:class:`Allocator`): :class:`RefcountAllocator` fo
    asked for by :class:`BlockMissing`, loaded by the awaiting caller, and the step is done again from its start.
 2. A new refcount block, and a larger refcount table, exist in memory only until :meth:`take_dirty` hands them to
    the ordering rules. A block describes its own cluster.
-3. The search starts at the lowest cluster that may be free and never looks at what lies below.
-4. A count in memory is never lower than the references that the image file may hold at that moment: counts are
+3. A run is fresh when it lies behind the file's end at open and behind everything taken since.
+4. The search starts at the lowest cluster that may be free and never looks at what lies below.
+5. A count in memory is never lower than the references that the image file may hold at that moment: counts are
    raised before a link and lowered after the unlink is durable (R1, R3).
 """
 
@@ -37,10 +38,14 @@ _SECTOR_ENTRIES = 64
 
 
 class HostRun(NamedTuple):
-    """``n_clusters`` contiguous clusters of the image file from byte ``host_offset`` on."""
+    """``n_clusters`` contiguous clusters of the image file from byte ``host_offset`` on.
+
+    ``is_fresh``: just taken, and nothing was ever written at or behind it, so it reads as zeroes.
+    """
 
     host_offset: int
     n_clusters: int
+    is_fresh: bool = False
 
 
 class MetadataWrite(NamedTuple):
@@ -102,14 +107,16 @@ class AppendAllocator:
         self._storage = storage
         self._cluster_size = cluster_size
         self._end = 0
+        self._high_water = storage.size()
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
         host_offset = round_up(max(self._end, self._storage.size()), self._cluster_size)
         if host_offset + n_clusters * self._cluster_size > MAX_HOST_OFFSET:
             raise CorruptImageError("image file", host_offset, "has no room for another cluster")
-        self._end = host_offset + n_clusters * self._cluster_size
-        return HostRun(host_offset, n_clusters)
+        is_fresh = host_offset >= self._high_water
+        self._end = self._high_water = host_offset + n_clusters * self._cluster_size
+        return HostRun(host_offset, n_clusters, is_fresh)
 
     async def release(self, runs: list[HostRun]) -> None:
         """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
@@ -170,6 +177,7 @@ class RefcountAllocator:
         self._unlinked: list[HostRun] = []
         self._taken: tuple[list[tuple[int, int, int]], set[int], bool] = ([], set(), False)
         self._being_written: set[int] = set()
+        self._high_water = storage.size()
         self._first_maybe_free = 0
 
     @property
@@ -267,7 +275,10 @@ class RefcountAllocator:
             self._set(block_index, self._blocks[block_index], start, end, 1)
             first = block_index * self._per_block + start
             self._first_maybe_free = first + end - start
-            return HostRun(first << self._cluster_bits, end - start)
+            host_offset = first << self._cluster_bits
+            is_fresh = host_offset >= self._high_water
+            self._high_water = max(self._high_water, host_offset + (end - start << self._cluster_bits))
+            return HostRun(host_offset, end - start, is_fresh)
 
     def _add_block(self, block_index: int, cluster: int) -> None:
         """A new block for a range that has none, in that range's ``cluster``, which it marks as used."""
@@ -277,6 +288,7 @@ class RefcountAllocator:
         self._new_entries.add(block_index)
         self._set(block_index, block, cluster % self._per_block, cluster % self._per_block + 1, 1)
         block.mark_dirty(0, self._per_block)
+        self._high_water = max(self._high_water, (cluster + 1) << self._cluster_bits)
 
     def _grow_table(self, needed_index: int) -> None:
         """Move the refcount table to a larger place behind everything, with the blocks that describe it."""
@@ -309,6 +321,7 @@ class RefcountAllocator:
             self._set(block_index, block, 0, in_use, 1)
             block.mark_dirty(0, self._per_block)
         self._table_offset = start << self._cluster_bits
+        self._high_water = max(self._high_water, (start + n_table + n_blocks) << self._cluster_bits)
         self._table_moved = True
         self._unlinked.append(old)
 

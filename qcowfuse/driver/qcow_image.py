@@ -10,10 +10,11 @@ The way of a write that is not in place:
     -> read head and tail -> ONE vectored write of head + data + tail -> link (no await) -> give up the claim
 
 1. Between the plan and the claim, and inside the link, there is no await: nothing can run in between.
-2. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
+2. Zeroes around the data are not written where the host clusters were never written: they read as zeroes.
+3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
    complete".
-3. ``try_read`` and ``try_write`` answer only what needs no waiting and changes no metadata.
-4. Metadata that is found impossible freezes the image: no write after that, the corrupt bit set on disk where
+4. ``try_read`` and ``try_write`` answer only what needs no waiting and changes no metadata.
+5. Metadata that is found impossible freezes the image: no write after that, the corrupt bit set on disk where
    the version has one; what was written before is still flushed.
 """
 
@@ -386,8 +387,19 @@ class QcowImage:
             extents = await self._reader.lookup(start, n_covered)
             head = await self._old_bytes(start, plan.head)
             tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
-            buffers = [part for part in (head, view[: plan.n_bytes], tail) if len(part)]
-            await self._pwritev(host_offset, buffers)
+            buffers: list[Buffer] = [view[: plan.n_bytes]]
+            skipped = 0
+            if head is not None:
+                buffers.insert(0, head)
+            elif run is not None and run.is_fresh:
+                skipped = plan.head
+            else:
+                buffers.insert(0, _ZEROES[: plan.head])
+            if tail is not None:
+                buffers.append(tail)
+            elif run is None or not run.is_fresh:
+                buffers.append(_ZEROES[: plan.tail])
+            await self._pwritev(host_offset + skipped, [part for part in buffers if len(part)])
         except BaseException:
             if run is not None:
                 await self._give_back(allocator, run)
@@ -421,16 +433,14 @@ class QcowImage:
         elif entry_format.host_offset(old) not in (0, new_offset):
             ordering.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
 
-    async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer:
-        """What the guest sees now, zeroes past the end of the disk."""
-        if not n_bytes:
-            return b""
+    async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""
         inside = min(n_bytes, max(self.size - guest_offset, 0))
         if not inside:
-            return _ZEROES[:n_bytes]
+            return None
         extents = await self._reader.lookup(guest_offset, inside)
         if len(extents) == 1 and extents[0].kind == ClusterKind.ZERO:
-            return _ZEROES[:n_bytes]
+            return None
         old = await self._reader.read(guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 

@@ -6,6 +6,7 @@
 2. The sets are those of QEMU 10 for the file below a qcow2 image: a writer uses consistent reads (0), writes
    (1) and resizes (3), a reader consistent reads only; neither shares writes and resizes. So readers go
    together, a writer goes with nobody, and a reader under ``--force-share``, which only uses 0, goes with all.
+   A raw backing file, where QEMU shares everything, is locked like the others: its writer would spoil the image.
 3. They belong to the open file description: a fork keeps them, closing the last descriptor drops them.
 4. Where the file system knows no locks, that is one warning, and the image is opened all the same.
 """

@@ -15,7 +15,7 @@ import resource
 from collections.abc import Sequence
 
 from .base import Buffer, StorageCounters
-from .file import FileStorage, read_all, read_all_into, write_all
+from .file import FileStorage, read_all, read_all_into
 from .syscalls import LockedMapping
 
 _log = logging.getLogger(__name__)
