@@ -26,6 +26,7 @@ from ..format.geometry import Geometry
 from ..format.header import (
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_EXTENDED_L2,
     Qcow1Header,
     Qcow2Header,
     header_length_needed,
@@ -244,12 +245,21 @@ def _refuse_damaged(path: str, header: Qcow2Header) -> None:
 def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
     header = layer.header
     assert header is not None
-    version = 1 if isinstance(header, Qcow1Header) else header.version
-    l2_bits = header.l2_bits if isinstance(header, Qcow1Header) else header.cluster_bits - 3
+    if isinstance(header, Qcow1Header):
+        geometry = Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=header.size)
+        entries = entry_format(1, header.cluster_bits)
+    else:
+        is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
+        words = 2 if is_extended else 1
+        l2_bits = header.cluster_bits - words - 2
+        geometry = Geometry(
+            cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.size, words_per_entry=words
+        )
+        entries = entry_format(header.version, header.cluster_bits, is_extended=is_extended)
     return Mapping(
         layer=number,
-        geometry=Geometry(cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.size),
-        entry_format=entry_format(version, header.cluster_bits),
+        geometry=geometry,
+        entry_format=entries,
         l1_table=layer.l1_table,
         storage=layer.storage,
         cache=cache,

@@ -16,7 +16,8 @@ from typing import Protocol
 from ..errors import CorruptImageError
 from ..format.entries import ClusterKind, EntryFormat, parse_table
 from ..format.extents import MISS, Extent, Run, lookup_run
-from ..format.geometry import L2_ENTRY_SIZE, Geometry
+from ..format.geometry import Geometry
+from ..format.subclusters import lookup_run_extended
 from ..storage.base import Storage
 from .table_cache import LAYER_BITS, L2Slice, TableCache
 
@@ -77,6 +78,7 @@ class Mapping:
         self.l1_table = l1_table
         self.storage = storage
         self.cache = cache
+        self.lookup_run = lookup_run_extended if entry_format.is_extended else lookup_run
         self.slice_bits = geometry.slice_bits
         self.slice_mask = (1 << self.slice_bits) - 1
         self.slice_shift = geometry.cluster_bits + self.slice_bits
@@ -103,7 +105,7 @@ class Mapping:
         cluster_bits = self.geometry.cluster_bits
         slice_ = self.cache.get(guest_offset >> self.slice_shift << LAYER_BITS | self.layer)
         if slice_ is not None:
-            return lookup_run(
+            return self.lookup_run(
                 slice_.entries,
                 self.entry_format,
                 guest_offset >> cluster_bits & self.slice_mask,
@@ -143,13 +145,13 @@ class Mapping:
         if not table:
             return 0
         in_table = slice_number & ((1 << self.slices_per_table_bits) - 1)
-        return table + (in_table << self.slice_bits) * L2_ENTRY_SIZE
+        return table + in_table * self.geometry.slice_size
 
     async def read_slice(self, slice_number: int) -> L2Slice:
         """Read a slice from the image file, past the cache."""
         host_offset = self.slice_host_offset(slice_number)
         l1_index = slice_number >> self.slices_per_table_bits
-        n_bytes = L2_ENTRY_SIZE << self.slice_bits
+        n_bytes = self.geometry.slice_size
         if not host_offset:
             entries = parse_table(bytes(n_bytes))
         else:

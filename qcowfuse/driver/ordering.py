@@ -38,7 +38,7 @@ import trio
 
 from ..errors import QcowFuseError
 from ..format.entries import EntryFormat, serialise_table
-from ..format.geometry import L2_ENTRY_SIZE
+from ..format.geometry import WORD_SIZE
 from ..storage.base import Storage
 from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite
 from .claims import Generations
@@ -46,7 +46,7 @@ from .mapping import Mapping
 from .table_cache import L2Slice, TableCache
 
 log = logging.getLogger(__name__)
-_SECTOR_ENTRIES = 64
+_SECTOR_WORDS = 64
 
 
 class _Round:
@@ -206,16 +206,16 @@ class Ordering:
 
     def _serialise(self, slice_: L2Slice) -> MetadataWrite:
         """The dirty part of a slice, whole sectors."""
-        start = slice_.dirty_start // _SECTOR_ENTRIES * _SECTOR_ENTRIES
-        end = min(-(-slice_.dirty_end // _SECTOR_ENTRIES) * _SECTOR_ENTRIES, len(slice_.entries))
-        host_offset = self._mapping.slice_host_offset(slice_.slice_number) + start * L2_ENTRY_SIZE
+        start = slice_.dirty_start // _SECTOR_WORDS * _SECTOR_WORDS
+        end = min(-(-slice_.dirty_end // _SECTOR_WORDS) * _SECTOR_WORDS, len(slice_.entries))
+        host_offset = self._mapping.slice_host_offset(slice_.slice_number) + start * WORD_SIZE
         return MetadataWrite(host_offset, serialise_table(slice_.entries, start, end))
 
     def _serialise_l1(self, indices: set[int]) -> list[MetadataWrite]:
         writes = []
-        for sector in sorted({index // _SECTOR_ENTRIES for index in indices}):
-            start = sector * _SECTOR_ENTRIES
-            end = min(start + _SECTOR_ENTRIES, len(self._l1_table))
+        for sector in sorted({index // _SECTOR_WORDS for index in indices}):
+            start = sector * _SECTOR_WORDS
+            end = min(start + _SECTOR_WORDS, len(self._l1_table))
             data = serialise_table(self._l1_table, start, end)
             writes.append(MetadataWrite(self._l1_table_offset + 8 * start, data))
         return writes

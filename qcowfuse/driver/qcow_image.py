@@ -30,6 +30,7 @@ from ..errors import CorruptImageError, OutOfRangeError, QcowFuseError, ReadOnly
 from ..format.cow_plan import Action, CowPlan, plan_write, shortened
 from ..format.entries import ClusterKind
 from ..format.geometry import MAX_CLUSTER_BITS
+from ..format.subclusters import link_extended, plan_write_extended
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator, HostRun
 from .claims import Claims
@@ -70,6 +71,7 @@ class QcowImage:
         self._cache = cache
         self._storages = tuple(storages)
         self._storage = mapping.storage
+        self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._usage = Usage(reader.layers, self._storage)
         self._frozen: Exception | None = None
         self._closed = False
@@ -344,7 +346,7 @@ class QcowImage:
         mapping = self._mapping
         slice_ = await self._writable_slice(ordering, guest_offset)
         try:
-            plan = plan_write(
+            plan = self._plan_write(
                 slice_.entries,
                 mapping.entry_format,
                 mapping.index(guest_offset),
@@ -352,7 +354,7 @@ class QcowImage:
                 len(view),
             )
             if plan.action is Action.IN_PLACE:
-                await self._pwritev(plan.host_offset + plan.head, [view[: plan.n_bytes]])
+                await self._pwritev(plan.host_offset + (guest_offset & self._cluster_mask), [view[: plan.n_bytes]])
                 return plan.n_bytes
             first = guest_offset >> self._cluster_bits
             conflict = self._claims.first_conflict(first, first + plan.n_clusters)
@@ -360,7 +362,7 @@ class QcowImage:
                 if conflict.start <= first:
                     await conflict.released.wait()
                     return 0
-                plan = shortened(plan, conflict.start - first, self._cluster_bits)
+                plan = shortened(plan, conflict.start - first, guest_offset & self._cluster_mask, self._cluster_bits)
             claim = self._claims.take(first, first + plan.n_clusters)
             try:
                 return await self._allocate_and_link(ordering, plan, slice_, guest_offset, view)
@@ -381,9 +383,9 @@ class QcowImage:
             run = await allocator.allocate(plan.n_clusters)
             host_offset = run.host_offset
             if run.n_clusters < plan.n_clusters:
-                plan = shortened(plan, run.n_clusters, self._cluster_bits)
+                plan = shortened(plan, run.n_clusters, guest_offset & self._cluster_mask, self._cluster_bits)
         try:
-            n_covered = min(plan.n_clusters << self._cluster_bits, self.size - start)
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
             extents = await self._reader.lookup(start, n_covered)
             head = await self._old_bytes(start, plan.head)
             tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
@@ -399,33 +401,48 @@ class QcowImage:
                 buffers.append(tail)
             elif run is None or not run.is_fresh:
                 buffers.append(_ZEROES[: plan.tail])
-            await self._pwritev(host_offset + skipped, [part for part in buffers if len(part)])
+            write_offset = host_offset + (start & self._cluster_mask) + skipped
+            await self._pwritev(write_offset, [part for part in buffers if len(part)])
         except BaseException:
             if run is not None:
                 await self._give_back(allocator, run)
             raise
-        self._link(ordering, slice_, self._mapping.index(start), host_offset, plan.n_clusters)
+        self._link(ordering, slice_, start, host_offset, plan)
         n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
         self._usage.add(start, n_holes)
         return plan.n_bytes
 
-    def _link(self, ordering: Ordering, slice_: L2Slice, index: int, host_offset: int, n_clusters: int) -> None:
+    def _link(self, ordering: Ordering, slice_: L2Slice, start: int, host_offset: int, plan: CowPlan) -> None:
+        """Point the entries of a plan whose bytes begin at guest offset ``start`` at the clusters written."""
         entries = slice_.entries
         entry_format = self._mapping.entry_format
-        for number in range(n_clusters):
-            old = entries[index + number]
-            new_offset = host_offset + (number << self._cluster_bits)
-            entries[index + number] = entry_format.data_entry(new_offset)
+        words = entry_format.words
+        first = self._mapping.index(start) * words
+        end = first + plan.n_clusters * words
+        replaced = entries[first:end:words]
+        if entry_format.is_extended:
+            link_extended(
+                entries,
+                entry_format,
+                self._mapping.index(start),
+                host_offset=host_offset,
+                in_cluster=start & self._cluster_mask,
+                n_bytes=plan.head + plan.n_bytes + plan.tail,
+            )
+        else:
+            for number in range(plan.n_clusters):
+                entries[first + number] = entry_format.data_entry(host_offset + (number << self._cluster_bits))
+        self._cache.mark_dirty(slice_, first, end)
+        for number, old in enumerate(replaced):
             if old:
-                self._unlink(ordering, old, new_offset)
-        self._cache.mark_dirty(slice_, index, index + n_clusters)
+                self._unlink(ordering, old, host_offset + (number << self._cluster_bits))
 
     def _unlink(self, ordering: Ordering, old: int, new_offset: int) -> None:
         """Note the host clusters that an overwritten entry referred to. Version 1 counts nothing: they are lost."""
         entry_format = self._mapping.entry_format
         if entry_format.version == 1:
             return
-        if entry_format.classify(old) is ClusterKind.COMPRESSED:
+        if old & entry_format.compressed:
             where = entry_format.compressed_cluster(old)
             first = where.host_offset >> self._cluster_bits
             last = (where.host_offset + where.n_bytes - 1) >> self._cluster_bits

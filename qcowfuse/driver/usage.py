@@ -14,7 +14,6 @@ from collections.abc import Sequence
 import trio
 
 from ..format.entries import ClusterKind
-from ..format.extents import lookup_run
 from ..storage.base import Storage
 from .mapping import Layer, Mapping, RawLayer
 
@@ -94,7 +93,9 @@ class Usage:
             )
             while position < slice_end:
                 in_cluster = position & (layer.geometry.cluster_size - 1)
-                run = lookup_run(entries, layer.entry_format, layer.index(position), in_cluster, slice_end - position)
+                run = layer.lookup_run(
+                    entries, layer.entry_format, layer.index(position), in_cluster, slice_end - position
+                )
                 if run.kind == ClusterKind.UNALLOCATED:
                     holes.append((position, position + run.n_bytes))
                 elif run.kind != ClusterKind.ZERO:

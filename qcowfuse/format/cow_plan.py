@@ -28,8 +28,8 @@ class Action(Enum):
 class CowPlan(NamedTuple):
     """``n_clusters`` clusters from the entry asked about; ``host_offset`` of the first one for IN_PLACE and REUSE.
 
-    ``head`` and ``tail`` are the bytes before and after the data that complete whole clusters; ``n_bytes``
-    of the request are served by this plan.
+    ``head`` and ``tail`` are the bytes before and after the data that complete whole clusters (subclusters with
+    extended L2 entries); ``n_bytes`` of the request are served by this plan.
     """
 
     action: Action
@@ -78,8 +78,8 @@ def plan_write(entries: array[int], entry_format: EntryFormat, index: int, in_cl
     return CowPlan(action, n_clusters, host_offset, in_cluster, served, tail)
 
 
-def shortened(plan: CowPlan, n_clusters: int, cluster_bits: int) -> CowPlan:
-    """The same plan for its first ``n_clusters`` only."""
-    served = min(plan.n_bytes, (n_clusters << cluster_bits) - plan.head)
-    tail = (n_clusters << cluster_bits) - plan.head - served
-    return plan._replace(n_clusters=n_clusters, n_bytes=served, tail=tail)
+def shortened(plan: CowPlan, n_clusters: int, in_cluster: int, cluster_bits: int) -> CowPlan:
+    """The same plan for fewer clusters; ``in_cluster`` is where the data begins in the first one."""
+    if n_clusters >= plan.n_clusters:
+        return plan
+    return plan._replace(n_clusters=n_clusters, n_bytes=(n_clusters << cluster_bits) - in_cluster, tail=0)

@@ -25,6 +25,7 @@ READS_ZERO = 1
 OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 COMPRESSED_V1 = 1 << 63
 OFFSET_MASK_V1 = (1 << 63) - 1
+ALL_BITS = (1 << 64) - 1
 MAX_HOST_OFFSET = 1 << 56
 """Offsets in version 2 and 3 have 56 bits; a v1 entry beyond that is garbage too."""
 
@@ -49,6 +50,7 @@ class EntryFormat:
     compressed: int
     reads_zero: int
     l1_offset_mask: int
+    is_extended: bool
     not_plain: int = field(init=False)
     in_place_mask: int = field(init=False)
     in_place_value: int = field(init=False)
@@ -57,9 +59,15 @@ class EntryFormat:
         misaligned = ((1 << self.cluster_bits) - 1) & self.offset_mask if self.version > 1 else 0
         zero_bit = READS_ZERO if self.version > 1 else 0
         not_plain = self.compressed | zero_bit | misaligned
-        object.__setattr__(self, "not_plain", not_plain)
-        object.__setattr__(self, "in_place_mask", not_plain | self.copied)
-        object.__setattr__(self, "in_place_value", self.copied)
+        # An extended entry is never told by one word: its tests never succeed.
+        object.__setattr__(self, "not_plain", ALL_BITS if self.is_extended else not_plain)
+        object.__setattr__(self, "in_place_mask", 0 if self.is_extended else not_plain | self.copied)
+        object.__setattr__(self, "in_place_value", 1 if self.is_extended else self.copied)
+
+    @property
+    def words(self) -> int:
+        """Words per entry."""
+        return 2 if self.is_extended else 1
 
     def classify(self, entry: int) -> ClusterKind:
         """What the entry says. Raises CorruptImageError for what no valid image holds."""
@@ -110,8 +118,9 @@ class EntryFormat:
         return host_offset
 
 
-def entry_format(version: int, cluster_bits: int) -> EntryFormat:
-    """The entry bits of a QCOW image of ``version`` 1, 2 or 3 with clusters of ``2**cluster_bits`` bytes."""
+def entry_format(version: int, cluster_bits: int, *, is_extended: bool = False) -> EntryFormat:
+    """The entry bits of a QCOW image of ``version`` 1, 2 or 3 with clusters of ``2**cluster_bits`` bytes.
+    ``is_extended``: with extended L2 entries (version 3 only)."""
     if version == 1:
         return EntryFormat(
             version=1,
@@ -121,6 +130,7 @@ def entry_format(version: int, cluster_bits: int) -> EntryFormat:
             compressed=COMPRESSED_V1,
             reads_zero=0,
             l1_offset_mask=OFFSET_MASK_V1,
+            is_extended=False,
         )
     return EntryFormat(
         version=version,
@@ -130,6 +140,7 @@ def entry_format(version: int, cluster_bits: int) -> EntryFormat:
         compressed=COMPRESSED,
         reads_zero=READS_ZERO if version >= 3 else 0,
         l1_offset_mask=OFFSET_MASK,
+        is_extended=is_extended,
     )
 
 

@@ -24,7 +24,8 @@ SECTOR_SIZE = 512
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MAX_REFCOUNT_ORDER = 6
-L2_ENTRY_SIZE = 8
+L2_ENTRY_SIZE = WORD_SIZE = 8
+"""Bytes of a table word: an L1 or standard L2 entry has one, an extended L2 entry two."""
 MAX_SLICE_SIZE = 64 * 1024
 """Bytes of an L2 table that are read, cached and evicted as one; smaller tables are one slice."""
 
@@ -43,13 +44,15 @@ def round_up(value: int, unit: int) -> int:
 class Geometry:
     """Sizes and shifts of one image.
 
-    ``cluster_bits`` 9 to 21; ``l2_bits`` log2 of the entries per L2 table; ``size`` virtual size in bytes.
+    ``cluster_bits`` 9 to 21; ``l2_bits`` log2 of the entries per L2 table; ``size`` virtual size in bytes;
+    ``words_per_entry`` 1, or 2 with extended L2 entries.
     Raises FormatError for numbers that no valid image has.
     """
 
     cluster_bits: int
     l2_bits: int
     size: int
+    words_per_entry: int = 1
 
     def __post_init__(self) -> None:
         if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
@@ -72,7 +75,7 @@ class Geometry:
     @property
     def l2_table_size(self) -> int:
         """Bytes per L2 table."""
-        return self.l2_entries * L2_ENTRY_SIZE
+        return self.l2_entries * self.words_per_entry * WORD_SIZE
 
     @property
     def slice_size(self) -> int:
@@ -82,7 +85,7 @@ class Geometry:
     @property
     def slice_bits(self) -> int:
         """log2 of the entries per L2 slice."""
-        return (self.slice_size // L2_ENTRY_SIZE).bit_length() - 1
+        return (self.slice_size // (self.words_per_entry * WORD_SIZE)).bit_length() - 1
 
     @property
     def l1_shift(self) -> int:

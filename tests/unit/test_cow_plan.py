@@ -68,5 +68,5 @@ def test_plans_treat_every_cluster_as_it_must_be_treated(table, data):
             assert not owned
         if plan.action is not Action.ALLOCATE:
             assert FORMAT.host_offset(entry) == plan.host_offset + number * SIZE
-    first = shortened(plan, 1, BITS)
+    first = shortened(plan, 1, in_cluster, BITS)
     assert first.head + first.n_bytes + first.tail == SIZE

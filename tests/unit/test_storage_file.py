@@ -1,0 +1,421 @@
+"""FileStorage on real files: short reads, growth, splitting, failures, closing."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+
+from qcowfuse.storage import file as file_module
+from qcowfuse.storage.file import IOV_MAX, FileStorage, open_file_storage
+
+SHM = Path("/dev/shm")
+
+
+@pytest.fixture(params=["disk", "tmpfs"])
+def file_path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A path for a new file: on the disk of the temporary folder, and on a tmpfs."""
+    if request.param == "disk":
+        yield str(tmp_path / "image")
+        return
+    if not SHM.is_dir():
+        pytest.skip("no /dev/shm here")
+    path = SHM / f"qcowfuse-test-{os.getpid()}-{threading.get_ident()}"
+    yield str(path)
+    path.unlink(missing_ok=True)
+
+
+@pytest.fixture
+async def storage(file_path: str) -> AsyncIterator[FileStorage]:
+    """An empty writable storage on both kinds of file system."""
+    Path(file_path).touch()
+    opened = await open_file_storage(file_path, writable=True)
+    yield opened
+    await opened.aclose()
+
+
+async def read(storage: FileStorage, host_offset: int, n_bytes: int) -> bytes:
+    """As a caller does: inline first."""
+    data = storage.try_pread(host_offset, n_bytes)
+    return bytes(await storage.pread(host_offset, n_bytes) if data is None else data)
+
+
+async def write(storage: FileStorage, host_offset: int, *buffers: bytes) -> None:
+    """As a caller does: inline first."""
+    if not storage.try_pwritev(host_offset, buffers):
+        await storage.pwritev(host_offset, buffers)
+
+
+async def test_reads_past_the_end_give_zeroes(storage: FileStorage) -> None:
+    """A read over the end, and one wholly behind it, are zero-filled, inline and in a thread."""
+    await write(storage, 0, b"x" * 1000)
+    assert await read(storage, 900, 300) == b"x" * 100 + bytes(200)
+    assert await storage.pread(900, 300) == b"x" * 100 + bytes(200)
+    assert await read(storage, 1 << 40, 4096) == bytes(4096)
+    assert await storage.pread(1 << 40, 4096) == bytes(4096)
+    assert storage.size() == 1000
+
+
+async def test_pread_into_zero_fills_a_dirty_buffer(storage: FileStorage) -> None:
+    """What the buffer held before is gone past the end of the file, inline and in a thread."""
+    await write(storage, 0, b"y" * 10)
+    buffer = bytearray(b"\xff" * 64)
+    if not storage.try_pread_into(4, memoryview(buffer)):
+        await storage.pread_into(4, memoryview(buffer))
+    assert buffer == b"y" * 6 + bytes(58)
+    buffer = bytearray(b"\xff" * 64)
+    await storage.pread_into(4, memoryview(buffer))
+    assert buffer == b"y" * 6 + bytes(58)
+
+
+async def test_a_partly_cached_read_is_never_short(tmp_path: Path) -> None:
+    """With every other part of a file dropped from the page cache, each read gives the right bytes."""
+    path = tmp_path / "image"
+    contents = os.urandom(4 << 20)
+    path.write_bytes(contents)
+    storage = await open_file_storage(str(path), writable=False)
+    try:
+        fd = storage.fileno()
+        os.fsync(fd)
+        for offset in range(0, len(contents), 128 << 10):
+            os.posix_fadvise(fd, offset, 64 << 10, os.POSIX_FADV_DONTNEED)
+        for offset in range(0, len(contents), 256 << 10):
+            assert await read(storage, offset + 60_000, 200_000) == contents[offset + 60_000 :][:200_000].ljust(
+                200_000, b"\0"
+            )
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        buffer = bytearray(len(contents))
+        if not storage.try_pread_into(0, memoryview(buffer)):
+            await storage.pread_into(0, memoryview(buffer))
+        assert buffer == contents
+    finally:
+        await storage.aclose()
+
+
+async def test_a_short_nowait_read_inside_the_file_declines(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A short answer before the end of the file means a thread; the same at the end is zero-filled."""
+    await write(storage, 0, b"z" * 8192)
+    monkeypatch.setattr(file_module, "_preadv", lambda fd, buffers, offset, flags: 100)
+    assert storage._nowait_pread(0, 4096) is None
+    assert storage._nowait_pread_into(0, memoryview(bytearray(4096))) is False
+    assert storage.counters.reads == 0
+    assert storage._nowait_pread(8092, 4096) is not None
+
+
+async def test_a_file_system_that_refuses_nowait_later_is_not_asked_again(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """EOPNOTSUPP on a read switches inline reads off; EIO passes through."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(file_module, "_preadv", refuse)
+    number = errno.EIO
+    with pytest.raises(OSError, match="error") as caught:
+        storage._nowait_pread(0, 4096)
+    assert caught.value.errno == errno.EIO
+    number = errno.EOPNOTSUPP
+    assert storage._nowait_pread(0, 4096) is None
+    monkeypatch.undo()
+    assert storage.try_pread(0, 1) is None
+    assert storage.try_pread_into(0, memoryview(bytearray(1))) is False
+
+
+async def test_writes_past_the_end_grow(storage: FileStorage, file_path: str) -> None:
+    """Inline and in a thread; the size in memory is the file's; an empty write grows nothing."""
+    await write(storage, 5000, b"abc")
+    assert storage.size() == os.stat(file_path).st_size == 5003
+    await storage.pwritev(6000, [b"d", memoryview(b"ef"), bytearray(b"g")])
+    assert storage.size() == os.stat(file_path).st_size == 6004
+    await write(storage, 9000, b"")
+    await storage.pwritev(9000, [])
+    assert storage.size() == os.stat(file_path).st_size == 6004
+    assert await read(storage, 5998, 6) == b"\0\0defg"
+
+
+@pytest.mark.parametrize("n_buffers", [IOV_MAX, IOV_MAX + 1, 3 * IOV_MAX + 5])
+async def test_any_number_of_buffers(storage: FileStorage, n_buffers: int) -> None:
+    """More buffers than one system call takes land back to back."""
+    buffers = [bytes([i % 251]) * (i % 5) for i in range(n_buffers)]
+    expected = b"".join(buffers)
+    await storage.pwritev(7, buffers)
+    assert await read(storage, 7, len(expected)) == expected
+    await write(storage, 100_000, *buffers)
+    assert await read(storage, 100_000, len(expected)) == expected
+
+
+async def test_short_writes_are_finished(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system call that writes only a part is followed by others until all is written."""
+    real_pwritev, real_pwrite = os.pwritev, os.pwrite
+
+    def short_pwritev(fd: int, buffers: list[bytes], offset: int) -> int:
+        return real_pwritev(fd, [b"".join(buffers)[:5]], offset)
+
+    def short_pwrite(fd: int, buffer: bytes, offset: int) -> int:
+        return real_pwrite(fd, buffer[:3], offset)
+
+    monkeypatch.setattr(os, "pwritev", short_pwritev)
+    monkeypatch.setattr(file_module, "_pwrite", short_pwrite)
+    await storage.pwritev(10, [b"abcd", b"", b"efghijkl", b"m"])
+    await write(storage, 50, b"0123456789")
+    assert await read(storage, 10, 13) == b"abcdefghijklm"
+    assert await read(storage, 50, 10) == b"0123456789"
+
+
+async def test_write_zeroes_and_punch_hole(storage: FileStorage, file_path: str) -> None:
+    """Zeroes may grow the file, holes never; both leave their neighbours alone."""
+    await write(storage, 0, b"q" * 20_000)
+    await storage.write_zeroes(4000, 5000)
+    await storage.write_zeroes(19_000, 5000)
+    assert storage.size() == os.stat(file_path).st_size == 24_000
+    expected = b"q" * 4000 + bytes(5000) + b"q" * 10_000 + bytes(5000)
+    assert await read(storage, 0, 24_000) == expected
+    await storage.punch_hole(100, 200)
+    await storage.punch_hole(10_000, 1 << 30)
+    await storage.punch_hole(1 << 30, 4096)
+    assert storage.size() == os.stat(file_path).st_size == 24_000
+    assert await read(storage, 0, 24_000) == b"q" * 100 + bytes(200) + expected[300:10_000] + bytes(14_000)
+
+
+async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fallocate is not supported, zeroes are written, over more than one chunk, and it isn't asked again."""
+    calls = []
+
+    def refuse(*arguments: int) -> None:
+        calls.append(arguments)
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(file_module, "fallocate", refuse)
+    n_bytes = (2 << 20) + 777
+    await write(storage, 0, b"w" * (n_bytes + 100))
+    await storage.write_zeroes(50, n_bytes)
+    await storage.write_zeroes(50, 10)
+    await storage.punch_hole(10, 20)
+    await storage.punch_hole(10, 20)
+    assert len(calls) == 2
+    assert await read(storage, 0, n_bytes + 100) == b"w" * 10 + bytes(20) + b"w" * 20 + bytes(n_bytes) + b"w" * 50
+
+
+async def test_punching_gives_space_back(tmp_path: Path, storage: FileStorage) -> None:
+    """A hole of 1 MiB is no longer counted in allocated_bytes()."""
+    await write(storage, 0, b"h" * (2 << 20))
+    os.fsync(storage.fileno())
+    before = storage.allocated_bytes()
+    await storage.punch_hole(0, 1 << 20)
+    assert before - storage.allocated_bytes() >= 1 << 20
+
+
+async def test_truncate(storage: FileStorage, file_path: str) -> None:
+    """Both ways; what was cut off reads as zeroes afterwards."""
+    await write(storage, 0, b"t" * 5000)
+    await storage.truncate(3000)
+    await storage.truncate(9000)
+    assert storage.size() == os.stat(file_path).st_size == 9000
+    assert await read(storage, 0, 9000) == b"t" * 3000 + bytes(6000)
+
+
+async def test_a_failed_flush_is_final(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After one EIO each later flush raises EIO, though the kernel would report success."""
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    await storage.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        with pytest.raises(OSError, match="error") as caught:
+            await storage.flush()
+        assert caught.value.errno == errno.EIO
+    for _ in range(2):
+        with pytest.raises(OSError, match="error") as caught:
+            await storage.flush()
+        assert caught.value.errno == errno.EIO
+    assert storage.counters.flushes == 2
+
+
+async def test_read_only(file_path: str) -> None:
+    """Inline writes decline and awaited ones raise EBADF; a flush is nothing."""
+    Path(file_path).write_bytes(b"r" * 100)
+    storage = await open_file_storage(file_path, writable=False)
+    try:
+        assert storage.try_pwritev(0, [b"x"]) is False
+        for call in (
+            storage.pwritev(0, [b"x"]),
+            storage.write_zeroes(0, 1),
+            storage.punch_hole(0, 1),
+            storage.truncate(0),
+        ):
+            with pytest.raises(OSError, match="read-only") as caught:
+                await call
+            assert caught.value.errno == errno.EBADF
+        await storage.flush()
+        assert Path(file_path).read_bytes() == b"r" * 100
+    finally:
+        await storage.aclose()
+
+
+async def test_counters(storage: FileStorage) -> None:
+    """One count per call that reached the backend, inline or not; a declined call counts nothing."""
+    await write(storage, 0, b"c" * 4096)
+    await read(storage, 0, 1000)
+    await storage.pread(0, 2000)
+    await storage.flush()
+    assert storage.counters.as_dict() == {
+        "reads": 2,
+        "writes": 1,
+        "flushes": 1,
+        "read_bytes": 3000,
+        "written_bytes": 4096,
+    }
+
+
+async def test_use_after_close(storage: FileStorage) -> None:
+    """A late call gets EBADF even through a method that was bound before; closing again is nothing."""
+    await write(storage, 0, b"x")
+    bound_read, bound_write = storage._plain_pread, storage._plain_pwritev
+    await storage.aclose()
+    await storage.aclose()
+    assert storage.try_pread(0, 1) is None
+    assert storage.try_pwritev(0, [b"x"]) is False
+    with pytest.raises(OSError) as caught:
+        bound_read(0, 1)
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(OSError) as caught:
+        bound_write(0, [b"x"])
+    assert caught.value.errno == errno.EBADF
+    with pytest.raises(OSError) as caught:
+        await storage.pread(0, 1)
+    assert caught.value.errno == errno.EBADF
+
+
+async def test_close_waits_for_calls_in_flight(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor is not closed below a thread that uses it, cancelled or not."""
+    real_write = file_module.write_all
+    ended = []
+
+    def slow(fd: int, host_offset: int, buffers: list[bytes]) -> int:
+        time.sleep(0.2)
+        n_bytes = real_write(fd, host_offset, buffers)
+        ended.append(fd)
+        return n_bytes
+
+    monkeypatch.setattr(file_module, "write_all", slow)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(storage.pwritev, 0, [b"slow"])
+        await trio.sleep(0.05)
+        nursery.cancel_scope.cancel()
+        await storage.aclose()
+        assert ended
+    assert storage.fileno() == -1
+
+
+@pytest.fixture
+def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
+    """A mounted tmpfs of 1 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small tmpfs needs root")
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1M", "tmpfs", str(tmp_path)], check=True)
+    yield tmp_path
+    subprocess.run(["umount", str(tmp_path)], check=True)
+
+
+@pytest.mark.root
+async def test_disk_full(small_tmpfs: Path) -> None:
+    """ENOSPC comes out, inline and in a thread; the size stays the file's; writing goes on when there is room."""
+    path = small_tmpfs / "image"
+    path.touch()
+    storage = await open_file_storage(str(path), writable=True)
+    try:
+        with pytest.raises(OSError) as caught:
+            storage.try_pwritev(0, [b"a" * (600 << 10), b"b" * (600 << 10)])
+        assert caught.value.errno == errno.ENOSPC
+        assert storage.size() == path.stat().st_size > 600 << 10
+        for call in (
+            storage.pwritev(600 << 10, [b"b" * (600 << 10)]),
+            storage.write_zeroes(900 << 10, 600 << 10),
+        ):
+            with pytest.raises(OSError) as caught:
+                await call
+            assert caught.value.errno == errno.ENOSPC
+            assert storage.size() == path.stat().st_size
+        assert storage.free_bytes() == 0
+        await storage.truncate(100)
+        assert storage.free_bytes() > 900 << 10
+        assert storage.try_pwritev(100, [b"c" * 1000])
+        assert await read(storage, 99, 3) == b"acc"
+    finally:
+        await storage.aclose()
+
+
+async def test_what_is_no_file_is_refused(tmp_path: Path) -> None:
+    """A directory, a fifo (without waiting for its writer), a device, a socket, nothing at all: by errno and name."""
+    fifo, listener = tmp_path / "fifo", tmp_path / "socket"
+    os.mkfifo(fifo)
+    with socket.socket(socket.AF_UNIX) as unix_socket:
+        unix_socket.bind(str(listener))
+        expected = {
+            str(tmp_path): errno.EISDIR,
+            str(fifo): errno.EINVAL,
+            "/dev/null": errno.EINVAL,
+            str(listener): errno.ENXIO,
+            str(tmp_path / "missing"): errno.ENOENT,
+            str(fifo / "below"): errno.ENOTDIR,
+        }
+        for writable in (False, True):
+            for path, number in expected.items():
+                with pytest.raises(OSError) as caught:
+                    await open_file_storage(path, writable=writable)
+                assert (caught.value.errno, caught.value.filename) == (number, path)
+
+
+async def test_the_descriptor_is_not_inherited(storage: FileStorage) -> None:
+    """A program that we start does not keep the image and its locks."""
+    assert os.get_inheritable(storage.fileno()) is False
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    """A loop device over 1 MiB of the letter L."""
+    if os.geteuid() != 0:
+        pytest.skip("loop devices need root")
+    image = tmp_path / "image"
+    image.write_bytes(b"L" * (1 << 20))
+    command = ["losetup", "--find", "--show", str(image)]
+    device = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.root
+async def test_block_device(loop_device: str) -> None:
+    """A device has its own length; reads, writes, zeroes and holes work, also off sector bounds."""
+    storage = await open_file_storage(loop_device, writable=True)
+    try:
+        assert storage.size() == 1 << 20
+        await write(storage, 4096, b"M" * 4096)
+        await storage.write_zeroes(100, 50)
+        await storage.write_zeroes(65536, 4096)
+        await storage.punch_hole(131072, 65536)
+        await storage.flush()
+        expected = bytearray(b"L" * (1 << 20))
+        expected[4096:8192] = b"M" * 4096
+        expected[100:150] = bytes(50)
+        expected[65536:69632] = bytes(4096)
+        expected[131072:196608] = bytes(65536)
+        assert await read(storage, 0, 1 << 20) == expected
+        with pytest.raises(OSError) as caught:
+            await write(storage, 1 << 20, b"x" * 512)
+        assert caught.value.errno == errno.ENOSPC
+    finally:
+        await storage.aclose()
