@@ -28,10 +28,8 @@ quietly() {
 as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
-    elif command -v sudo >/dev/null; then
-        sudo "$@" # may ask for a password, so nothing here hides the terminal from it
     else
-        fail "root is needed for: $* - run this as root once, or install sudo"
+        sudo "$@"
     fi
 }
 
@@ -45,8 +43,9 @@ install_packages() {
     shift
     command -v apt-get >/dev/null || fail "there is no apt-get here; install what these Debian packages hold: $*"
     say "installing Debian packages: $*"
-    if [ "$(id -u)" != 0 ] && command -v sudo >/dev/null; then
-        sudo -v || fail "sudo is needed to install packages"
+    if [ "$(id -u)" != 0 ]; then
+        command -v sudo >/dev/null || fail "installing packages needs root: run this as root once, or install sudo"
+        sudo -v || fail "installing packages needs root" # asks for the password here, where the terminal can be seen
     fi
     if [ -z "${package_lists_are_fresh:-}" ]; then
         quietly as_root apt-get -q update || say "apt-get update failed; going on with the lists that are here"
@@ -102,5 +101,5 @@ ensure_environment() {
     fi
     quietly "$environment/bin/python" -m pip --disable-pip-version-check install -q -e "$repository${extra:+[$extra]}" ||
         fail "pip could not install qcowfuse"
-    echo "$wanted" >"$stamp"
+    echo "$wanted" | tee "$environment/installed" >"$stamp" # with an extra is more than without
 }

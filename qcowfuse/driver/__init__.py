@@ -4,7 +4,7 @@ Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (t
 ``qcow_image`` (versions 1, 2 and 3), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2 slices),
 ``reading`` and ``decoded`` (fetching extents, compressed clusters), ``allocation`` (host clusters), ``claims``
 (allocations and operations in flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what
-``du`` should say).
+``du`` should say), ``metadata`` (no data on top of tables).
 
 Theory of operation
 -------------------

@@ -15,9 +15,12 @@ Two allocators with one face (:class:`Allocator`): :class:`RefcountAllocator` fo
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections import OrderedDict
 from typing import NamedTuple, Protocol
+
+import trio
 
 from ..errors import CorruptImageError
 from ..format.entries import MAX_HOST_OFFSET, serialise_table
@@ -31,6 +34,7 @@ from ..format.refcounts import (
     serialise_refcounts,
 )
 from ..storage.base import Storage
+from .metadata import MetadataClusters
 
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 BLOCK_CACHE_BYTES = 8 << 20
@@ -113,7 +117,7 @@ class AppendAllocator:
         """See Allocator."""
         host_offset = round_up(max(self._end, self._storage.size()), self._cluster_size)
         if host_offset + n_clusters * self._cluster_size > MAX_HOST_OFFSET:
-            raise CorruptImageError("image file", host_offset, "has no room for another cluster")
+            raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
         is_fresh = host_offset >= self._high_water
         self._end = self._high_water = host_offset + n_clusters * self._cluster_size
         return HostRun(host_offset, n_clusters, is_fresh)
@@ -163,8 +167,10 @@ class RefcountAllocator:
         refcount_order: int,
         table: array[int],
         table_offset: int,
+        metadata: MetadataClusters,
     ) -> None:
         self._storage = storage
+        self._metadata = metadata
         self._cluster_bits = cluster_bits
         self._order = refcount_order
         self._per_block = entries_per_block(cluster_bits, refcount_order)
@@ -177,6 +183,7 @@ class RefcountAllocator:
         self._unlinked: list[HostRun] = []
         self._taken: tuple[list[tuple[int, int, int]], set[int], bool] = ([], set(), False)
         self._being_written: set[int] = set()
+        self._load_lock = trio.Lock()
         self._high_water = storage.size()
         self._first_maybe_free = 0
 
@@ -223,6 +230,12 @@ class RefcountAllocator:
         return block
 
     async def _load_block(self, block_index: int) -> None:
+        # One at a time: a second read of a block could end after the first was changed, written and dropped again.
+        async with self._load_lock:
+            if block_index not in self._blocks:
+                await self._read_block(block_index)
+
+    async def _read_block(self, block_index: int) -> None:
         cluster_size = 1 << self._cluster_bits
         host_offset = self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK
         if host_offset & (cluster_size - 1) or host_offset >= MAX_HOST_OFFSET:
@@ -234,8 +247,6 @@ class RefcountAllocator:
         data = self._storage.try_pread(host_offset, cluster_size)
         if data is None:
             data = await self._storage.pread(host_offset, cluster_size)
-        if block_index in self._blocks:
-            return
         self._blocks[block_index] = block = _Block(parse_refcounts(data, self._order))
         keep = max(4, BLOCK_CACHE_BYTES // (block.counts.itemsize * self._per_block))
         while len(self._blocks) > keep:
@@ -256,7 +267,7 @@ class RefcountAllocator:
         cluster = self._first_maybe_free
         while True:
             if cluster + n_clusters > MAX_HOST_OFFSET >> self._cluster_bits:
-                raise CorruptImageError("image file", None, "has no room for another cluster")
+                raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
             block_index, index = divmod(cluster, self._per_block)
             if block_index >= len(self._table):
                 self._grow_table(block_index)
@@ -272,8 +283,10 @@ class RefcountAllocator:
             limit = min(start + n_clusters, self._per_block)
             while end < limit and not counts[end]:
                 end += 1
-            self._set(block_index, self._blocks[block_index], start, end, 1)
             first = block_index * self._per_block + start
+            n_bytes = end - start << self._cluster_bits
+            self._metadata.check(first << self._cluster_bits, n_bytes, "a cluster that is free by its refcount")
+            self._set(block_index, self._blocks[block_index], start, end, 1)
             self._first_maybe_free = first + end - start
             host_offset = first << self._cluster_bits
             is_fresh = host_offset >= self._high_water
@@ -282,6 +295,9 @@ class RefcountAllocator:
 
     def _add_block(self, block_index: int, cluster: int) -> None:
         """A new block for a range that has none, in that range's ``cluster``, which it marks as used."""
+        cluster_size = 1 << self._cluster_bits
+        self._metadata.check(cluster * cluster_size, cluster_size, "a new refcount block")
+        self._metadata.add(cluster * cluster_size, cluster_size)
         block = _Block(empty_refcounts(self._cluster_bits, self._order))
         self._blocks[block_index] = block
         self._table[block_index] = cluster << self._cluster_bits
@@ -309,7 +325,9 @@ class RefcountAllocator:
                 break
             n_table, n_blocks = max(n_table, wanted_table), max(n_blocks, wanted_blocks)
         if n_table * cluster_size > MAX_REFCOUNT_TABLE_BYTES:
-            raise CorruptImageError("refcount table", self._table_offset, "cannot grow beyond 8 MiB")
+            raise OSError(errno.ENOSPC, "the image's refcount table cannot grow beyond 8 MiB", self._storage.name)
+        self._metadata.check(start * cluster_size, (n_table + n_blocks) * cluster_size, "a larger refcount table")
+        self._metadata.add(start * cluster_size, (n_table + n_blocks) * cluster_size)
         old = HostRun(self._table_offset, divide_up(len(self._table) * 8, cluster_size))
         self._table.extend(array("Q", bytes(8 * (n_table * entries_per_cluster - len(self._table)))))
         for number in range(n_blocks):
@@ -324,6 +342,7 @@ class RefcountAllocator:
         self._high_water = max(self._high_water, (start + n_table + n_blocks) << self._cluster_bits)
         self._table_moved = True
         self._unlinked.append(old)
+        self._metadata.discard(old.host_offset, old.n_clusters * cluster_size)
 
     def _decrement(self, cluster: int) -> None:
         block_index, index = divmod(cluster, self._per_block)

@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
-from ..format.entries import entry_format, parse_table
+from ..format.entries import OFFSET_MASK, entry_format, parse_table
 from ..format.geometry import Geometry
 from ..format.header import (
     INCOMPATIBLE_CORRUPT,
@@ -34,6 +34,7 @@ from ..format.header import (
     probe_format,
     refuse_unsupported,
 )
+from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
 from ..storage.latency import LatencyStorage
@@ -43,6 +44,7 @@ from .allocation import Allocator, AppendAllocator, RefcountAllocator
 from .decoded import CompressedSource
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
+from .metadata import MetadataClusters
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading import ChainReader
@@ -217,6 +219,10 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     top_mapping = layers[0]
     assert isinstance(top_mapping, Mapping)
     cache.budget = _cache_budget(top_mapping.geometry, options.l2_cache_size)
+    metadata = MetadataClusters(header.cluster_bits)
+    allocator: Allocator | None = None
+    if not options.read_only:
+        allocator = await _allocator_of(top, header, metadata)
     return QcowImage(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
@@ -224,7 +230,8 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         reader=ChainReader(layers, sources, cache),
         cache=cache,
         storages=[layer.storage for layer in opened],
-        allocator=None if options.read_only else await _allocator_of(top, header),
+        allocator=allocator,
+        metadata=metadata,
         l1_table_offset=header.l1_table_offset,
         header_bits=_header_bits_of(top, header),
     )
@@ -246,14 +253,14 @@ def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
     header = layer.header
     assert header is not None
     if isinstance(header, Qcow1Header):
-        geometry = Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=header.size)
+        geometry = Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=header.virtual_size)
         entries = entry_format(1, header.cluster_bits)
     else:
         is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
         words = 2 if is_extended else 1
         l2_bits = header.cluster_bits - words - 2
         geometry = Geometry(
-            cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.size, words_per_entry=words
+            cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.virtual_size, words_per_entry=words
         )
         entries = entry_format(header.version, header.cluster_bits, is_extended=is_extended)
     return Mapping(
@@ -266,13 +273,22 @@ def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
     )
 
 
-async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> Allocator:
+async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header, metadata: MetadataClusters) -> Allocator:
+    """The allocator of a writable image; fills ``metadata``."""
     if isinstance(header, Qcow1Header):
         return AppendAllocator(layer.storage, 1 << header.cluster_bits)
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     table = parse_table(await layer.storage.pread(header.refcount_table_offset, table_bytes))
+    metadata.add(0, 1)
+    metadata.add(header.l1_table_offset, header.l1_size * 8)
+    metadata.add(header.refcount_table_offset, table_bytes)
+    if header.n_snapshots:
+        metadata.add(header.snapshots_offset, 1)
+    metadata.add_tables(entry & REFCOUNT_TABLE_OFFSET_MASK for entry in table)
+    metadata.add_tables(entry & OFFSET_MASK for entry in layer.l1_table)
     return RefcountAllocator(
         layer.storage,
+        metadata=metadata,
         cluster_bits=header.cluster_bits,
         refcount_order=header.refcount_order,
         table=table,

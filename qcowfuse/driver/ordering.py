@@ -240,10 +240,15 @@ class Ordering:
                 self._released.append((generation, runs))
                 continue
             try:
-                await self._allocator.release(runs)
-            except QcowFuseError as error:
-                # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
-                log.warning("%s: %s", self._storage.name, error)
+                while runs:
+                    await self._release(runs.pop())
             except BaseException:
-                self._released += waiting[position + 1 :]
+                self._released += waiting[position:]
                 raise
+
+    async def _release(self, run: HostRun) -> None:
+        try:
+            await self._allocator.release([run])
+        except (OSError, QcowFuseError) as error:
+            # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
+            log.warning("%s: %s", self._storage.name, error)

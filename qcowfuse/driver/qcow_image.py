@@ -36,6 +36,7 @@ from .allocation import Allocator, HostRun
 from .claims import Claims
 from .header_bits import HeaderBits
 from .mapping import Mapping
+from .metadata import MetadataClusters
 from .ordering import Ordering
 from .reading import ChainReader
 from .table_cache import LAYER_BITS, L2Slice, TableCache
@@ -59,6 +60,7 @@ class QcowImage:
         cache: TableCache,
         storages: Sequence[Storage],
         allocator: Allocator | None,
+        metadata: MetadataClusters,
         l1_table_offset: int,
         header_bits: HeaderBits | None,
     ) -> None:
@@ -76,6 +78,7 @@ class QcowImage:
         self._frozen: Exception | None = None
         self._closed = False
         self._allocator = allocator
+        self._metadata = metadata
         self._claims = Claims()
         self._table_lock = trio.Lock()
         self._begin_lock = trio.Lock()
@@ -102,6 +105,7 @@ class QcowImage:
         self._offset_mask = mapping.entry_format.offset_mask
         self._in_place_mask = mapping.entry_format.in_place_mask
         self._in_place_value = mapping.entry_format.in_place_value
+        self._metadata_clusters = metadata.clusters
         self._try_pread = self._storage.try_pread
         self._try_pwritev = self._storage.try_pwritev
 
@@ -173,6 +177,11 @@ class QcowImage:
         if not 0 <= guest_offset <= self.size - n_bytes:
             return False
         end = in_cluster + n_bytes
+        host_cluster = host_offset >> self._cluster_bits
+        if not self._metadata_clusters.isdisjoint(
+            range(host_cluster, host_cluster + (end + self._cluster_mask >> self._cluster_bits))
+        ):
+            return False
         covered = cluster_size = self.cluster_size
         while covered < end:
             index += 1
@@ -183,7 +192,8 @@ class QcowImage:
             ):
                 return False
             covered += cluster_size
-        if self._frozen is not None:
+        ordering = self._ordering
+        if self._frozen is not None or ordering is None or ordering.failure is not None:
             return False
         cache = self._cache
         cache.hits += 1
@@ -257,7 +267,7 @@ class QcowImage:
         try:
             if self._ordering is not None and self._begun:
                 await self._ordering.flush()
-                while self._ordering.is_dirty:
+                if self._ordering.is_dirty:  # the counts of what the first one has unlinked
                     await self._ordering.flush()
         finally:
             with trio.CancelScope(shield=True):
@@ -324,16 +334,19 @@ class QcowImage:
         old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
         run = await self._allocate_table(allocator, -(-table_size // self.cluster_size))
         try:
+            self._metadata.add(run.host_offset, table_size)
             contents: Buffer = _ZEROES[:table_size]
             if old:
                 contents = await self._storage.pread(old, table_size)
             await self._pwritev(run.host_offset, [contents])
         except BaseException:
+            self._metadata.discard(run.host_offset, table_size)
             await self._give_back(allocator, run)
             raise
         ordering.link_table(l1_index, run.host_offset)
         if old:
             ordering.unlink_cluster(HostRun(old, 1))
+            self._metadata.discard(old, table_size)
 
     async def _allocate_table(self, allocator: Allocator, n_clusters: int) -> HostRun:
         """Contiguous clusters for one table: exactly one, but for version 1 with tables larger than clusters."""
@@ -353,6 +366,8 @@ class QcowImage:
                 guest_offset & self._cluster_mask,
                 len(view),
             )
+            if plan.action is not Action.ALLOCATE:
+                self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
             if plan.action is Action.IN_PLACE:
                 await self._pwritev(plan.host_offset + (guest_offset & self._cluster_mask), [view[: plan.n_bytes]])
                 return plan.n_bytes

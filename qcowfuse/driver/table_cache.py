@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
@@ -145,7 +146,8 @@ class TableCache:
             return
         n_bytes = len(self.dirty) * 8 * len(next(iter(self.dirty.values())).entries)
         if n_bytes > max(self.budget // 2, MIN_DIRTY_BYTES):
-            await self.write_back()
+            with suppress(OSError):  # nothing is lost, and who may only be reading need not hear of it: fsync will
+                await self.write_back()
             self._evict_clean()
 
     def _evict_clean(self) -> None:

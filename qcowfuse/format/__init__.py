@@ -2,7 +2,7 @@
 
 Modules: ``geometry`` (addresses, shifts), ``header`` and ``extensions`` (v1, v2, v3), ``entries`` (L1 and L2
 entries), ``refcounts`` (refcount blocks of every width), ``extents`` (runs of guest bytes), ``cow_plan`` (what a
-write has to do), ``compression`` (one compressed cluster).
+write has to do), ``subclusters`` (extended L2 entries), ``compression`` (one compressed cluster).
 
 1. Nothing here opens, reads, waits or logs.
 2. Whatever the bytes, only FormatError and its subclasses are raised.

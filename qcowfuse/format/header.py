@@ -193,7 +193,7 @@ def header_length_needed(data: bytes) -> int:
     cluster_bits: int
     name_offset, name_size, cluster_bits = struct.unpack_from(">QII", data, 8)
     if probe_format(data) == "qcow":
-        end = name_offset + name_size if name_offset and name_size <= MAX_BACKING_NAME else 0
+        end = name_offset + name_size if name_offset and 0 < name_size <= MAX_BACKING_NAME else 0
         return max(V1_HEADER_LENGTH, end if end <= MAX_HEADER_AREA else 0)
     if not MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS:
         return V3_KNOWN_HEADER_LENGTH
@@ -492,8 +492,6 @@ def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
     if isinstance(header, Qcow2Header):
         if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
             names.append("external data file")
-        if header.incompatible_features & INCOMPATIBLE_EXTENDED_L2:
-            names.append("extended L2 entries")
         names += unknown_incompatible(header)
     if names:
         raise UnsupportedFeatureError(names)

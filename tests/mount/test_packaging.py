@@ -64,12 +64,12 @@ def test_wheel_metadata(wheel: Path) -> None:
 def test_installed_command_runs(wheel: Path, tmp_path: Path) -> None:
     """pip install of the wheel gives a qcowfuse command that knows its version, and the unit below the prefix."""
     prefix = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", "--system-site-packages", prefix], check=True)
-    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin/python"), "install", "-q", "--no-deps", "--no-index"]
-    subprocess.run([*pip, str(wheel)], check=True)
-    # A venv made from a venv sees the packages of the base interpreter only: lend it those of this one.
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", prefix], check=True)
+    pip = [sys.executable, "-m", "pip", "--python", str(prefix / "bin/python")]
+    subprocess.run([*pip, "install", "-q", "--no-deps", "--no-index", str(wheel)], check=True)
+    # What qcowfuse depends on is lent by the environment of the tests, so that nothing is downloaded.
     site = next(prefix.glob("lib/python*/site-packages"))
-    (site / "lent.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+    (site / "lent.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")) + "\n")
     done = subprocess.run(
         [prefix / "bin/qcowfuse", "--version"], cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -69,7 +69,8 @@ def test_a_docstring_states_the_purpose(path: Path) -> None:
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring
     if path.name == "__init__.py":
-        inside = {p.stem for p in path.parent.glob("[!_]*.py")} | {p.parent.name for p in path.parent.glob("*/__init__.py")}
+        inside = {module.stem for module in path.parent.glob("[!_]*.py")}
+        inside |= {package.parent.name for package in path.parent.glob("*/__init__.py")}
         unnamed = {name for name in inside if not re.search(rf"\b{name}\b", docstring)}
         assert not unnamed, f"the docstring of {path.parent.name} does not name {sorted(unnamed)}"
 

@@ -1,0 +1,5 @@
+"""The command line: arguments to an open image and a mount; exit codes; the only reader of the environment.
+
+Modules: ``main`` (the program), ``arguments`` (what the user can say), ``mount_options`` (the list after ``-o``, as
+mount(8) passes it), ``exit_codes``, ``logs`` (standard error, syslog or a file).
+"""

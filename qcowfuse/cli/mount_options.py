@@ -1,0 +1,84 @@
+"""The list after ``-o``: FUSE's options, qcowfuse's own, and what mount(8) and fstab put between them.
+
+1. Commas separate; a backslash makes the next character plain.
+2. Own options have the names of the long ones, with ``-`` or ``_``. What only concerns mount(8) is accepted and
+   means nothing. Anything unknown is refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+_KERNEL_FLAGS = frozenset(str.split("nosuid nodev noexec sync dirsync noatime nodiratime"))
+_FUSE_FLAGS = frozenset({"allow_other", "allow_root"})
+_MEANINGLESS = frozenset(
+    str.split(
+        "rw suid dev exec async atime diratime relatime norelatime strictatime nostrictatime lazytime nolazytime "
+        "defaults default_permissions auto noauto user nouser users nousers owner group _netdev nofail loud silent "
+        "mand nomand iversion noiversion"
+    )
+)
+_MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
+_OWN_FLAGS = frozenset(str.split("read-only foreground debug nonempty no-writeback-cache debug-image-in-memory"))
+_OWN_VALUES = frozenset(str.split("name l2-cache-size lock-wait log-file debug-io-delay uid gid umask fsname"))
+
+
+class MountOptionError(ValueError):
+    """An option that is not accepted; the message names it."""
+
+
+@dataclass(slots=True)
+class MountOptions:
+    """The sorted list: for libfuse, our flags, our values (both by long name)."""
+
+    fuse: set[str] = field(default_factory=set)
+    flags: set[str] = field(default_factory=set)
+    values: dict[str, str] = field(default_factory=dict)
+
+
+def split_options(text: str) -> list[str]:
+    """``a,b=c\\,d`` as ``["a", "b=c,d"]``; empty parts are dropped."""
+    parts, part, plain = [], "", False
+    for character in text:
+        if plain:
+            part, plain = part + character, False
+        elif character == "\\":
+            plain = True
+        elif character == ",":
+            parts.append(part)
+            part = ""
+        else:
+            part += character
+    return [option for option in (*parts, part) if option]
+
+
+def sort_options(lists: Iterable[str]) -> MountOptions:
+    """Sort the options of all the lists; later ones win. Raises MountOptionError."""
+    found = MountOptions()
+    for option in (option for text in lists for option in split_options(text)):
+        key, has_value, value = option.partition("=")
+        own = key.replace("_", "-")
+        if option == "remount":
+            raise MountOptionError("remount is not possible: unmount, then mount with the new options")
+        if option == "ro":
+            found.flags.add("read-only")
+        elif option == "rw":
+            found.flags.discard("read-only")
+        elif option in _KERNEL_FLAGS:
+            found.fuse.add(option)
+        elif not has_value and key.replace("-", "_") in _FUSE_FLAGS:
+            found.fuse.add(key.replace("-", "_"))
+        elif option in _MEANINGLESS or option.startswith(_MEANINGLESS_PREFIXES):
+            found.fuse.discard("no" + option)
+        elif not has_value and own in _OWN_FLAGS:
+            found.flags.add(own)
+        elif own in _OWN_VALUES:
+            if not value:
+                raise MountOptionError(f"option {key} needs a value: {key}=...")
+            found.values[own] = value
+        elif has_value and (own in _OWN_FLAGS or key in _FUSE_FLAGS):
+            raise MountOptionError(f"option {key} takes no value")
+        else:
+            raise MountOptionError(f"unknown option {key}")
+    return found

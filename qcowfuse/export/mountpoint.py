@@ -1,0 +1,215 @@
+"""A mount point: what may be one, whether it is ours, who uses it, and how it is given up.
+
+1. Everything here blocks and belongs in a worker thread once the mount exists: it asks the file system that this
+   very process serves.
+2. A path is not a mount: something else may have been mounted over it, or the mount may have been detached. So
+   whatever acts on the served file by its path checks the device number of what it found first. (Otherwise the
+   repair of a size could truncate the plain file below.)
+3. Unmounting is never forced and never lazy here: either would take the disk away from its users.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+import stat
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import MountError
+
+FILE_SYSTEM_TYPE = "fuse.qcowfuse"
+_UMOUNT_NOFOLLOW = 8
+_N_USERS_SHOWN = 5
+
+
+class MountBusyError(MountError):
+    """The mount is in use and cannot be given up now."""
+
+
+@dataclass(frozen=True, slots=True)
+class MountEntry:
+    """A line of the kernel's table of mounts."""
+
+    device: int
+    path: str
+    file_system: str
+    source: str
+
+
+def mount_table() -> Iterator[MountEntry]:
+    """The mounts of this process's namespace, in the kernel's order."""
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+        for line in lines:
+            left, _, right = line.rstrip("\n").partition(" - ")
+            fields, kind = left.split(" "), right.split(" ")
+            major, minor = fields[2].split(":")
+            yield MountEntry(os.makedev(int(major), int(minor)), _unescape(fields[4]), kind[0], _unescape(kind[1]))
+
+
+def _unescape(text: str) -> str:
+    for octal in ("040", "011", "012", "134"):
+        text = text.replace(f"\\{octal}", chr(int(octal, 8)))
+    return text
+
+
+def check_mount_point(path: str, *, allow_non_empty: bool) -> str:
+    """The real path of a mount point that can be used, else MountError that says what is wrong with it."""
+    real = os.path.realpath(path)
+    try:
+        status = os.stat(real)
+        if stat.S_ISDIR(status.st_mode):
+            entries = os.listdir(real)
+        elif stat.S_ISREG(status.st_mode):
+            entries = []
+        else:
+            raise MountError(f"{path}: mount point is neither a directory nor a regular file")
+    except OSError as exc:
+        raise MountError(_why_unusable(path, exc)) from exc
+    for mount in mount_table():
+        if mount.path == real and mount.device == status.st_dev and mount.file_system == FILE_SYSTEM_TYPE:
+            raise MountError(f"{path}: already mounted, it serves {mount.source}")
+    if entries and not allow_non_empty:
+        raise MountError(f"{path}: mount point is not empty (use another one, or -o nonempty to hide what is in it)")
+    return real
+
+
+def _why_unusable(path: str, exc: OSError) -> str:
+    if exc.errno == errno.ENOENT:
+        return f"{path}: mount point does not exist"
+    if exc.errno == errno.ENOTCONN:
+        return f"{path}: a dead mount is there, its daemon was killed (fusermount3 -u {path} removes it)"
+    return f"{path}: mount point cannot be used: {exc.strerror}"
+
+
+def check_fuse() -> None:
+    """Raise MountError where this process cannot use FUSE, saying what is missing."""
+    try:
+        os.close(os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC))
+    except FileNotFoundError:
+        raise MountError("/dev/fuse does not exist (modprobe fuse; a container must be given the device)") from None
+    except OSError as exc:
+        hint = "a user must be able to read and write it" if exc.errno == errno.EACCES else "modprobe fuse"
+        raise MountError(f"/dev/fuse cannot be opened: {exc.strerror} ({hint})") from exc
+    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
+        raise MountError("fusermount3 is missing, only root can mount without it (install the package fuse3)")
+
+
+def device_at(path: str) -> int:
+    """The device number of what is at ``path``."""
+    return os.stat(path, follow_symlinks=False).st_dev
+
+
+def mounts_of(device: int) -> list[str]:
+    """Where in this namespace the file system ``device`` is mounted; the last mounted first."""
+    return [mount.path for mount in mount_table() if mount.device == device][::-1]
+
+
+def open_served(path: str, device: int, flags: int) -> int:
+    """A descriptor of the served file. Raises OSError; ESTALE when something else is at ``path`` (rule 2)."""
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if os.fstat(fd).st_dev != device:
+        os.close(fd)
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
+    return fd
+
+
+def tell_size(path: str, device: int, n_bytes: int) -> None:
+    """Make the kernel believe that the served file has ``n_bytes``: it takes the answer to a truncate for true."""
+    fd = open_served(path, device, os.O_PATH)  # names the file without an open and a close of it
+    try:
+        os.truncate(f"/proc/self/fd/{fd}", n_bytes)
+    finally:
+        os.close(fd)
+
+
+def sync_served(path: str, device: int) -> None:
+    """Have the kernel send what it holds back, and make it durable."""
+    fd = open_served(path, device, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def unmount(device: int) -> None:
+    """Give up every mount of ``device`` in this namespace.
+
+    Raises MountBusyError when it is in use or something is mounted on top, MountError when it cannot be done.
+    """
+    for path in mounts_of(device):
+        try:
+            found = device_at(path)
+        except OSError as exc:
+            raise MountError(f"{path}: cannot be unmounted: {exc.strerror}") from exc
+        if found != device:
+            raise MountBusyError(f"{path}: something else is mounted on top")
+        if os.geteuid() == 0:
+            _unmount_as_root(path)
+        else:
+            _unmount_as_user(path)
+
+
+def _unmount_as_root(path: str) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW) == 0:
+        return
+    number = ctypes.get_errno()
+    if number == errno.EBUSY:
+        raise MountBusyError(f"{path}: in use")
+    if number not in (errno.EINVAL, errno.ENOENT):  # those two: it is gone already
+        raise MountError(f"{path}: cannot be unmounted: {os.strerror(number)}")
+
+
+def _unmount_as_user(path: str) -> None:
+    try:
+        done = subprocess.run(
+            ["fusermount3", "-u", "--", path], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+        )
+    except OSError as exc:
+        raise MountError(f"fusermount3 cannot be run: {exc.strerror}") from exc
+    if done.returncode:
+        text = " ".join(done.stderr.split())
+        raise (MountBusyError if "busy" in text else MountError)(text or f"{path}: fusermount3 failed")
+
+
+def users_of(path: str, device: int) -> str:
+    """Who uses the mount, as far as this process can see: loop devices and processes, for a message."""
+    users = [*_loop_devices_on(path), *_processes_in(device)]
+    if not users:
+        return "unknown users (another user's processes, or another mount namespace)"
+    more = f" and {len(users) - _N_USERS_SHOWN} more" if len(users) > _N_USERS_SHOWN else ""
+    return ", ".join(users[:_N_USERS_SHOWN]) + more
+
+
+def _loop_devices_on(path: str) -> Iterator[str]:
+    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+        try:
+            if backing.read_text(errors="surrogateescape").rstrip("\n") == path:
+                yield f"/dev/{backing.parts[3]}"
+        except OSError:
+            continue
+
+
+def _processes_in(device: int) -> Iterator[str]:
+    for process in Path("/proc").glob("[0-9]*"):
+        if process.name == str(os.getpid()):
+            continue
+        try:
+            links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
+            name = (process / "comm").read_text().strip()
+        except OSError:
+            continue
+        if any(_is_on(link, device) for link in links):
+            yield f"{name} (pid {process.name})"
+
+
+def _is_on(link: Path, device: int) -> bool:
+    try:
+        return link.stat().st_dev == device
+    except OSError:
+        return False

@@ -1,0 +1,381 @@
+"""The FUSE operations of exactly one file: the virtual disk.
+
+1. Only FUSEError (and cancellation) leaves a handler: anything else would end the mount. What to answer is in
+   :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
+2. A disk keeps its size. Truncating to the present size succeeds; so does truncating to zero, which changes
+   nothing: it is how O_TRUNC arrives, and ``cp`` and ``dd`` open with that. Any other size is refused.
+3. With the write-back cache the kernel believes its own idea of the size of a regular file. It learns it from
+   the first attributes (or, for a root inode, from a setattr: see :mod:`.mount`), and moves it by itself when a
+   client writes past the end. Such a write gets ENOSPC here, and ``on_write_past_end`` is called, so that the
+   kernel's idea can be put right.
+4. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.poll_first`).
+5. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
+   write-back cache the kernel keeps the times. For a root inode it then never moves them by itself: a file that
+   is mounted over a file shows the time that utimens gave it last.)
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from ..driver.image import Image
+from .errnos import errno_of
+from .poll_first import RequestGate
+
+XATTR_PREFIX = b"user.qcowfuse."
+FILE_INODE_IN_DIRECTORY = 2
+
+# The name of the file never changes; its attributes do: blocks get allocated.
+_ENTRY_TIMEOUT = 3600.0
+_ATTRIBUTES_TIMEOUT = 1.0
+_MAX_BLOCK_SIZE = 1 << 20
+_MIN_BLOCK_SIZE = 4096
+
+_log = logging.getLogger(__name__)
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(slots=True)
+class Ownership:
+    """Who owns the served file (and folder), and the permission bits of the file."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+@dataclass(slots=True)
+class _Times:
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Operations(pyfuse3.Operations):
+    """One file that holds ``image``. ``file_name`` is its name in a folder, None when the file is the root itself.
+
+    ``mtime_ns`` is the time that the file shows until it is written. ``on_write_past_end`` and ``on_release``
+    must not block.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        file_name: bytes | None,
+        ownership: Ownership,
+        mtime_ns: int,
+        gate: RequestGate | None = None,
+        on_write_past_end: Callable[[], None] = lambda: None,
+        on_release: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self.enable_writeback_cache = False
+        self.gate = RequestGate() if gate is None else gate
+        self.n_open = 0
+        self._image = image
+        self._size = image.size
+        self._try_read = image.try_read
+        self._try_write = image.try_write
+        self._name = file_name
+        self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
+        self._ownership = ownership
+        # Whoever may read the file may enter the folder.
+        self._folder_ownership = replace(ownership, mode=ownership.mode | (ownership.mode & 0o444) >> 2)
+        self._times = _Times(mtime_ns, mtime_ns, mtime_ns)
+        self._folder_times = replace(self._times)
+        self._n_writes = 0
+        self._n_flushed = 0
+        self._on_write_past_end = on_write_past_end
+        self._on_release = on_release
+        self._last_error = ""
+
+    # ---- the hot path ----
+
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
+        """The bytes at ``off``, less at the end of the disk."""
+        try:
+            if off + size > self._size:
+                size = self._size - off
+                if size <= 0:
+                    return b""
+            data = self._try_read(off, size)
+            if data is not None:
+                return data
+            with self._slow():
+                return await self._image.read(off, size)
+        except Exception as exc:
+            self._fail("read", exc)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write ``buf``; past the end there is no space (rule 3)."""
+        try:
+            if off + len(buf) > self._size:
+                return await self._write_past_end(off, buf)
+            if self._try_write(off, buf):
+                self._n_writes += 1
+                self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+                return len(buf)
+            await self._write_slowly(off, buf)
+        except Exception as exc:
+            self._fail("write", exc)
+        return len(buf)
+
+    async def _write_slowly(self, off: int, data: Buffer) -> None:
+        try:
+            with self._slow():
+                await self._image.write(off, data)
+        finally:
+            self._n_writes += 1
+            self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+
+    async def _write_past_end(self, off: int, buf: bytes) -> int:
+        n_fitting = max(0, self._size - off)
+        if n_fitting:
+            await self._write_slowly(off, memoryview(buf)[:n_fitting])
+        if self.enable_writeback_cache:
+            # The kernel takes any success for the whole of a written-back page: it must be told.
+            self._on_write_past_end()
+        elif n_fitting:
+            return n_fitting
+        raise FUSEError(errno.ENOSPC)
+
+    # ---- durability ----
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Make everything written durable. There is nothing that ``datasync`` could leave out."""
+        await self._flush_image("fsync")
+
+    async def flush(self, fh: int) -> None:
+        """Every close of a descriptor: durable as well, where anything was written since the last time."""
+        if self._n_flushed < self._n_writes:
+            await self._flush_image("flush")
+
+    async def _flush_image(self, operation: str) -> None:
+        n_writes = self._n_writes
+        try:
+            with self._slow():
+                await self._image.flush()
+        except Exception as exc:
+            self._fail(operation, exc)
+        self._n_flushed = max(self._n_flushed, n_writes)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """There is nothing in the folder to make durable."""
+
+    # ---- names ----
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """The one name in the folder."""
+        if parent_inode == pyfuse3.ROOT_INODE and self._name is not None:
+            if name == self._name:
+                return self._file_attributes()
+            if name in (b".", b".."):
+                return self._folder_attributes()
+        raise FUSEError(errno.ENOENT if self._name is not None else errno.ENOTDIR)
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open the folder."""
+        if self._name is None or inode != pyfuse3.ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """The folder holds one name."""
+        if start_id == 0 and self._name is not None:
+            pyfuse3.readdir_reply(token, self._name, self._file_attributes(), 1)
+
+    async def releasedir(self, fh: int) -> None:
+        """Close the folder."""
+
+    # ---- attributes ----
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """The attributes of file or folder."""
+        return self._attributes_of(inode)
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Owner, mode, times; the size as rule 2 says. Who may do what has been checked by the kernel."""
+        is_file = inode == self._file_inode
+        if fields.update_size:
+            self._check_new_size(attr.st_size if is_file else -1)
+        ownership = self._ownership if is_file else self._folder_ownership
+        times = self._times if is_file else self._folder_times
+        if fields.update_mode:
+            ownership.mode = stat.S_IMODE(attr.st_mode) & 0o777
+        if fields.update_uid:
+            ownership.uid = attr.st_uid
+        if fields.update_gid:
+            ownership.gid = attr.st_gid
+        now = time.time_ns()
+        if fields.update_atime:
+            times.atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            times.mtime_ns = attr.st_mtime_ns
+        times.ctime_ns = attr.st_ctime_ns if fields.update_ctime else now
+        return self._attributes_of(inode)
+
+    def _check_new_size(self, n_bytes: int) -> None:
+        if n_bytes < 0:
+            raise FUSEError(errno.EISDIR)
+        if self._image.read_only:
+            raise FUSEError(errno.EROFS)
+        if n_bytes > self._size:
+            raise FUSEError(errno.EFBIG)
+        if n_bytes not in (0, self._size):
+            raise FUSEError(errno.EPERM)
+
+    def _attributes_of(self, inode: int) -> EntryAttributes:
+        if inode == self._file_inode:
+            return self._file_attributes()
+        if inode == pyfuse3.ROOT_INODE:
+            return self._folder_attributes()
+        raise FUSEError(errno.ESTALE)
+
+    def _file_attributes(self) -> EntryAttributes:
+        entry = _entry(self._file_inode, self._ownership, self._times)
+        entry.st_mode = stat.S_IFREG | self._ownership.mode
+        entry.st_nlink = 1
+        entry.st_size = self._size
+        entry.st_blksize = min(max(self._image.cluster_size, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
+        try:
+            entry.st_blocks = -(-self._image.allocated_bytes() // 512)
+        except Exception as exc:
+            self._fail("getattr", exc)
+        return entry
+
+    def _folder_attributes(self) -> EntryAttributes:
+        entry = _entry(pyfuse3.ROOT_INODE, self._folder_ownership, self._folder_times)
+        entry.st_mode = stat.S_IFDIR | self._folder_ownership.mode
+        entry.st_nlink = 2
+        entry.st_size = 0
+        return entry
+
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """The kernel checks permissions (default_permissions), so this only knows about read-only."""
+        return not (mode & os.W_OK and self._image.read_only)
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The disk as a file system of clusters: a loop device takes its discard granularity from the block size."""
+        try:
+            n_free = self._image.free_host_bytes() // self._image.cluster_size
+        except Exception as exc:
+            self._fail("statfs", exc)
+        stats = StatvfsData()
+        stats.f_bsize = stats.f_frsize = self._image.cluster_size
+        stats.f_blocks = -(-self._size // self._image.cluster_size)
+        stats.f_bfree = stats.f_bavail = min(n_free, stats.f_blocks)
+        stats.f_files = 1
+        stats.f_namemax = 255
+        return stats
+
+    # ---- statistics as extended attributes ----
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        """``user.qcowfuse.<counter>`` for each counter."""
+        if inode != self._file_inode:
+            return []
+        return [XATTR_PREFIX + name.encode() for name in self._statistics()]
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """A counter in decimal."""
+        if inode == self._file_inode and name.startswith(XATTR_PREFIX):
+            value = self._statistics().get(name.removeprefix(XATTR_PREFIX).decode("ascii", "replace"))
+            if value is not None:
+                return b"%d" % value
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Nothing can be set."""
+        raise FUSEError(errno.EROFS if name.startswith(XATTR_PREFIX) else errno.EOPNOTSUPP)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Nothing can be removed."""
+        raise FUSEError(errno.EROFS if name.startswith(XATTR_PREFIX) else pyfuse3.ENOATTR)
+
+    def _statistics(self) -> dict[str, int]:
+        try:
+            return self._image.statistics()
+        except Exception as exc:
+            self._fail("statistics", exc)
+
+    # ---- open and close ----
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open the file."""
+        if inode != self._file_inode:
+            raise FUSEError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY and self._image.read_only:
+            raise FUSEError(errno.EROFS)
+        self.n_open += 1
+        return FileInfo(fh=inode, keep_cache=True)
+
+    async def release(self, fh: int) -> None:
+        """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
+        self.n_open -= 1
+        self._on_release()
+
+    # ---- what a folder of one fixed file does not do ----
+
+    async def _refuse(self, *args: object) -> NoReturn:
+        raise FUSEError(errno.EROFS if self._image.read_only else errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """There are no links."""
+        raise FUSEError(errno.EINVAL)
+
+    # ---- errors ----
+
+    @contextmanager
+    def _slow(self) -> Iterator[None]:
+        self.gate.n_slow += 1
+        try:
+            yield
+        finally:
+            self.gate.n_slow -= 1
+
+    def _fail(self, operation: str, exc: Exception) -> NoReturn:
+        if isinstance(exc, FUSEError):
+            raise exc
+        number = errno_of(exc)
+        if number is None:
+            _log.error("bug in qcowfuse: %s failed unexpectedly", operation, exc_info=exc)
+            number = errno.EIO
+        else:
+            message = f"{operation} failed: {exc}"
+            if message != self._last_error:  # a failing disk says the same a thousand times
+                self._last_error = message
+                _log.error("%s", message)
+        raise FUSEError(number) from None
+
+
+def _entry(inode: int, ownership: Ownership, times: _Times) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = inode
+    entry.generation = 0
+    entry.entry_timeout = _ENTRY_TIMEOUT
+    entry.attr_timeout = _ATTRIBUTES_TIMEOUT
+    entry.st_uid = ownership.uid
+    entry.st_gid = ownership.gid
+    entry.st_atime_ns = times.atime_ns
+    entry.st_mtime_ns = times.mtime_ns
+    entry.st_ctime_ns = times.ctime_ns
+    return entry

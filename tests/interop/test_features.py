@@ -1,0 +1,262 @@
+"""Feature bits on images by QEMU: what is refused, by which name, and what a write does to the rest."""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+import pytest
+
+from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.options import MAX_BACKING_DEPTH, OpenOptions
+from qcowfuse.errors import BackingChainError, ImageUsageError, QcowFuseError, UnsupportedFeatureError
+from tests.support import battery, qemu
+from tests.support.matrix import MIB, Built, set_feature
+
+READ_ONLY = OpenOptions(read_only=True)
+INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = 72, 80, 88
+
+
+def make(folder: Path, options: str = "", name: str = "image.qcow2") -> Path:
+    """A 2 MiB image with one pattern in it."""
+    path = folder / name
+    qemu.create(path, "qcow2", 2 * MIB, options=options)
+    qemu.io(path, ["write -P 17 64k 128k"])
+    return path
+
+
+def features(path: Path) -> tuple[int, int, int]:
+    """Incompatible, compatible and autoclear bits on disk."""
+    found = struct.unpack(">QQQ", path.read_bytes()[72:96])
+    return found[0], found[1], found[2]
+
+
+def set_bit(path: Path, field: int, bit: int) -> None:
+    """Set one feature bit on disk."""
+    set_feature(field, bit)(Built(path, "qcow2", 0))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ("data_file={folder}/data.raw", "external data file"),
+        ("data_file={folder}/data.raw,data_file_raw=on", "external data file"),
+        ("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", "LUKS encryption"),
+    ],
+)
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_unserved_features_are_refused_by_name(
+    options: str, name: str, read_only: bool, image_folder: Path
+) -> None:
+    """An image that needs a feature which nobody here serves is refused with the feature's name, untouched."""
+    path = image_folder / "image.qcow2"
+    words = ["qemu-img", "create", "-q", "--object", "secret,id=key,data=abc", "-f", "qcow2"]
+    qemu.must_run(*words, "-o", options.format(folder=image_folder), path, "2M")
+    before = path.read_bytes()
+    with pytest.raises(UnsupportedFeatureError, match=name):
+        await open_image(str(path), OpenOptions(read_only=read_only))
+    assert path.read_bytes() == before
+
+
+async def test_aes_is_refused_by_name(image_folder: Path) -> None:
+    """The old AES method is refused by name, in version 1 and in QCOW2."""
+    for format_name, field in (("qcow", 36), ("qcow2", 32)):
+        path = image_folder / f"image.{format_name}"
+        qemu.create(path, format_name, MIB)
+        with path.open("r+b") as file:
+            file.seek(field)
+            file.write((1).to_bytes(4, "big"))
+        with pytest.raises(UnsupportedFeatureError, match="AES encryption"):
+            await open_image(str(path), READ_ONLY)
+
+
+async def test_unknown_incompatible_bit_without_a_name(image_folder: Path) -> None:
+    """An incompatible bit that nobody knows is refused by its number, as QEMU refuses it."""
+    path = make(image_folder)
+    set_bit(path, INCOMPATIBLE, 44)
+    with pytest.raises(UnsupportedFeatureError, match="incompatible feature bit 44"):
+        await open_image(str(path), READ_ONLY)
+    assert qemu.run("qemu-img", "info", path).code == 1
+
+
+async def test_unknown_incompatible_bit_is_named_by_the_image(image_folder: Path) -> None:
+    """The image's own feature table names the bit in the refusal."""
+    path = make(image_folder)
+    data = bytearray(path.read_bytes()[:512])
+    place = data.index(b"\x01\x00lazy refcounts")
+    data[place : place + 48] = struct.pack(">BB46s", 0, 44, b"time travel")
+    with path.open("r+b") as file:
+        file.write(data)
+    set_bit(path, INCOMPATIBLE, 44)
+    with pytest.raises(UnsupportedFeatureError) as caught:
+        await open_image(str(path), READ_ONLY)
+    assert caught.value.names == ("time travel",)
+    assert "time travel" in qemu.run("qemu-img", "info", path).stderr
+
+
+async def test_unknown_compatible_bit_is_kept(image_folder: Path) -> None:
+    """A compatible bit that nobody knows stays set through writes, and QEMU finds nothing wrong."""
+    path = make(image_folder)
+    set_bit(path, COMPATIBLE, 37)
+    image = await open_image(str(path))
+    await battery.write(image, 0, b"new" * 1000)
+    await image.aclose()
+    assert features(path) == (0, 1 << 37, 0)
+    assert qemu.check(path).clean
+
+
+async def test_unknown_autoclear_bits_go_with_the_first_write(image_folder: Path) -> None:
+    """Opening for writing keeps unknown autoclear bits; the first write, in place or not, clears them."""
+    for name, guest_offset in (("in-place", 64 * 1024), ("allocating", 0)):
+        path = make(image_folder, name=name)
+        set_bit(path, AUTOCLEAR, 41)
+        for options in (READ_ONLY, OpenOptions()):
+            image = await open_image(str(path), options)
+            await battery.read(image, 0, 300_000)
+            await image.flush()
+            await image.aclose()
+            assert features(path) == (0, 0, 1 << 41)
+        image = await open_image(str(path))
+        await battery.write(image, guest_offset, b"x")
+        assert features(path) == (0, 0, 0)  # before the data's flush: rule R5
+        await image.aclose()
+        assert qemu.check(path).clean
+
+
+async def test_a_write_makes_bitmaps_invalid(image_folder: Path) -> None:
+    """After a write QEMU knows that the bitmaps are not to be trusted, and repairing leaves a clean image."""
+    path = make(image_folder)
+    qemu.must_run("qemu-img", "bitmap", "--add", path, "b0")
+    assert features(path)[2] == 1
+    image = await open_image(str(path))
+    await battery.write(image, 0, b"x" * 100)
+    await image.aclose()
+    assert features(path)[2] == 0
+    assert qemu.check(path).corruptions == 0
+    qemu.must_run("qemu-img", "check", "-q", "-r", "leaks", path)
+    assert qemu.check(path).clean
+    assert "bitmaps" not in qemu.info(path)["format-specific"]["data"]
+
+
+@pytest.mark.parametrize(("bit", "word"), [(0, "not closed cleanly"), (1, "corrupt")])
+async def test_damaged_images_are_read_only(bit: int, word: str, image_folder: Path) -> None:
+    """A dirty or corrupt image is refused for writing with what to do about it, and read like any other."""
+    path = make(image_folder)
+    set_bit(path, INCOMPATIBLE, bit)
+    before = path.read_bytes()
+    with pytest.raises(ImageUsageError, match=word):
+        await open_image(str(path))
+    image = await open_image(str(path), READ_ONLY)
+    assert await battery.read(image, 64 * 1024, 1000) == bytes([17]) * 1000
+    await image.aclose()
+    assert path.read_bytes() == before
+
+
+async def test_lazy_refcounts_stay_sound(image_folder: Path) -> None:
+    """An image that allows lazy refcounts is written without being dirty, and is clean after a close."""
+    path = make(image_folder, "lazy_refcounts=on")
+    image = await open_image(str(path))
+    await battery.write(image, MIB, b"lazy" * 5000)
+    await image.flush()
+    assert features(path) == (0, 1, 0)
+    await image.aclose()
+    assert qemu.check(path).clean
+
+
+@pytest.mark.parametrize("backing_format", ["qcow2", "raw"])
+async def test_a_missing_backing_file_is_named(backing_format: str, image_folder: Path) -> None:
+    """A backing file that is not there is refused with both names."""
+    base = image_folder / "base"
+    qemu.create(base, backing_format, MIB)
+    top = image_folder / "top.qcow2"
+    qemu.create(top, "qcow2", MIB, backing="base", backing_format=backing_format)
+    base.unlink()
+    with pytest.raises(QcowFuseError, match="base") as caught:
+        await open_image(str(top))
+    assert "top.qcow2" in str(caught.value)
+
+
+async def test_loops_are_refused(image_folder: Path) -> None:
+    """A chain that comes back to itself is refused, directly, over another image, and through another name."""
+    first, second = image_folder / "first.qcow2", image_folder / "second.qcow2"
+    qemu.create(first, "qcow2", MIB)
+    qemu.create(second, "qcow2", MIB, backing="first.qcow2", backing_format="qcow2")
+    for target in ("first.qcow2", "second.qcow2", "./../" + image_folder.name + "/first.qcow2", "link"):
+        link = image_folder / "link"
+        if target == "link":
+            link.symlink_to("first.qcow2")
+        qemu.must_run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", target, first)
+        for path in (first, second):
+            with pytest.raises(QcowFuseError, match="chain"):
+                await open_image(str(path), READ_ONLY)
+
+
+async def test_a_hard_link_to_itself_is_refused(image_folder: Path) -> None:
+    """A loop over a second hard link of the same file is refused: one file is one file."""
+    first, other = image_folder / "first.qcow2", image_folder / "other.qcow2"
+    qemu.create(first, "qcow2", MIB)
+    other.hardlink_to(first)
+    qemu.must_run("qemu-img", "rebase", "-u", "-F", "qcow2", "-b", "other.qcow2", first)
+    with pytest.raises(QcowFuseError):
+        await open_image(str(first), READ_ONLY)
+
+
+def chain_of(folder: Path, n_layers: int) -> Path:
+    """A chain of ``n_layers`` images by numbers, the lowest full of 0x63; QEMU makes two, the rest are copies."""
+    qemu.create(folder / "000", "qcow2", MIB, options="cluster_size=4k")
+    qemu.io(folder / "000", ["write -P 99 0 1M"])
+    overlay = folder / "001"
+    qemu.create(overlay, "qcow2", MIB, options="cluster_size=4k", backing="000", backing_format="qcow2")
+    data = overlay.read_bytes()
+    for number in range(2, n_layers):
+        (folder / f"{number:03}").write_bytes(data.replace(b"000", f"{number - 1:03}".encode(), 1))
+    return folder / f"{n_layers - 1:03}"
+
+
+async def test_deep_chains(image_folder: Path) -> None:
+    """A chain of 60 opens and reads through to its bottom, and is written at its top."""
+    top = chain_of(image_folder, 60)
+    image = await open_image(str(top))
+    try:
+        assert await battery.read(image, 5000, 5000) == bytes([99]) * 5000
+        await battery.write(image, 6000, b"top")
+        assert await battery.read(image, 5999, 5) == b"ctopc"
+    finally:
+        await image.aclose()
+    assert qemu.check(top).clean
+
+
+async def test_endless_chains_are_refused(image_folder: Path) -> None:
+    """A chain deeper than the limit is refused with its limit, and every file of it is closed again."""
+    top = chain_of(image_folder, MAX_BACKING_DEPTH + 2)
+    n_open = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(BackingChainError, match=str(MAX_BACKING_DEPTH)):
+        await open_image(str(top), READ_ONLY)
+    assert len(os.listdir("/proc/self/fd")) == n_open
+
+
+async def test_protocols_in_backing_names_are_refused(image_folder: Path) -> None:
+    """A backing name that is a protocol or a json: description is refused and opens nothing."""
+    path = image_folder / "image.qcow2"
+    secret = image_folder / "secret"
+    secret.write_bytes(b"s" * 65536)
+    names = ("nbd://example.invalid/x", f'json:{{"driver":"file","filename":"{secret}"}}', "nbd:unix:/x", "ssh://h/x")
+    for name in names:
+        qemu.must_run("qemu-img", "create", "-q", "-u", "-f", "qcow2", "-F", "raw", "-b", name, path, "1M")
+        with pytest.raises(BackingChainError, match="plain local path"):
+            await open_image(str(path), READ_ONLY)
+
+
+async def test_raw_backing_is_never_probed(image_folder: Path) -> None:
+    """A raw backing file whose guest wrote a QCOW header into it is shown as the bytes that it is."""
+    inner = make(image_folder, name="inner.qcow2")
+    raw = image_folder / "base.raw"
+    raw.write_bytes(inner.read_bytes())
+    top = image_folder / "top.qcow2"
+    qemu.create(top, "qcow2", 2 * MIB, backing="base.raw", backing_format="raw")
+    image = await open_image(str(top), READ_ONLY)
+    try:
+        assert await battery.read(image, 0, 4096) == raw.read_bytes()[:4096]
+    finally:
+        await image.aclose()

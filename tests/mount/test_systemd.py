@@ -1,0 +1,259 @@
+"""The systemd unit, mount(8) and fstab under a real systemd: a container on a throw-away overlay of this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
+LAUNCHER = f"""#!/bin/sh
+export PYTHONPATH={REPOSITORY}
+exec {sys.executable} -c 'import sys; from qcowfuse.cli.main import main; sys.exit(main())' "$@"
+"""
+PRELUDE = """#!/bin/bash
+exec >/srv/out.log 2>&1
+set -x
+fail() {
+    set +x; echo "FAILED: $*"
+    systemctl --no-pager -l status "qcowfuse@*"; journalctl --no-pager -u qcowfuse@one -n 40
+    exit 1
+}
+expect() { [ "$1" = "$2" ] || fail "$1 is not $2"; }
+# wait_for COMMAND: 10 s at most
+wait_for() { for i in $(seq 100); do "$@" && return; sleep 0.1; done; fail "waited for $*"; }
+state() { systemctl show -P ActiveState "$1"; }
+mounted() { grep -q " $1 fuse" /proc/self/mounts; }
+gone() { ! mounted "$1"; }
+no_daemon() { ! pgrep -f "cli[.]main" >/dev/null; }
+checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
+"""
+pytestmark = [
+    pytest.mark.mount,
+    pytest.mark.root,
+    pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),
+]
+
+
+@pytest.fixture
+def machine() -> Iterator[Path]:
+    """The root directory of a container that is this machine, with the unit and the command installed."""
+    top = Path(f"/dev/shm/qcowfuse-systemd-{os.getpid()}")
+    upper, work, root = top / "upper", top / "work", top / "root"
+    for directory in (upper, work, root):
+        directory.mkdir(parents=True)
+    options = f"lowerdir=/,upperdir={upper},workdir={work}"
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, root], check=True)
+    try:
+        shutil.copy(UNIT, root / "etc/systemd/system")
+        launcher = root / "usr/local/bin/qcowfuse"
+        launcher.write_text(LAUNCHER)
+        launcher.chmod(0o755)
+        (root / "etc/qcowfuse").mkdir()
+        (root / "etc/fstab").write_text("")
+        yield root
+    finally:
+        subprocess.run(["umount", root], check=True)
+        shutil.rmtree(top)
+
+
+@pytest.fixture
+def boot(machine: Path) -> Iterator[Callable[[str], None]]:
+    """A function that boots the container, runs a script in it and fails with the log where the script fails."""
+    # systemd-tmpfiles in the container changes the mode of the device node that it shares with this machine.
+    mode = os.stat("/dev/fuse").st_mode & 0o777
+
+    def boot(script: str) -> None:
+        (machine / "srv/scenario").write_text(PRELUDE + script)
+        (machine / "srv/scenario").chmod(0o755)
+        # The overlay holds the root file system alone, and /tmp in the container is its own.
+        needed = {str(REPOSITORY), sys.prefix, sys.base_prefix} - {"/usr"}
+        binds = [f"--bind-ro={path}" for path in sorted(needed)]
+        command = [
+            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", machine, "--bind=/dev/fuse", *binds),
+            *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
+            *("systemd.run_success_action=exit", "systemd.run_failure_action=exit"),
+        ]
+        with (machine.parent / "console").open("w") as console:
+            done = subprocess.run(
+                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, timeout=60, check=False
+            )
+        log = machine / "srv/out.log"
+        said = log.read_text() if log.exists() else (machine.parent / "console").read_text()
+        assert done.returncode == 0, said
+
+    yield boot
+    os.chmod("/dev/fuse", mode)
+
+
+@pytest.fixture
+def instance(machine: Path) -> Path:
+    """Instance "one": an empty 64 MiB image and its mount point, both with a blank in their paths."""
+    image = machine / "srv/image one.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+    (machine / "srv/mount one").mkdir()
+    conf = 'IMAGE="/srv/image one.qcow2"\nMOUNTPOINT="/srv/mount one"\n'
+    (machine / "etc/qcowfuse/one.conf").write_text(conf)
+    return image
+
+
+def test_unit_is_well_formed(machine: Path) -> None:
+    """systemd-analyze verify has nothing to say about the unit."""
+    unit = "/etc/systemd/system/qcowfuse@one.service"
+    done = subprocess.run(
+        ["chroot", machine, "systemd-analyze", "verify", "--man=no", unit],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    complaints = [line for line in done.stderr.splitlines() if "qcowfuse" in line]
+    assert (done.returncode, complaints) == (0, [])
+
+
+def test_unit_gives_itself_no_mount_namespace() -> None:
+    """No directive that would hide the mount from the rest of the system."""
+    keys = {line.split("=")[0] for line in UNIT.read_text().splitlines() if not line.startswith("#")}
+    hiding = (
+        "Private",
+        "Protect",
+        "ReadOnly",
+        "ReadWrite",
+        "Inaccessible",
+        "Bind",
+        "Root",
+        "Temporary",
+        "MountFlags",
+    )
+    assert not {key for key in keys if key.startswith(hiding)}
+
+
+@pytest.mark.usefixtures("instance")
+def test_start_serve_stop(boot: Callable[[str], None]) -> None:
+    """Active when the disk can be used; after stop the mount is gone and the image closed, clean and complete."""
+    boot(r"""
+systemctl start qcowfuse@one || fail start
+expect "$(state qcowfuse@one)" active
+[ -n "$(systemctl show -P StatusText qcowfuse@one)" ] || fail "no status text"
+disk="/srv/mount one/disk.raw"
+expect "$(stat -c %s "$disk")" $((64 << 20))
+head -c 5000000 /dev/urandom >/srv/data
+dd if=/srv/data of="$disk" bs=64k seek=16 conv=notrunc status=none || fail write
+cmp -n 5000000 /srv/data "$disk" 0 1048576 || fail "what was written is not read"
+qemu-io -f qcow2 -c 'write 0 512' "/srv/image one.qcow2" && fail "QEMU may write to an image that is being served"
+systemctl stop qcowfuse@one || fail stop
+expect "$(state qcowfuse@one)" inactive
+expect "$(systemctl show -P Result qcowfuse@one)" success
+gone "/srv/mount.040one" || fail "still mounted"
+no_daemon || fail "stop returned before the daemon had ended"
+checked "/srv/image one.qcow2"
+qemu-img convert -O raw "/srv/image one.qcow2" /srv/copy || fail "image is locked"
+cmp -n 5000000 /srv/data /srv/copy 0 1048576 || fail "what was written is not in the image"
+systemctl start qcowfuse@one && cmp -n 5000000 /srv/data "$disk" 0 1048576 || fail "second start"
+fusermount3 -u "/srv/mount one"
+wait_for eval '[ "$(state qcowfuse@one)" = inactive ]'
+expect "$(systemctl show -P Result qcowfuse@one)" success
+""")
+
+
+@pytest.mark.usefixtures("instance")
+def test_stop_waits_for_users(boot: Callable[[str], None]) -> None:
+    """A stop takes nothing from a program that has the disk open; the status names it, and the stop ends with it."""
+    boot(r"""
+systemctl start qcowfuse@one || fail start
+disk="/srv/mount one/disk.raw"
+sleep 1000 <>"$disk" &
+user=$!
+systemctl stop --no-block qcowfuse@one
+wait_for eval 'systemctl show -P StatusText qcowfuse@one | grep -q "$user"'
+expect "$(state qcowfuse@one)" deactivating
+echo still >"$disk" || fail "the disk was taken away"
+expect "$(head -c 5 "$disk")" still
+kill $user
+wait_for eval '[ "$(state qcowfuse@one)" = inactive ]'
+expect "$(systemctl show -P Result qcowfuse@one)" success
+checked "/srv/image one.qcow2"
+""")
+
+
+@pytest.mark.usefixtures("instance")
+def test_kill_removes_the_dead_mount(boot: Callable[[str], None]) -> None:
+    """After kill -9 the unit has failed, the dead mount is removed, fsynced data is there and a new start works."""
+    boot(r"""
+systemctl start qcowfuse@one || fail start
+disk="/srv/mount one/disk.raw"
+head -c 1000000 /dev/urandom >/srv/data
+dd if=/srv/data of="$disk" bs=64k conv=notrunc,fsync status=none || fail write
+systemctl kill -s KILL --kill-whom=main qcowfuse@one
+wait_for eval '[ "$(state qcowfuse@one)" = failed ]'
+expect "$(systemctl show -P Result qcowfuse@one)" signal
+wait_for gone '/srv/mount.040one'
+ls "/srv/mount one" || fail "the mount point is dead"
+qemu-img check -q "/srv/image one.qcow2"
+case $? in 0|3) ;; *) fail "more than leaks" ;; esac
+systemctl start qcowfuse@one || fail "start after kill"
+cmp -n 1000000 /srv/data "$disk" || fail "fsynced data is lost"
+systemctl stop qcowfuse@one || fail stop
+checked "/srv/image one.qcow2"
+""")
+
+
+@pytest.mark.usefixtures("instance")
+def test_refused_start_leaves_a_live_mount_alone(boot: Callable[[str], None]) -> None:
+    """Where another qcowfuse serves already, the unit fails and that mount goes on; options reach the program."""
+    boot(r"""
+qcowfuse "/srv/image one.qcow2" "/srv/mount one" || fail "mount by hand"
+systemctl start qcowfuse@one && fail "started twice on one image"
+expect "$(state qcowfuse@one)" failed
+cat "/srv/mount one/disk.raw" | cmp -n 1000 - /dev/zero || fail "the live mount was taken away"
+fusermount3 -u "/srv/mount one"
+wait_for no_daemon
+echo 'OPTIONS=--read-only --name other.raw' >>/etc/qcowfuse/one.conf
+systemctl start qcowfuse@one || fail "start with options"
+[ -f "/srv/mount one/other.raw" ] || fail "--name did not arrive"
+echo x 2>/dev/null >"/srv/mount one/other.raw" && fail "--read-only did not arrive"
+systemctl stop qcowfuse@one || fail stop
+systemctl start qcowfuse@missing && fail "started without a configuration"
+true
+""")
+
+
+def test_mount_and_fstab(boot: Callable[[str], None], machine: Path) -> None:
+    """mount -t fuse.qcowfuse, a line in fstab by mount(8), and the mount unit that systemd makes from the line."""
+    image = machine / "srv/one.qcow2"
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", image, "64M"], check=True)
+    (machine / "srv/m").mkdir()
+    (machine / "etc/fstab").write_text(
+        "/srv/one.qcow2 /srv/m fuse.qcowfuse ro,noauto,nofail,x-systemd.mount-timeout=20 0 0\n"
+    )
+    boot(r"""
+mount -t fuse.qcowfuse /srv/one.qcow2 /srv/m -o rw || fail "mount -t"
+mounted /srv/m || fail "not mounted"
+head -c 300000 /dev/urandom >/srv/data
+dd if=/srv/data of=/srv/m/disk.raw conv=notrunc status=none || fail write
+umount /srv/m || fail umount
+wait_for no_daemon
+checked /srv/one.qcow2
+
+mount /srv/m || fail "mount by fstab"
+cmp -n 300000 /srv/data /srv/m/disk.raw || fail "read"
+echo x 2>/dev/null >/srv/m/disk.raw && fail "ro did not arrive"
+umount /srv/m || fail umount
+wait_for no_daemon
+
+expect "$(systemctl show -P FragmentPath srv-m.mount)" /run/systemd/generator/srv-m.mount
+systemctl start srv-m.mount || fail "start of the mount unit"
+expect "$(state srv-m.mount)" active
+cmp -n 300000 /srv/data /srv/m/disk.raw || fail "read"
+systemctl stop srv-m.mount || fail "stop of the mount unit"
+gone /srv/m || fail "still mounted"
+wait_for no_daemon
+checked /srv/one.qcow2
+mount -t fuse.qcowfuse /srv/nothing.qcow2 /srv/m && fail "mounted what is not there"
+true
+""")
