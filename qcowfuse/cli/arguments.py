@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from .._version import __version__
-from ..driver.options import DelayModel, L2CacheSize, OpenOptions  # type: ignore[attr-defined]
+from ..driver.options import DelayModel, L2CacheSize, OpenOptions
 from ..export.mount import MountSettings
 from .exit_codes import EXPLANATIONS, ExitCode
 from .mount_options import MountOptionError, sort_options

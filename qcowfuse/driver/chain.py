@@ -152,6 +152,10 @@ async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _
     else:
         refuse_unsupported(header)
         n_entries, l1_offset = header.n_l1_entries, header.l1_table_offset
+    if n_entries and l1_offset + n_entries * 8 > storage.size():
+        raise FormatError(
+            "L1 table", l1_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
+        )
     data = await storage.pread(l1_offset, n_entries * 8) if n_entries else b""
     return _Opened(path, storage, header, parse_table(data))
 
@@ -222,6 +226,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     metadata = MetadataClusters(header.cluster_bits)
     allocator: Allocator | None = None
     if not options.read_only:
+        _refuse_truncated(path, top, top_mapping)
         allocator = await _allocator_of(top, header, metadata)
     return QcowImage(
         path=path,
@@ -246,6 +251,16 @@ def _refuse_damaged(path: str, header: Qcow2Header) -> None:
         raise ImageUsageError(
             f"{path}: was not closed cleanly and its refcounts may be wrong; mount it read-only (-r), "
             f"or repair it: qemu-img check -r all {path}"
+        )
+
+
+def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:
+    """An image that lost its end: what is left may be read, but writing would build on what is missing."""
+    last_table = max((entry & mapping.entry_format.l1_offset_mask for entry in layer.l1_table), default=0)
+    if last_table >= max(layer.storage.size(), 1):
+        raise ImageUsageError(
+            f"{path}: L2 table at {last_table:#x} lies past the end of the file ({layer.storage.size()} bytes): "
+            "truncated; mount it read-only (-r) to save what is left"
         )
 
 

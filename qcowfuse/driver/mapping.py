@@ -134,9 +134,7 @@ class Mapping:
         """See Layer. Raises OSError, CorruptImageError."""
         slice_number = guest_offset >> self.slice_shift
         key = slice_number << LAYER_BITS | self.layer
-        slice_ = await self.cache.load(key, partial(self.read_slice, slice_number))
-        self.cache.hits -= 1  # the look-up that follows belongs to the miss
-        return slice_
+        return await self.cache.load(key, partial(self.read_slice, slice_number))
 
     def slice_host_offset(self, slice_number: int) -> int:
         """Where a slice stands in the image file; 0 when its table does not exist. Raises CorruptImageError."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..storage.latency import DelayModel
+from ..storage.latency import DelayModel as DelayModel  # cli takes it from here
 
 MAX_BACKING_DEPTH = 200
 """Layers below the top one. QEMU has no limit of its own; beyond this a chain is taken for hostile."""

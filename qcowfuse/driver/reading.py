@@ -42,6 +42,7 @@ class ChainReader:
                     return lookup_chain(self.layers, guest_offset, n_bytes, first_layer=first_layer)
                 except Missing as missing:
                     pins.callback(self._cache.unpin, await missing.layer.load(missing.guest_offset))
+                    self._cache.hits -= 1  # the look-up that follows belongs to the miss
 
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes if they can be had at once. Raises CorruptImageError, OSError."""

@@ -6,8 +6,8 @@
 3. ``OSError`` is what comes out, untouched; a failed flush is final (``base``, rule 4).
 
 ``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``syscalls`` what the standard library
-lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a known delay on each access, and
-an image that is locked in RAM.
+lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a
+known delay on each access, and an image that is locked in RAM.
 """
 
 from __future__ import annotations

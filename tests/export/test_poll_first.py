@@ -1,0 +1,183 @@
+"""The request gate: who waits, who is woken, and that others get their turn."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator
+
+import pytest
+import trio
+import trio.lowlevel
+import trio.testing
+
+from qcowfuse.export.poll_first import RequestGate
+
+
+class Pipe:
+    """A descriptor with requests of one byte each."""
+
+    def __init__(self) -> None:
+        self.fd, self._write_end = os.pipe()
+        os.set_blocking(self.fd, False)
+
+    def send(self, n: int = 1) -> None:
+        os.write(self._write_end, b"r" * n)
+
+    def take(self) -> None:
+        assert os.read(self.fd, 1) == b"r"  # fails with BlockingIOError when someone else took it
+
+    def close(self) -> None:
+        os.close(self.fd)
+        os.close(self._write_end)
+
+
+@pytest.fixture
+def pipe() -> Iterator[Pipe]:
+    pipe = Pipe()
+    yield pipe
+    pipe.close()
+
+
+class Workers:
+    """Workers as pyfuse3 runs them; each request waits for ``handling`` when that is given."""
+
+    def __init__(self, gate: RequestGate, pipe: Pipe, handling: trio.Event | None = None) -> None:
+        self.gate, self.pipe, self.handling = gate, pipe, handling
+        self.n_taken = 0
+        self.n_ended = 0
+
+    async def run(self) -> None:
+        while True:
+            try:
+                await self.gate.wait_readable(self.pipe.fd)
+            except trio.ClosedResourceError:
+                self.n_ended += 1
+                return
+            self.pipe.take()
+            self.n_taken += 1
+            if self.handling is not None:
+                await self.handling.wait()
+
+
+async def wait_for(condition: object, limit: float = 5) -> None:
+    with trio.fail_after(limit):
+        while not condition():  # type: ignore[operator]  # noqa: ASYNC110  # the gate has no event for a test
+            await trio.sleep(0.001)
+
+
+async def test_every_request_is_taken_once(pipe: Pipe) -> None:
+    """Many requests and many workers: each request is read by exactly one worker."""
+    workers = Workers(RequestGate(), pipe)
+    async with trio.open_nursery() as nursery:
+        for _ in range(8):
+            nursery.start_soon(workers.run)
+        for _ in range(50):
+            pipe.send(37)
+            await trio.lowlevel.checkpoint()
+        await wait_for(lambda: workers.n_taken == 50 * 37)
+        nursery.cancel_scope.cancel()
+
+
+async def test_another_worker_takes_over_while_one_waits(pipe: Pipe) -> None:
+    """As long as there is an idle worker, a request is taken whatever the others wait for."""
+    go_on = trio.Event()
+    workers = Workers(RequestGate(), pipe, go_on)
+    async with trio.open_nursery() as nursery:
+        for _ in range(10):
+            nursery.start_soon(workers.run)
+        for n_sent in range(1, 11):
+            pipe.send()
+            await wait_for(lambda n=n_sent: workers.n_taken == n)
+        pipe.send()
+        await trio.sleep(0.02)
+        assert workers.n_taken == 10
+        go_on.set()
+        await wait_for(lambda: workers.n_taken == 11)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_cancelled_watcher_is_replaced(pipe: Pipe) -> None:
+    """When the worker that watches is cancelled, a parked one watches instead."""
+    workers = Workers(RequestGate(), pipe)
+    async with trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
+
+        async def first() -> None:
+            with scope:
+                await workers.run()
+
+        nursery.start_soon(first)
+        await trio.testing.wait_all_tasks_blocked()
+        nursery.start_soon(workers.run)
+        await trio.testing.wait_all_tasks_blocked()
+        scope.cancel()
+        await trio.testing.wait_all_tasks_blocked()
+        pipe.send()
+        await wait_for(lambda: workers.n_taken == 1)
+        nursery.cancel_scope.cancel()
+
+
+async def test_a_cancelled_parked_worker_is_forgotten(pipe: Pipe) -> None:
+    """When a parked worker is cancelled, the others go on."""
+    workers = Workers(RequestGate(), pipe)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        await trio.testing.wait_all_tasks_blocked()
+        async with trio.open_nursery() as inner:
+            inner.start_soon(workers.run)
+            await trio.testing.wait_all_tasks_blocked()
+            inner.cancel_scope.cancel()
+        pipe.send(3)
+        await wait_for(lambda: workers.n_taken == 3)
+        nursery.cancel_scope.cancel()
+
+
+async def test_closing_ends_all_workers(pipe: Pipe) -> None:
+    """notify_closing ends the watcher, the parked ones and whoever comes later."""
+    gate = RequestGate()
+    workers = Workers(gate, pipe)
+    async with trio.open_nursery() as nursery:
+        for _ in range(5):
+            nursery.start_soon(workers.run)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.notify_closing(pipe.fd)
+        await wait_for(lambda: workers.n_ended == 5)
+        with pytest.raises(trio.ClosedResourceError):
+            await gate.wait_readable(pipe.fd)
+
+
+@pytest.mark.parametrize(("n_slow", "burst"), [(0, 32), (1, 4)])
+async def test_others_get_their_turn(pipe: Pipe, n_slow: int, burst: int) -> None:
+    """Under load a worker lets other tasks run after a burst, and sooner while a handler waits."""
+    gate = RequestGate(spin=0)
+    gate.n_slow = n_slow
+    workers = Workers(gate, pipe)
+    seen: list[int] = []
+
+    async def observe() -> None:
+        for _ in range(20):
+            seen.append(workers.n_taken)
+            await trio.lowlevel.checkpoint()
+
+    pipe.send(4000)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(workers.run)
+        nursery.start_soon(observe)
+        await wait_for(lambda: workers.n_taken == 4000)
+        nursery.cancel_scope.cancel()
+    steps = [after - before for before, after in itertools.pairwise(seen)]
+    assert 0 < max(steps) <= 2 * burst  # trio shuffles the tasks of a batch: two bursts may follow each other
+
+
+async def test_no_spinning_while_a_handler_waits(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The processor is left alone when the next event will come through trio."""
+    yields: list[None] = []
+    monkeypatch.setattr(os, "sched_yield", lambda: yields.append(None))
+    gate = RequestGate(spin=0.001)
+    for n_slow in (1, 0):
+        gate.n_slow = n_slow
+        yields.clear()
+        with trio.move_on_after(0.05):
+            await gate.wait_readable(pipe.fd)
+        assert bool(yields) == (n_slow == 0)
