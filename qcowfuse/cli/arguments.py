@@ -141,6 +141,11 @@ for its users. SIGUSR1 prints the counters to the log.""",
         metavar="SECONDS",
         help=f"how long to wait for an image that is in use ({DEFAULT_LOCK_WAIT:g})",
     )
+    tuning.add_argument(
+        "--discard",
+        metavar="unmap|ignore",
+        help="what a discard (fstrim) does: give space back to the host (unmap, the default), or only zero (ignore)",
+    )
     measuring = parser.add_argument_group("for measuring")
     measuring.add_argument(
         "--debug-io-delay", metavar="DELAY", help="delay each access to the image: 1ms, 250us or disk"
@@ -152,6 +157,12 @@ for its users. SIGUSR1 prints the counters to the log.""",
     other.add_argument("-V", "--version", action="version", version=f"qcowfuse {__version__}")
     # argparse's own -h comes first, in a group of its own; that is where people look for it.
     return parser
+
+
+def _discards(text: str) -> bool:
+    if text not in ("unmap", "ignore"):
+        raise ValueError(f"{text!r} is neither unmap nor ignore")
+    return text == "unmap"
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -188,6 +199,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         open_options=OpenOptions(
             read_only=flag("read-only"),
             l2_cache_size=value("l2-cache-size", parse_cache_size),
+            discard=value("discard", _discards) is not False,
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_delay=value("debug-io-delay", DelayModel.parse),
             image_in_memory=flag("debug-image-in-memory"),

@@ -16,12 +16,14 @@ _MEANINGLESS = frozenset(
     str.split(
         "rw suid dev exec async atime diratime relatime norelatime strictatime nostrictatime lazytime nolazytime "
         "defaults default_permissions auto noauto user nouser users nousers owner group _netdev nofail loud silent "
-        "mand nomand iversion noiversion"
+        "mand nomand iversion noiversion discard nodiscard"
     )
 )
 _MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
 _OWN_FLAGS = frozenset(str.split("read-only foreground debug nonempty no-writeback-cache debug-image-in-memory"))
-_OWN_VALUES = frozenset(str.split("name l2-cache-size lock-wait log-file debug-io-delay uid gid umask fsname"))
+_OWN_VALUES = frozenset(
+    str.split("name l2-cache-size lock-wait discard log-file debug-io-delay uid gid umask fsname")
+)
 
 
 class MountOptionError(ValueError):

@@ -1,10 +1,10 @@
 """The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
 
 Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
-``qcow_image`` (versions 1, 2 and 3), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2 slices),
-``reading`` and ``decoded`` (fetching extents, compressed clusters), ``allocation`` (host clusters), ``claims``
-(allocations and operations in flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what
-``du`` should say), ``metadata`` (no data on top of tables).
+``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
+``table_cache`` (LRU of L2 slices), ``reading`` and ``decoded`` (fetching extents, compressed clusters),
+``allocation`` (host clusters), ``metadata`` (no data on top of tables), ``claims`` (allocations and operations in
+flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what ``du`` should say).
 
 Theory of operation
 -------------------

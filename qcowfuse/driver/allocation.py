@@ -18,6 +18,7 @@ from __future__ import annotations
 import errno
 from array import array
 from collections import OrderedDict
+from contextlib import suppress
 from typing import NamedTuple, Protocol
 
 import trio
@@ -76,14 +77,29 @@ class BlockMissing(Exception):  # noqa: N818 - not an error: the answer "load th
         self.block_index = block_index
 
 
+def merged(runs: list[HostRun], cluster_size: int) -> list[HostRun]:
+    """The same clusters, each as often, in as few runs as that takes."""
+    result: list[HostRun] = []
+    for run in sorted(runs):
+        last = result[-1] if result else None
+        if last is not None and last.host_offset + last.n_clusters * cluster_size == run.host_offset:
+            result[-1] = HostRun(last.host_offset, last.n_clusters + run.n_clusters)
+        else:
+            result.append(HostRun(run.host_offset, run.n_clusters))
+    return result
+
+
 class Allocator(Protocol):
     """What the write path and the ordering rules need of host cluster management."""
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """Take 1 to ``n_clusters`` contiguous clusters. Raises OSError, CorruptImageError."""
 
-    async def release(self, runs: list[HostRun]) -> None:
-        """Lower the count of every cluster in the runs by one. All or, on an exception, a part."""
+    async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
+        """Lower the count of every cluster in the runs by one. All or, on an exception, a part.
+
+        ``punch``: the space of clusters that become free is given back to the file system, before they do.
+        """
 
     def take_dirty(self) -> DirtyRefcounts:
         """Everything that the image file lacks, in one step; from now on it counts as written."""
@@ -122,7 +138,7 @@ class AppendAllocator:
         self._end = self._high_water = host_offset + n_clusters * self._cluster_size
         return HostRun(host_offset, n_clusters, is_fresh)
 
-    async def release(self, runs: list[HostRun]) -> None:
+    async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
         for run in runs:
             if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
@@ -200,10 +216,12 @@ class RefcountAllocator:
             except BlockMissing as missing:
                 await self._load_block(missing.block_index)
 
-    async def release(self, runs: list[HostRun]) -> None:
+    async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """See Allocator. Raises CorruptImageError where a count was 0 already."""
         for run in runs:
             first = run.host_offset >> self._cluster_bits
+            if punch:
+                await self._punch(first, run.n_clusters)
             for cluster in range(first, first + run.n_clusters):
                 while True:
                     try:
@@ -211,6 +229,18 @@ class RefcountAllocator:
                         break
                     except BlockMissing as missing:
                         await self._load_block(missing.block_index)
+
+    async def _punch(self, first: int, n_clusters: int) -> None:
+        """Punch holes where the count is 1, while it still keeps the clusters from being taken."""
+        start = first
+        for cluster in range(first, first + n_clusters + 1):
+            if cluster < first + n_clusters and await self.refcount(cluster) == 1:
+                continue
+            if start < cluster:
+                with suppress(OSError):  # space that is not given back is no loss
+                    n_bytes = cluster - start << self._cluster_bits
+                    await self._storage.punch_hole(start << self._cluster_bits, n_bytes)
+            start = cluster + 1
 
     async def refcount(self, cluster: int) -> int:
         """The count of a host cluster."""

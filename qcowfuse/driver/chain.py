@@ -239,6 +239,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         metadata=metadata,
         l1_table_offset=header.l1_table_offset,
         header_bits=_header_bits_of(top, header),
+        discard=options.discard,
     )
 
 

@@ -50,6 +50,13 @@ class Image(Protocol):
     async def write(self, guest_offset: int, data: Buffer) -> None:
         """Write. Raises OutOfRangeError, ReadOnlyImageError, CorruptImageError, OSError."""
 
+    async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
+        """Make the range read as zeroes; ``unmap``: whole clusters may give their space back. Raises as write."""
+
+    async def find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int]:
+        """Whether there is data at ``guest_offset`` (zeroes otherwise), and for how many of ``n_bytes`` (1 or more)
+        that holds; the rest is to be asked again. Raises OutOfRangeError, CorruptImageError, OSError."""
+
     async def flush(self) -> None:
         """Make every completed write durable. A failed flush is final: later ones fail too."""
 

@@ -21,10 +21,12 @@ class L2CacheSize:
 @dataclass(frozen=True, slots=True)
 class OpenOptions:
     """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
-    wait for a lock that another process holds. ``io_delay`` and ``image_in_memory`` are for measuring."""
+    wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
+    ``io_delay`` and ``image_in_memory`` are for measuring."""
 
     read_only: bool = False
     l2_cache_size: L2CacheSize | None = None
     lock_wait: float = 0.0
+    discard: bool = True
     io_delay: DelayModel | None = None
     image_in_memory: bool = False

@@ -40,7 +40,7 @@ from ..errors import QcowFuseError
 from ..format.entries import EntryFormat, serialise_table
 from ..format.geometry import WORD_SIZE
 from ..storage.base import Storage
-from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite
+from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite, merged
 from .claims import Generations
 from .mapping import Mapping
 from .table_cache import L2Slice, TableCache
@@ -69,7 +69,9 @@ class Ordering:
         l1_table_offset: int,
         allocator: Allocator,
         cache: TableCache,
+        punches: bool = True,
     ) -> None:
+        self._punches = punches
         self.failure: Exception | None = None
         self.generations = Generations()
         self._storage = storage
@@ -200,7 +202,7 @@ class Ordering:
                 self._cache.unpin(slice_)
         self._allocator.written()
         if unlinked:
-            self._released.append((generation, unlinked))
+            self._released.append((generation, merged(unlinked, self._mapping.geometry.cluster_size)))
         if final:
             await self._release_unlinked()
 
@@ -248,7 +250,7 @@ class Ordering:
 
     async def _release(self, run: HostRun) -> None:
         try:
-            await self._allocator.release([run])
+            await self._allocator.release([run], punch=self._punches)
         except (OSError, QcowFuseError) as error:
             # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
             log.warning("%s: %s", self._storage.name, error)

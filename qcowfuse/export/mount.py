@@ -33,6 +33,7 @@ import trio
 from ..driver.image import Image
 from ..errors import MountError
 from . import mountpoint
+from .extra_operations import ExtraOperations
 from .mountpoint import MountBusyError
 from .operations import Operations, Ownership
 from .poll_first import PollFirstTrio, RequestGate
@@ -190,6 +191,7 @@ class _Service:
         failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
+                mount.extra.nursery = nursery
                 nursery.start_soon(mount.answer_requests)
                 try:
                     await mount.check()
@@ -280,7 +282,11 @@ class _Mount:
         options.add("fsname=" + escape_option(self._settings.source or os.path.abspath(self._image.path)))
         if self._image.read_only:
             options.add("ro")
-        hook = SessionHook()
+        # With the write-back cache the kernel may hold data that the mapping does not know of yet: there, all of
+        # the file counts as data, and lseek is the kernel's.
+        uses_writeback = self._settings.writeback_cache and not self._image.read_only
+        self.extra = ExtraOperations(self._operations, with_lseek=not uses_writeback)
+        hook = SessionHook(self.extra)
         before = mountpoint.device_at(self.path)
         said = ""
         with captured_stderr() as captured:

@@ -42,6 +42,12 @@ _ATTRIBUTES_TIMEOUT = 1.0
 _MAX_BLOCK_SIZE = 1 << 20
 _MIN_BLOCK_SIZE = 4096
 
+# linux/falloc.h
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
+FALLOC_ZERO_RANGE = 0x10
+_FIRST_SEEK_STEP = 16 << 20
+
 _log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
@@ -153,6 +159,51 @@ class Operations(pyfuse3.Operations):
         elif n_fitting:
             return n_fitting
         raise FUSEError(errno.ENOSPC)
+
+    # ---- holes (called through ExtraOperations) ----
+
+    async def fallocate(self, mode: int, off: int, length: int) -> None:
+        """Punch holes and zero ranges, at any offset and length inside of the disk; nothing else."""
+        try:
+            if self._image.read_only:
+                raise FUSEError(errno.EROFS)
+            kind = mode & ~FALLOC_KEEP_SIZE
+            if kind not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
+                raise FUSEError(errno.EOPNOTSUPP)
+            if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
+                raise FUSEError(errno.ENOSPC)
+            length = min(length, self._size - off)
+            if length <= 0:
+                return
+            try:
+                with self._slow():
+                    await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
+            finally:
+                self._n_writes += 1
+                self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+        except Exception as exc:
+            self._fail("fallocate", exc)
+
+    async def lseek(self, off: int, whence: int) -> int:
+        """The next data, or the next hole; the end of the file is a hole."""
+        try:
+            if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+                raise FUSEError(errno.EINVAL)
+            if not 0 <= off < self._size:
+                raise FUSEError(errno.ENXIO)
+            step = _FIRST_SEEK_STEP
+            with self._slow():
+                while off < self._size:
+                    is_data, n_bytes = await self._image.find_extent(off, min(step, self._size - off))
+                    if is_data is (whence == os.SEEK_DATA):
+                        return off
+                    off += n_bytes
+                    step *= 2
+            if whence == os.SEEK_DATA:
+                raise FUSEError(errno.ENXIO)
+            return self._size
+        except Exception as exc:
+            self._fail("lseek", exc)
 
     # ---- durability ----
 

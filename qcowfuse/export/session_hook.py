@@ -20,6 +20,7 @@ from typing import Any
 
 import pyfuse3
 
+from .extra_operations import ExtraOperations
 from .got_slot import LoadedObject, SlotError, diverted
 from .init_reply import MIN_PROTOCOL_MINOR, InitReplyFlag
 
@@ -87,7 +88,9 @@ _SESSION_NEW = {
 class SessionHook:
     """``with hook.active(): pyfuse3.init(...)``; afterwards :attr:`refusal` is None, or says why nothing is tuned."""
 
-    def __init__(self) -> None:
+    def __init__(self, extra: ExtraOperations | None = None) -> None:
+        self._extra = extra
+        self._library: ctypes.CDLL | None = None
         self.refusal: str | None = "pyfuse3 has not been initialised"
         self._must_live: list[object] = []  # what libfuse points at
         self._original_init: Callable[[Any, Any], None] | None = None
@@ -98,6 +101,7 @@ class SessionHook:
         """Divert the making of a session inside of the block. Raises nothing of its own."""
         try:
             library = ctypes.CDLL(pyfuse3.__file__)  # finds the very libfuse that pyfuse3 uses
+            self._library = library
             name, slot = LoadedObject(library).slot_of(_SESSION_NEW)
             real = _SESSION_NEW[name]((name, library))
             callback = _SESSION_NEW[name](self._make_session_new(real))
@@ -139,6 +143,9 @@ class SessionHook:
         self._original_init = _INIT_OF_PYFUSE3(operations.init)
         callback = _INIT_CALLBACK(self._init)
         operations.init = ctypes.cast(callback, ctypes.c_void_p).value
+        if self._extra is not None and self._library is not None:
+            for name, address in self._extra.callbacks(self._library).items():
+                setattr(operations, name, address)
         self._must_live += [copy, callback]
         return ctypes.addressof(copy)
 

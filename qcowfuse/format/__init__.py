@@ -1,8 +1,9 @@
 """QCOW on disk, sans I/O: bytes to values and back, with the stdlib, zstandard and ``errors`` only.
 
 Modules: ``geometry`` (addresses, shifts), ``header`` and ``extensions`` (v1, v2, v3), ``entries`` (L1 and L2
-entries), ``refcounts`` (refcount blocks of every width), ``extents`` (runs of guest bytes), ``cow_plan`` (what a
-write has to do), ``subclusters`` (extended L2 entries), ``compression`` (one compressed cluster).
+entries), ``subclusters`` (extended L2 entries), ``refcounts`` (refcount blocks of every width), ``extents`` (runs of
+guest bytes), ``cow_plan`` (what a write has to do), ``zero_plan`` (what zeroing does), ``compression`` (one
+compressed cluster).
 
 1. Nothing here opens, reads, waits or logs.
 2. Whatever the bytes, only FormatError and its subclasses are raised.

@@ -1,0 +1,295 @@
+"""Writing to a QCOW image: one guest range at a time, by its plan.
+
+The way of a write that is not in place:
+
+    load the L2 slice, pin it -> plan (pure) -> claim -> allocate (the count is raised, in memory)
+    -> read head and tail -> ONE vectored write of head + data + tail -> link (no await) -> give up the claim
+
+1. Between the plan and the claim, and inside the link, there is no await: nothing can run in between.
+2. Zeroes around the data are not written where the host clusters were never written: they read as zeroes.
+3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
+   complete".
+4. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from ..errors import QcowFuseError
+from ..format.cow_plan import Action, CowPlan, plan_write, shortened
+from ..format.entries import ClusterKind
+from ..format.geometry import MAX_CLUSTER_BITS
+from ..format.subclusters import link_extended, plan_write_extended
+from ..format.zero_plan import can_zero_by_entry, zero_clusters
+from ..storage.base import Buffer
+from .allocation import Allocator, HostRun
+from .claims import Claims
+from .mapping import Mapping
+from .metadata import MetadataClusters
+from .ordering import Ordering
+from .reading import ChainReader
+from .table_cache import L2Slice, TableCache
+from .usage import Usage
+
+_ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
+
+
+class Writer:
+    """Executes plans on the top layer of a chain."""
+
+    def __init__(
+        self,
+        *,
+        mapping: Mapping,
+        reader: ChainReader,
+        cache: TableCache,
+        allocator: Allocator,
+        metadata: MetadataClusters,
+        ordering: Ordering,
+        usage: Usage,
+    ) -> None:
+        self.size = mapping.size
+        self.cluster_size = mapping.geometry.cluster_size
+        self._mapping = mapping
+        self._reader = reader
+        self._cache = cache
+        self._allocator = allocator
+        self._metadata = metadata
+        self._ordering = ordering
+        self._usage = usage
+        self._storage = mapping.storage
+        self._claims = Claims()
+        self._table_lock = trio.Lock()
+        self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
+        self._cluster_bits = mapping.geometry.cluster_bits
+        self._cluster_mask = self.cluster_size - 1
+        self._try_pwritev = mapping.storage.try_pwritev
+        self._zeroes_by_entry = can_zero_by_entry(mapping.entry_format, may_fall_through=len(reader.layers) == 1)
+
+    async def _writable_slice(self, guest_offset: int) -> L2Slice:
+        """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
+        mapping = self._mapping
+        l1_index = mapping.l1_index(guest_offset)
+        if not self._owns_table(l1_index):
+            async with self._table_lock:
+                if not self._owns_table(l1_index):
+                    await self._make_table(l1_index)
+        slice_ = mapping.cached_slice(guest_offset)
+        if slice_ is None:
+            return await mapping.load(guest_offset)
+        slice_.n_pins += 1
+        return slice_
+
+    def _owns_table(self, l1_index: int) -> bool:
+        entry_format = self._mapping.entry_format
+        entry = self._mapping.l1_table[l1_index]
+        return bool(entry & entry_format.l1_offset_mask) and entry & entry_format.copied == entry_format.copied
+
+    async def _make_table(self, l1_index: int) -> None:
+        """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
+        mapping = self._mapping
+        table_size = mapping.geometry.l2_table_size
+        old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
+        run = await self._allocate_table(-(-table_size // self.cluster_size))
+        try:
+            self._metadata.add(run.host_offset, table_size)
+            contents: Buffer = _ZEROES[:table_size]
+            if old:
+                contents = await self._storage.pread(old, table_size)
+            await self._pwritev(run.host_offset, [contents])
+        except BaseException:
+            self._metadata.discard(run.host_offset, table_size)
+            await self._give_back(run)
+            raise
+        self._ordering.link_table(l1_index, run.host_offset)
+        if old:
+            self._ordering.unlink_cluster(HostRun(old, 1))
+            self._metadata.discard(old, table_size)
+
+    async def _allocate_table(self, n_clusters: int) -> HostRun:
+        """Contiguous clusters for one table: exactly one, but for version 1 with tables larger than clusters."""
+        run = await self._allocator.allocate(n_clusters)
+        assert run.n_clusters == n_clusters
+        return run
+
+    async def write_some(self, guest_offset: int, view: memoryview) -> int:
+        """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
+        mapping = self._mapping
+        slice_ = await self._writable_slice(guest_offset)
+        try:
+            plan = self._plan_write(
+                slice_.entries,
+                mapping.entry_format,
+                mapping.index(guest_offset),
+                guest_offset & self._cluster_mask,
+                len(view),
+            )
+            if plan.action is not Action.ALLOCATE:
+                self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+            if plan.action is Action.IN_PLACE:
+                await self._pwritev(plan.host_offset + (guest_offset & self._cluster_mask), [view[: plan.n_bytes]])
+                return plan.n_bytes
+            first = guest_offset >> self._cluster_bits
+            conflict = self._claims.first_conflict(first, first + plan.n_clusters)
+            if conflict is not None:
+                if conflict.start <= first:
+                    await conflict.released.wait()
+                    return 0
+                plan = shortened(plan, conflict.start - first, guest_offset & self._cluster_mask, self._cluster_bits)
+            claim = self._claims.take(first, first + plan.n_clusters)
+            try:
+                return await self._allocate_and_link(plan, slice_, guest_offset, view)
+            finally:
+                self._claims.release(claim)
+        finally:
+            self._cache.unpin(slice_)
+
+    async def zero_some(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> int:
+        """Zero the start of a range; returns how many bytes that was, 0 after having waited for a claim.
+
+        ``unmap``: whole clusters may give their space back.
+        """
+        in_cluster = guest_offset & self._cluster_mask
+        reaches_end = guest_offset + n_bytes == self.size
+        n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
+        if in_cluster or not n_clusters or not self._zeroes_by_entry:
+            here = self.cluster_size - in_cluster if self._zeroes_by_entry else len(_ZEROES)
+            return await self._write_zeroes(guest_offset, min(n_bytes, here))
+        mapping = self._mapping
+        n_clusters = min(n_clusters, (1 << mapping.slice_bits) - mapping.index(guest_offset))
+        n_covered = min(n_clusters << self._cluster_bits, self.size - guest_offset)
+        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
+        if extent.kind == ClusterKind.ZERO and (extent.n_bytes >= self.cluster_size or extent.n_bytes == n_bytes):
+            return n_bytes if extent.n_bytes == n_bytes else extent.n_bytes & ~self._cluster_mask
+        slice_ = await self._writable_slice(guest_offset)
+        try:
+            first = guest_offset >> self._cluster_bits
+            conflict = self._claims.first_conflict(first, first + n_clusters)
+            if conflict is not None:
+                await conflict.released.wait()
+                return 0
+            claim = self._claims.take(first, first + n_clusters)
+            try:
+                extents = await self._reader.lookup(guest_offset, n_covered)
+                self._zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
+            finally:
+                self._claims.release(claim)
+        finally:
+            self._cache.unpin(slice_)
+        n_data = sum(extent.n_bytes for extent in extents if extent.kind != ClusterKind.ZERO)
+        self._usage.add(guest_offset, -n_data)
+        return n_covered
+
+    def _zero_entries(self, slice_: L2Slice, guest_offset: int, n_clusters: int, *, unmap: bool) -> None:
+        entry_format = self._mapping.entry_format
+        index = self._mapping.index(guest_offset)
+        let_go = zero_clusters(slice_.entries, entry_format, index, n_clusters, unmap=unmap)
+        self._cache.mark_dirty(slice_, index * entry_format.words, (index + n_clusters) * entry_format.words)
+        for entry in let_go:
+            self._unlink(entry, 0)
+
+    async def _write_zeroes(self, guest_offset: int, n_bytes: int) -> int:
+        """Zeroes as data, but for what reads as zeroes already."""
+        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
+        if extent.kind == ClusterKind.ZERO:
+            return extent.n_bytes
+        return await self.write_some(guest_offset, _ZEROES[:n_bytes])
+
+    async def _allocate_and_link(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
+        start = guest_offset - plan.head
+        run: HostRun | None = None
+        host_offset = plan.host_offset
+        if plan.action is Action.ALLOCATE:
+            run = await self._allocator.allocate(plan.n_clusters)
+            host_offset = run.host_offset
+            if run.n_clusters < plan.n_clusters:
+                plan = shortened(plan, run.n_clusters, guest_offset & self._cluster_mask, self._cluster_bits)
+        try:
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            extents = await self._reader.lookup(start, n_covered)
+            head = await self._old_bytes(start, plan.head)
+            tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
+            buffers: list[Buffer] = [view[: plan.n_bytes]]
+            skipped = 0
+            if head is not None:
+                buffers.insert(0, head)
+            elif run is not None and run.is_fresh:
+                skipped = plan.head
+            else:
+                buffers.insert(0, _ZEROES[: plan.head])
+            if tail is not None:
+                buffers.append(tail)
+            elif run is None or not run.is_fresh:
+                buffers.append(_ZEROES[: plan.tail])
+            write_offset = host_offset + (start & self._cluster_mask) + skipped
+            await self._pwritev(write_offset, [part for part in buffers if len(part)])
+        except BaseException:
+            if run is not None:
+                await self._give_back(run)
+            raise
+        self._link(slice_, start, host_offset, plan)
+        n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
+        self._usage.add(start, n_holes)
+        return plan.n_bytes
+
+    def _link(self, slice_: L2Slice, start: int, host_offset: int, plan: CowPlan) -> None:
+        """Point the entries of a plan whose bytes begin at guest offset ``start`` at the clusters written."""
+        entries = slice_.entries
+        entry_format = self._mapping.entry_format
+        words = entry_format.words
+        first = self._mapping.index(start) * words
+        end = first + plan.n_clusters * words
+        replaced = entries[first:end:words]
+        if entry_format.is_extended:
+            link_extended(
+                entries,
+                entry_format,
+                self._mapping.index(start),
+                host_offset=host_offset,
+                in_cluster=start & self._cluster_mask,
+                n_bytes=plan.head + plan.n_bytes + plan.tail,
+            )
+        else:
+            for number in range(plan.n_clusters):
+                entries[first + number] = entry_format.data_entry(host_offset + (number << self._cluster_bits))
+        self._cache.mark_dirty(slice_, first, end)
+        for number, old in enumerate(replaced):
+            if old:
+                self._unlink(old, host_offset + (number << self._cluster_bits))
+
+    def _unlink(self, old: int, new_offset: int) -> None:
+        """Note the host clusters that an overwritten entry referred to. Version 1 counts nothing: they are lost."""
+        entry_format = self._mapping.entry_format
+        if entry_format.version == 1:
+            return
+        if old & entry_format.compressed:
+            where = entry_format.compressed_cluster(old)
+            first = where.host_offset >> self._cluster_bits
+            last = (where.host_offset + where.n_bytes - 1) >> self._cluster_bits
+            self._ordering.unlink_cluster(HostRun(first << self._cluster_bits, last - first + 1))
+        elif entry_format.host_offset(old) not in (0, new_offset):
+            self._ordering.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
+
+    async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""
+        inside = min(n_bytes, max(self.size - guest_offset, 0))
+        if not inside:
+            return None
+        extents = await self._reader.lookup(guest_offset, inside)
+        if len(extents) == 1 and extents[0].kind == ClusterKind.ZERO:
+            return None
+        old = await self._reader.read(guest_offset, inside)
+        return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
+
+    async def _pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        if not self._try_pwritev(host_offset, buffers):
+            await self._storage.pwritev(host_offset, buffers)
+
+    async def _give_back(self, run: HostRun) -> None:
+        """Clusters that were taken and never linked. Should even this fail they are leaked, and no more."""
+        with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
+            await self._allocator.release([run])

@@ -1,0 +1,66 @@
+"""What zeroing or discarding whole clusters does to their L2 entries, as a pure function.
+
+1. A zeroed range always reads as zeroes afterwards, whatever the backing file holds: discard is write zeroes
+   with the leave to give space back.
+2. ``unmap`` True: the cluster is let go. False: a cluster that is owned alone keeps its place and is only flagged.
+   Shared and compressed clusters are let go in either case.
+3. Version 3 has a zero flag. Version 2 has none: there an entry may only become 0, and only where nothing below
+   can show through (``may_fall_through``). Version 1 gives nothing back: its clusters are overwritten.
+
+Source: QEMU's discard_in_l2_slice() and zero_in_l2_slice().
+"""
+
+from __future__ import annotations
+
+from array import array
+
+from .entries import READS_ZERO, ClusterKind, EntryFormat
+from .subclusters import ALL_ZERO, check_entry
+
+
+def can_zero_by_entry(entry_format: EntryFormat, *, may_fall_through: bool) -> bool:
+    """Whether an L2 entry of this format can say "zeroes"; if not, zeroes have to be written."""
+    return entry_format.version >= 3 or (entry_format.version == 2 and may_fall_through)
+
+
+def zero_clusters(
+    entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int, *, unmap: bool
+) -> list[int]:
+    """Make ``n_clusters`` entries from ``index`` on read as zeroes; gives the first words of those entries that let
+    go of host clusters. Raises CorruptImageError before anything is changed.
+    """
+    if entry_format.is_extended:
+        return _zero_extended(entries, entry_format, index, n_clusters, unmap=unmap)
+    for number in range(index, index + n_clusters):
+        entry_format.classify(entries[number])
+    let_go = []
+    zero = READS_ZERO if entry_format.version >= 3 else 0
+    owned = entry_format.copied
+    for number in range(index, index + n_clusters):
+        entry = entries[number]
+        keeps = zero and not unmap and not entry & entry_format.compressed
+        if keeps and entry & owned and entry & entry_format.offset_mask:
+            entries[number] = entry | zero
+            continue
+        if entry_format.classify(entry) is ClusterKind.COMPRESSED or entry_format.host_offset(entry):
+            let_go.append(entry)
+        entries[number] = zero
+    return let_go
+
+
+def _zero_extended(
+    entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int, *, unmap: bool
+) -> list[int]:
+    for number in range(index, index + n_clusters):
+        check_entry(entries[2 * number], entries[2 * number + 1], entry_format)
+    let_go = []
+    for number in range(index, index + n_clusters):
+        entry = entries[2 * number]
+        has_cluster = bool(entry & (entry_format.compressed | entry_format.offset_mask))
+        keeps = not unmap and entry & entry_format.copied and not entry & entry_format.compressed
+        if has_cluster and not keeps:
+            let_go.append(entry)
+            entry = 0
+        entries[2 * number] = entry if has_cluster else 0
+        entries[2 * number + 1] = ALL_ZERO
+    return let_go
