@@ -1,0 +1,258 @@
+"""Power cuts at every flush, with any part of the volatile writes missing or torn: leaks at most, fsync holds."""
+
+from __future__ import annotations
+
+import pytest
+import trio
+
+from qcowfuse.driver import ordering, table_cache
+from qcowfuse.driver.options import L2CacheSize
+from tests.support.images import BuiltImage, ImageSpec, build_image
+from tests.support.powercut import Guest, Recorded, check_cuts, record_workload
+
+KIB = 1 << 10
+
+
+async def scattered(guest: Guest) -> None:
+    """Small writes all over the disk, with an fsync now and then."""
+    size = guest.image.size
+    for number in range(60):
+        await guest.write_random(0, size, 3000)
+        if number % 12 == 5:
+            await guest.flush()
+
+
+async def sequential(guest: Guest) -> None:
+    """Large writes over several L2 tables, then small ones over the same, then fsyncs with nothing between."""
+    size = guest.image.size
+    for start in range(0, size, 24 * KIB):
+        await guest.write(start, guest.chooser.randbytes(min(24 * KIB, size - start)))
+        if start % (48 * KIB):
+            await guest.flush()
+    for _ in range(20):
+        await guest.write_random(0, size, 600)
+    await guest.flush()
+    await guest.flush()
+
+
+async def whole_clusters(guest: Guest) -> None:
+    """Overwrites of whole clusters in a small range again and again: frees, and takes what was freed."""
+    size = guest.image.size
+    for number in range(50):
+        await guest.write_random(0, size, 8 * KIB, unit=4 * KIB)
+        if number % 6 == 5:
+            await guest.flush()
+
+
+async def discarding(guest: Guest) -> None:
+    """Writes, discards and write zeroes in turn over the same range: space is given back and taken again."""
+    size = guest.image.size
+    for number in range(70):
+        if number % 3 == 2:
+            n_bytes = min(guest.chooser.choice([700, 5 * KIB, 40 * KIB]), size)
+            start = guest.chooser.randrange(size - n_bytes + 1)
+            await guest.zero(start, n_bytes, unmap=guest.chooser.random() < 0.6)
+        else:
+            await guest.write_random(0, size, 9 * KIB)
+        if number % 6 == 5:
+            await guest.flush()
+
+
+async def concurrent(guest: Guest) -> None:
+    """Writers on interleaved sectors of the same clusters, and fsyncs while they write."""
+
+    async def writer(number: int) -> None:
+        for _ in range(20):
+            sector = guest.chooser.randrange(guest.image.size // 512 // 4) * 4 + number
+            await guest.write(sector * 512, guest.chooser.randbytes(512))
+
+    async def flusher() -> None:
+        for _ in range(8):
+            await trio.lowlevel.checkpoint()
+            await guest.flush()
+
+    async with trio.open_nursery() as nursery:
+        for number in range(4):
+            nursery.start_soon(writer, number)
+        nursery.start_soon(flusher)
+        nursery.start_soon(flusher)
+
+
+SPECS = {
+    "v3": ImageSpec(),
+    "v3-4k": ImageSpec(cluster_size=4096, size=512 * KIB, fill=0.3),
+    "v2": ImageSpec(version=2, fill=0.3),
+    "v1": ImageSpec(version=1),
+    "v1-4k": ImageSpec(version=1, cluster_size=4096, size=512 * KIB, backing="raw", backing_size=300 * KIB),
+    "v1-compressed": ImageSpec(version=1, cluster_size=4096, compression="zlib", fill=0.6),
+    "refcount-1": ImageSpec(refcount_bits=1),
+    "refcount-64": ImageSpec(refcount_bits=64),
+    "backing-raw": ImageSpec(backing="raw", backing_size=150 * KIB),
+    "backing-qcow2": ImageSpec(cluster_size=4096, size=512 * KIB, backing="qcow2", backing_size=300 * KIB),
+    "snapshot": ImageSpec(fill=0.6, snapshot=True),
+    "snapshot-4k": ImageSpec(cluster_size=4096, size=512 * KIB, fill=0.6, snapshot=True),
+    "zeroes": ImageSpec(fill=0.8, zeroes=True),
+    "zeroes-snapshot": ImageSpec(fill=0.8, zeroes=True, snapshot=True, cluster_size=1024),
+    "extended": ImageSpec(size=512 * KIB, cluster_size=16384, extended_l2=True),
+    "extended-snapshot": ImageSpec(
+        size=512 * KIB, cluster_size=16384, extended_l2=True, fill=0.6, zeroes=True, snapshot=True
+    ),
+    "extended-backing": ImageSpec(
+        size=512 * KIB, cluster_size=16384, extended_l2=True, backing="raw", backing_size=300 * KIB
+    ),
+    "zlib": ImageSpec(cluster_size=4096, fill=0.8, compression="zlib"),
+    "zstd-snapshot": ImageSpec(cluster_size=4096, fill=0.8, compression="zstd", snapshot=True),
+}
+WORKLOADS = {
+    "scattered": scattered,
+    "sequential": sequential,
+    "whole-clusters": whole_clusters,
+    "discarding": discarding,
+}
+
+
+def summarise(problems: list[str]) -> str:
+    """The first few problems, for an assertion."""
+    return "\n".join(problems[:5])
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("spec", SPECS)
+async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None:
+    """Whatever a power cut leaves of the volatile writes: consistent, and what fsync promised is there."""
+    recorded = await record_workload(build_image(SPECS[spec]), WORKLOADS[workload], seed=len(spec))
+    summary = await check_cuts(recorded, n_states=120, n_qemu=8)
+    assert not summary.problems, summarise(summary.problems)
+    assert summary.n_states >= 100
+
+
+@pytest.mark.parametrize(
+    "spec", ["v3", "v1", "refcount-64", "backing-raw", "snapshot", "zeroes", "zlib", "extended-backing"]
+)
+async def test_a_power_cut_under_concurrent_writers(spec: str) -> None:
+    """Writers that share clusters, and fsyncs that overlap them, don't break the order."""
+    recorded = await record_workload(build_image(SPECS[spec]), concurrent, seed=7, suspend=True)
+    summary = await check_cuts(recorded, n_states=200, n_qemu=8)
+    assert not summary.problems, summarise(summary.problems)
+
+
+@pytest.mark.parametrize("spec", ["v3", "v1", "backing-raw", "snapshot", "refcount-64"])
+async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slices that are written back for want of room keep the order as well."""
+    monkeypatch.setattr(table_cache, "MIN_DIRTY_BYTES", 1024)
+    recorded = await record_workload(build_image(SPECS[spec]), scattered, cache=L2CacheSize(n_tables=1))
+    assert len(recorded.storage.flushes) > 12, "there were no write-backs for want of room"
+    summary = await check_cuts(recorded, n_states=200, n_qemu=8)
+    assert not summary.problems, summarise(summary.problems)
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None:
+    """A refcount table that is full moves without ever being in doubt."""
+    built = build_image(ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86))
+    before = built.top[48:60]
+
+    async def fill_the_rest(guest: Guest) -> None:
+        for number, start in enumerate(range(0, guest.image.size, 16 * KIB)):
+            await guest.write(start, guest.chooser.randbytes(min(5 * KIB, guest.image.size - start)))
+            if number % 40 == 20:
+                await guest.flush()
+        await guest.flush()
+        await guest.write_random(0, guest.image.size, 2000)
+
+    recorded = await record_workload(built, fill_the_rest, suspend=suspend)
+    assert recorded.final[48:60] != before, "the table did not grow"
+    summary = await check_cuts(recorded, n_states=60, n_qemu=6)
+    assert not summary.problems, summarise(summary.problems)
+
+
+async def test_a_power_cut_while_autoclear_bits_are_cleared() -> None:
+    """Autoclear bits are gone from the disk before the first change that makes them untrue is there."""
+    plain = build_image(ImageSpec(fill=0.5))
+    top = bytearray(plain.top)
+    top[88:96] = (1 << 40).to_bytes(8, "big")
+    built = BuiltImage(plain.spec, {**plain.files, "/qcowfuse-test-images/top.img": bytes(top)}, plain.contents)
+    recorded = await record_workload(built, scattered)
+    summary = await check_cuts(recorded, n_states=150, n_qemu=5)
+    assert not summary.problems, summarise(summary.problems)
+    assert recorded.final[88:96] == bytes(8)
+    first_data = next(write for write in recorded.storage.writes if write.host_offset != 88)
+    clearing = recorded.storage.writes[0]
+    assert clearing.host_offset == 88
+    assert any(clearing.ended < flush.begun < flush.ended < first_data.begun for flush in recorded.storage.flushes)
+
+
+async def _broken(monkeypatch: pytest.MonkeyPatch, spec: str = "v3") -> list[str]:
+    recorded: Recorded = await record_workload(build_image(SPECS[spec]), scattered)
+    summary = await check_cuts(recorded, n_states=400, n_qemu=0)
+    return summary.problems
+
+
+async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the flush between counts and links a power cut is seen to do damage."""
+    original = ordering.Ordering._run
+
+    async def run(self: ordering.Ordering, *, final: bool) -> None:
+        calls = 0
+        flush = self._flush_storage
+
+        async def last_only() -> None:
+            nonlocal calls
+            calls += 1
+            if not final or not calls % 2:
+                await flush()
+
+        monkeypatch.setattr(self, "_flush_storage", last_only)
+        await original(self, final=final)
+        monkeypatch.setattr(self, "_flush_storage", flush)
+        await flush()
+
+    monkeypatch.setattr(ordering.Ordering, "_run", run)
+    assert any("references" in problem or "neither" in problem for problem in await _broken(monkeypatch))
+
+
+async def test_the_harness_catches_links_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing refcounts after the links is seen."""
+    original = ordering.Ordering._write_all
+    kept: list[ordering.MetadataWrite] = []
+
+    async def write_counts_late(self: ordering.Ordering, refcounts: ordering.DirtyRefcounts) -> None:
+        kept.extend(refcounts.blocks + refcounts.moved_table + refcounts.table)
+
+    async def write_all(self: ordering.Ordering, writes: list[ordering.MetadataWrite]) -> None:
+        await original(self, writes)
+        if writes:
+            await original(self, kept)
+            kept.clear()
+
+    monkeypatch.setattr(ordering.Ordering, "_write_refcounts", write_counts_late)
+    monkeypatch.setattr(ordering.Ordering, "_write_all", write_all)
+    assert any("refcount" in problem for problem in await _broken(monkeypatch))
+
+
+async def test_the_harness_catches_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An fsync that ends without the last flush is seen."""
+    original = ordering.Ordering._run
+
+    async def run(self: ordering.Ordering, *, final: bool) -> None:
+        await original(self, final=False)
+
+    monkeypatch.setattr(ordering.Ordering, "_run", run)
+    monkeypatch.setattr(ordering.Ordering, "is_dirty", False)
+    assert any("neither" in problem for problem in await _broken(monkeypatch))
+
+
+async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that is given back before its unlink is durable is seen."""
+    release = ordering.Ordering.unlink_cluster
+
+    def free_at_once(self: ordering.Ordering, run: ordering.HostRun) -> None:
+        allocator = self._allocator
+        cluster = run.host_offset >> allocator._cluster_bits  # type: ignore[attr-defined]
+        try:
+            allocator._decrement(cluster)  # type: ignore[attr-defined]
+        except Exception:
+            release(self, run)
+
+    monkeypatch.setattr(ordering.Ordering, "unlink_cluster", free_at_once)
+    assert await _broken(monkeypatch, "snapshot")

@@ -1,0 +1,193 @@
+"""flush(): how many there are, who shares them, and that a failure is final."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
+
+from qcowfuse.driver import allocation
+from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.storage.base import Storage
+from tests.support.checker import check_image_bytes
+from tests.support.faults import FaultyStorage, Hold
+from tests.support.images import ImageSpec, build_image, open_memory_image
+from tests.support.memory_storage import MemoryStorage
+
+KIB = 1 << 10
+
+
+async def open_faulty(spec: ImageSpec, *, inline: bool = False) -> tuple[QcowImage, FaultyStorage]:
+    """An image on a storage whose operations can be held and failed."""
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> Storage:
+        made.append(FaultyStorage(inner, inline=inline))
+        return made[0]
+
+    image = await open_memory_image(build_image(spec).files, wrap=wrap)
+    return image, made[0]
+
+
+def kinds(faulty: FaultyStorage, first: int) -> list[str]:
+    """The kinds of the operations from number ``first`` on."""
+    return [operation.kind for operation in faulty.operations[first:]]
+
+
+async def test_with_nothing_dirty_a_flush_is_one_flush() -> None:
+    """No write at all, and exactly one fdatasync: also after writes in place."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.write(0, b"begin" * 100)
+    await image.flush()
+    await image.flush()
+    for _ in range(3):
+        first = len(faulty.operations)
+        await image.flush()
+        assert kinds(faulty, first) == ["flush"]
+        await image.write(100, b"in place")
+        first = len(faulty.operations)
+        await image.flush()
+        assert kinds(faulty, first) == ["flush"]
+    await image.aclose()
+
+
+async def test_an_allocating_write_costs_two_flushes() -> None:
+    """Counts and data, flush, links, flush; a new L2 table adds writes but no flush."""
+    image, faulty = await open_faulty(ImageSpec(size=256 * KIB))
+    await image.write(0, b"first" * 200)
+    await image.flush()
+    for offset in (8 * KIB, 100 * KIB):
+        first = len(faulty.operations)
+        await image.write(offset, b"new" * 1000)
+        assert "flush" not in kinds(faulty, first)
+        first = len(faulty.operations)
+        await image.flush()
+        assert kinds(faulty, first).count("flush") == 2
+    await image.aclose()
+
+
+async def test_concurrent_fsyncs_share_one_flush() -> None:
+    """Ten fsyncs that come while one runs are served by one more."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.write(0, b"x" * 100)
+    await image.flush()
+    hold = Hold(lambda operation: operation.kind == "flush")
+    faulty.gate = hold
+    first = len(faulty.operations)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        await hold.reached.wait()
+        for _ in range(10):
+            nursery.start_soon(image.flush)
+        await wait_all_tasks_blocked()
+        hold.release()
+    assert kinds(faulty, first) == ["flush", "flush"]
+
+
+async def test_all_who_share_a_failed_flush_hear_of_it() -> None:
+    """Everyone who waits gets the error, and everyone who comes later."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.write(0, b"x" * 100)
+    hold = Hold(lambda operation: operation.kind == "flush")
+    faulty.gate = hold
+    faulty.check = lambda operation: errno.EIO if operation.kind == "flush" else 0
+    heard: list[int | None] = []
+
+    async def fsync() -> None:
+        try:
+            await image.flush()
+        except OSError as error:
+            heard.append(error.errno)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(fsync)
+        await hold.reached.wait()
+        for _ in range(4):
+            nursery.start_soon(fsync)
+        await wait_all_tasks_blocked()
+        hold.release()
+    await fsync()
+    assert heard == [errno.EIO] * 6
+    assert image.read_only
+    with pytest.raises(OSError):
+        await image.aclose()
+
+
+async def test_an_in_place_write_during_a_flush_is_not_promised_by_it() -> None:
+    """An fsync issued after a write waits for a flush of its own and does not join the one that runs."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.write(0, b"x" * 100)
+    await image.flush()
+    hold = Hold(lambda operation: operation.kind == "flush")
+    faulty.gate = hold
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        await hold.reached.wait()
+        await image.write(0, b"y" * 100)
+        first = len(faulty.operations)
+        nursery.start_soon(image.flush)
+        await wait_all_tasks_blocked()
+        assert kinds(faulty, first) == []
+        hold.release()
+    assert kinds(faulty, first) == ["flush"]
+
+
+async def test_closing_gives_back_what_the_last_writes_freed() -> None:
+    """close flushes until the counts on disk are exact, closes the storage, and may be called twice."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0, snapshot=True, size=64 * KIB))
+    await image.write(0, b"x" * 20 * KIB)
+    await image.aclose()
+    n_operations = len(faulty.operations)
+    await image.aclose()
+    assert len(faulty.operations) == n_operations
+    memory = faulty.inner
+    assert isinstance(memory, MemoryStorage)
+    assert memory.closed
+
+
+async def test_closing_ends_although_a_read_hangs() -> None:
+    """A read that never ends keeps clusters from being given back; close does not wait for it."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0, compression="zlib", cluster_size=4096))
+    hold = Hold(lambda operation: operation.kind == "read")
+    async with trio.open_nursery() as nursery:
+        await image.write(100 * KIB, b"x" * 4096)
+        await image.flush()
+        faulty.gate = hold
+        nursery.start_soon(image.read, 0, 4096)
+        with trio.fail_after(5):
+            await hold.reached.wait()
+        faulty.gate = None
+        await image.write(0, b"x" * 4096)
+        with trio.fail_after(5):
+            await image.aclose()
+        nursery.cancel_scope.cancel()
+
+
+async def test_an_image_that_was_not_written_is_not_flushed_at_close() -> None:
+    """Opening for writing and closing touches nothing."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.read(0, 5000)
+    first = len(faulty.operations)
+    await image.aclose()
+    assert kinds(faulty, first) == []
+
+
+async def test_a_count_that_can_not_be_lowered_does_not_fail_an_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When everything is durable, a refcount block that can't be read costs leaks, not the fsync."""
+    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    image, faulty = await open_faulty(ImageSpec(fill=1.0, snapshot=True, refcount_bits=64, size=256 * KIB))
+    await image.write(0, b"x" * 512)
+    faulty.check = lambda operation: errno.EIO if operation.kind == "read" else 0
+    first = len(faulty.operations)
+    await image.flush()
+    faulty.check = None
+    assert "read" in kinds(faulty, first), "the block was in memory"
+    await image.write(200 * KIB, b"z" * 512)
+    await image.aclose()
+    memory = faulty.inner
+    assert isinstance(memory, MemoryStorage)
+    report = check_image_bytes(memory.data)
+    assert not report.errors
+    assert report.leaks

@@ -1,0 +1,195 @@
+"""Runs a workload on a recorded image and checks every state that a power cut may leave of it.
+
+After each cut: the image opens, its consistency check finds leaks at most, every byte that an fsync had promised
+is there, and other bytes are what they were or what was written. On a sample QEMU checks too, and the image
+is written on.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import trio
+
+from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.storage.base import Storage
+
+from .checker import check_image_bytes
+from .images import TOP, BuiltImage, open_memory_image, qemu_check, qemu_read
+from .memory_storage import MemoryStorage
+from .recording import Cut, Expectation, GuestRecord, RecordingStorage, cuts
+
+
+class Guest:
+    """Writes and fsyncs as the mount does (``try_`` first), and keeps the record of what was promised."""
+
+    def __init__(self, image: QcowImage, record: GuestRecord, chooser: random.Random) -> None:
+        self.image = image
+        self.record = record
+        self.chooser = chooser
+
+    async def write(self, guest_offset: int, data: bytes) -> None:
+        """One write."""
+        begun = self.record.begin_write(guest_offset, data)
+        if not self.image.try_write(guest_offset, data):
+            await self.image.write(guest_offset, data)
+        self.record.end_write(begun)
+
+    async def zero(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
+        """One discard (``unmap``) or write zeroes."""
+        begun = self.record.begin_write(guest_offset, bytes(n_bytes))
+        await self.image.write_zeroes(guest_offset, n_bytes, unmap=unmap)
+        self.record.end_write(begun)
+
+    async def flush(self) -> None:
+        """One fsync."""
+        begun = self.record.begin_flush()
+        await self.image.flush()
+        self.record.end_flush(begun)
+
+    async def read(self, guest_offset: int, n_bytes: int) -> bytes:
+        """One read."""
+        return await read_image(self.image, guest_offset, n_bytes)
+
+    async def write_random(self, start: int, end: int, max_bytes: int, unit: int = 1) -> None:
+        """A write of random bytes somewhere in ``start`` to ``end``; whole ``unit``s."""
+        n_bytes = self.chooser.randint(1, max_bytes // unit) * unit
+        offset = self.chooser.randrange(start, max(start + 1, end - n_bytes + 1)) // unit * unit
+        n_bytes = min(n_bytes, end - offset)
+        await self.write(offset, self.chooser.randbytes(n_bytes))
+
+
+async def read_image(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
+    """As the mount reads: at once if that is possible."""
+    data = image.try_read(guest_offset, n_bytes)
+    return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
+
+
+Workload = Callable[[Guest], Awaitable[None]]
+
+
+@dataclass
+class Recorded:
+    """A run of a workload."""
+
+    built: BuiltImage
+    storage: RecordingStorage
+    record: GuestRecord
+    final: bytes
+
+
+@dataclass
+class CutSummary:
+    """What :func:`check_cuts` found; ``problems`` should be empty."""
+
+    n_cuts: int = 0
+    n_states: int = 0
+    n_qemu: int = 0
+    n_leaky: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+async def record_workload(
+    built: BuiltImage,
+    workload: Workload,
+    *,
+    seed: int = 0,
+    suspend: bool = False,
+    cache: L2CacheSize | None = None,
+    close: bool = True,
+) -> Recorded:
+    """Run ``workload`` on a fresh copy of an image, logging what reaches its storage."""
+    memory = MemoryStorage(built.top, suspend=suspend)
+    recording = RecordingStorage(memory)
+
+    def wrap(_: MemoryStorage) -> Storage:
+        return recording
+
+    files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
+    record = GuestRecord(built.contents, recording.clock)
+    image = await open_memory_image(files, wrap=wrap, cache=cache)
+    with trio.fail_after(60):
+        await workload(Guest(image, record, random.Random(seed)))
+        assert await read_image(image, 0, image.size) == bytes(record.contents)
+        if close:
+            begun = record.begin_flush()
+            await image.aclose()
+            record.end_flush(begun)
+    return Recorded(built, recording, record, bytes(memory.data))
+
+
+async def check_cuts(recorded: Recorded, *, n_states: int = 200, n_qemu: int = 20, seed: int = 0) -> CutSummary:
+    """Check ``n_states`` states (a few more) spread over all moments, ``n_qemu`` of them with QEMU as well."""
+    summary = CutSummary()
+    chooser = random.Random(seed)
+    moments = list(cuts(recorded.built.top, recorded.storage))
+    per_cut = max(3, n_states // len(moments))
+    every = max(1, n_states // max(n_qemu, 1))
+    for cut in moments:
+        expected = recorded.record.expected_at(cut.moment)
+        summary.n_cuts += 1
+        for state in cut.states(per_cut, chooser):
+            summary.n_states += 1
+            use_qemu = summary.n_states % every == 0
+            summary.n_qemu += use_qemu
+            await _check_state(recorded.built, cut, state, expected, summary, use_qemu=use_qemu)
+            if len(summary.problems) > 20:
+                return summary
+    return summary
+
+
+async def _check_state(
+    built: BuiltImage,
+    cut: Cut,
+    state: bytearray,
+    expected: Expectation,
+    summary: CutSummary,
+    *,
+    use_qemu: bool,
+) -> None:
+    where = f"cut at {cut.moment}, state {summary.n_states}"
+    report = check_image_bytes(state)
+    summary.n_leaky += report.leaks > 0
+    if report.errors:
+        summary.problems.append(f"{where}: {'; '.join(report.errors[:3])}")
+        return
+    files: dict[str, bytes | bytearray] = {**built.files, TOP: state}
+    image = await open_memory_image(files, read_only=True)
+    found = bytes(await image.read(0, image.size))
+    await image.aclose()
+    if wrong := expected.mismatches(found):
+        summary.problems.append(f"{where}: sectors {wrong[:8]} are neither what was promised nor written later")
+    if not use_qemu:
+        return
+    if built.spec.version > 1:
+        code, output = qemu_check(files)
+        if code != report.exit_code:
+            summary.problems.append(f"{where}: qemu-img check exits {code}, own checker {report.exit_code}: {output}")
+    if built.snapshot_contents is not None and qemu_read(files, snapshot="s1") != built.snapshot_contents:
+        summary.problems.append(f"{where}: the snapshot has changed")
+    await _write_on(built, state, found, where, summary)
+
+
+async def _write_on(built: BuiltImage, state: bytearray, found: bytes, where: str, summary: CutSummary) -> None:
+    """The image of ``state`` takes writes, and QEMU reads them."""
+    memory = MemoryStorage(state)
+    files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
+    image = await open_memory_image(files)
+    contents = bytearray(found)
+    chooser = random.Random(summary.n_states)
+    for _ in range(20):
+        offset = chooser.randrange(image.size - 3000)
+        data = chooser.randbytes(chooser.randint(1, 3000))
+        await image.write(offset, data)
+        contents[offset : offset + len(data)] = data
+    await image.aclose()
+    report = check_image_bytes(memory.data)
+    if report.errors:
+        summary.problems.append(f"{where}: writing on damaged it: {report.errors[:3]}")
+        return
+    format_name = "qcow" if built.spec.version == 1 else "qcow2"
+    if qemu_read({**built.files, TOP: memory.data}, format_name=format_name) != contents:
+        summary.problems.append(f"{where}: QEMU reads something else after writing on")

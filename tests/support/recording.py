@@ -1,0 +1,359 @@
+"""RecordingStorage logs what a driver does to its image file; PowerCuts makes from the log every state that a
+power cut may leave.
+
+1. A write is volatile from the moment it begins until a flush that began after its end has ended.
+2. At a cut every 512-byte sector of a volatile write is there or not, each on its own; what is not volatile is there.
+   A sector is never a mixture: where several writes met in it, it holds what it held after one of them.
+3. Cuts are taken just before the end of each flush and at the end of the log: the states of any earlier moment
+   are among those, with the later writes not applied.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from qcowfuse.storage.base import Buffer, Storage, StorageCounters
+
+SECTOR = 512
+NEVER = 1 << 62
+
+
+class ForwardingStorage:
+    """Hands everything through to ``inner``: a base for storages that add something."""
+
+    def __init__(self, inner: Storage) -> None:
+        self.inner = inner
+
+    @property
+    def name(self) -> str:
+        """The inner one's."""
+        return self.inner.name
+
+    @property
+    def writable(self) -> bool:
+        """The inner one's."""
+        return self.inner.writable
+
+    @property
+    def counters(self) -> StorageCounters:
+        """The inner one's."""
+        return self.inner.counters
+
+    def size(self) -> int:
+        """The inner one's."""
+        return self.inner.size()
+
+    def allocated_bytes(self) -> int:
+        """The inner one's."""
+        return self.inner.allocated_bytes()
+
+    def free_bytes(self) -> int:
+        """The inner one's."""
+        return self.inner.free_bytes()
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """As the inner one."""
+        return self.inner.try_pread(host_offset, n_bytes)
+
+    def try_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
+        """As the inner one."""
+        return self.inner.try_pread_into(host_offset, buffer)
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """As the inner one."""
+        return await self.inner.pread(host_offset, n_bytes)
+
+    async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
+        """As the inner one."""
+        await self.inner.pread_into(host_offset, buffer)
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """As the inner one."""
+        return self.inner.try_pwritev(host_offset, buffers)
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """As the inner one."""
+        await self.inner.pwritev(host_offset, buffers)
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+        """As the inner one."""
+        await self.inner.write_zeroes(host_offset, n_bytes)
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """As the inner one."""
+        await self.inner.punch_hole(host_offset, n_bytes)
+
+    async def truncate(self, n_bytes: int) -> None:
+        """As the inner one."""
+        await self.inner.truncate(n_bytes)
+
+    async def flush(self) -> None:
+        """As the inner one."""
+        await self.inner.flush()
+
+    async def aclose(self) -> None:
+        """As the inner one."""
+        await self.inner.aclose()
+
+
+class Clock:
+    """Numbers the events of one recording."""
+
+    def __init__(self) -> None:
+        self.now = 0
+
+    def tick(self) -> int:
+        """The next moment."""
+        self.now += 1
+        return self.now
+
+
+@dataclass(slots=True)
+class RecordedWrite:
+    """``data`` at ``host_offset``; ``ended`` is NEVER for one that was cancelled or failed."""
+
+    host_offset: int
+    data: bytes
+    begun: int
+    ended: int = NEVER
+
+
+@dataclass(slots=True)
+class RecordedFlush:
+    """One flush that succeeded."""
+
+    begun: int
+    ended: int
+
+
+class RecordingStorage(ForwardingStorage):
+    """Logs writes and flushes, with moments of ``clock``. Truncation is not used by drivers and is refused."""
+
+    def __init__(self, inner: Storage, clock: Clock | None = None) -> None:
+        super().__init__(inner)
+        self.clock = clock or Clock()
+        self.writes: list[RecordedWrite] = []
+        self.flushes: list[RecordedFlush] = []
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Log it if it was done."""
+        begun = self.clock.tick()
+        data = b"".join(buffers)
+        if not self.inner.try_pwritev(host_offset, buffers):
+            return False
+        self.writes.append(RecordedWrite(host_offset, data, begun, self.clock.tick()))
+        return True
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """Log it, whether it ends well or not."""
+        write = self._begin(host_offset, b"".join(buffers))
+        await self.inner.pwritev(host_offset, buffers)
+        write.ended = self.clock.tick()
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+        """Logged as a write of zeroes."""
+        write = self._begin(host_offset, bytes(n_bytes))
+        await self.inner.write_zeroes(host_offset, n_bytes)
+        write.ended = self.clock.tick()
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """Logged as a write of zeroes."""
+        write = self._begin(host_offset, bytes(n_bytes))
+        await self.inner.punch_hole(host_offset, n_bytes)
+        write.ended = self.clock.tick()
+
+    async def truncate(self, n_bytes: int) -> None:
+        """Refused: there is no model of it here."""
+        raise AssertionError("a running image truncates its file")
+
+    async def flush(self) -> None:
+        """Logged if it succeeds."""
+        begun = self.clock.tick()
+        await self.inner.flush()
+        self.flushes.append(RecordedFlush(begun, self.clock.tick()))
+
+    def _begin(self, host_offset: int, data: bytes) -> RecordedWrite:
+        write = RecordedWrite(host_offset, data, self.clock.tick())
+        self.writes.append(write)
+        return write
+
+
+class _Piece:
+    __slots__ = ("data", "host_offset")
+
+    def __init__(self, host_offset: int, data: bytes) -> None:
+        self.host_offset = host_offset
+        self.data = data
+
+
+def _pieces(write: RecordedWrite, now: bytes | bytearray) -> list[_Piece]:
+    """The sectors of a write, whole, as they were after it: earlier writes to the rest of a sector are with it."""
+    start = write.host_offset // SECTOR * SECTOR
+    end = min(-(-(write.host_offset + len(write.data)) // SECTOR) * SECTOR, len(now))
+    return [_Piece(position, bytes(now[position : position + SECTOR])) for position in range(start, end, SECTOR)]
+
+
+def _apply(image: bytearray, host_offset: int, data: bytes) -> None:
+    if host_offset > len(image):
+        image.extend(bytes(host_offset - len(image)))
+    image[host_offset : host_offset + len(data)] = data
+
+
+class Cut:
+    """A moment of the power cut: what is durable for sure, and the writes that are volatile then."""
+
+    def __init__(self, moment: int, durable: bytes, volatile: list[list[_Piece]]) -> None:
+        self.moment = moment
+        self.durable = durable
+        self._writes = volatile
+        self.n_pieces = sum(len(pieces) for pieces in self._writes)
+
+    def states(self, n_random: int, chooser: random.Random) -> Iterator[bytearray]:
+        """Images after the cut: all of them where there are no more than ``n_random`` or so; else those in which
+        one write is there, one is missing or one is torn, and random ones of several densities."""
+        flat = [piece for pieces in self._writes for piece in pieces]
+        if 1 << len(flat) <= max(n_random, 16):
+            for bits in range(1 << len(flat)):
+                yield self._state([piece for number, piece in enumerate(flat) if bits >> number & 1])
+            return
+        yield self._state([])
+        yield self._state(flat)
+        n_writes = len(self._writes)
+        singles = list(range(n_writes))
+        if 2 * n_writes > n_random:
+            singles = chooser.sample(singles, n_random // 2)
+        for chosen in singles:
+            yield self._state(self._writes[chosen])
+            yield self._state(
+                [piece for number, part in enumerate(self._writes) if number != chosen for piece in part]
+            )
+        for number in range(n_random):
+            density = (0.1, 0.5, 0.9)[number % 3]
+            taken: list[_Piece] = []
+            for pieces in self._writes:
+                if len(pieces) > 1 and chooser.random() < 0.4:
+                    taken += [piece for piece in pieces if chooser.random() < 0.5]
+                elif chooser.random() < density:
+                    taken += pieces
+            state = self._state(taken)
+            if number % 4 == 0:  # the new length became durable, the bytes did not
+                longest = max(piece.host_offset + len(piece.data) for piece in flat)
+                state.extend(bytes(max(0, longest - len(state))))
+            yield state
+
+    def _state(self, taken: Sequence[_Piece]) -> bytearray:
+        image = bytearray(self.durable)
+        for piece in taken:
+            _apply(image, piece.host_offset, piece.data)
+        return image
+
+
+def cuts(initial: bytes, recording: RecordingStorage) -> Iterator[Cut]:
+    """The moments at which the power may go, see rule 3 of the module."""
+    moments = [flush.ended for flush in recording.flushes] + [recording.clock.now + 1]
+    for moment in moments:
+        safe_from = max((flush.begun for flush in recording.flushes if flush.ended < moment), default=0)
+        durable, now = bytearray(initial), bytearray(initial)
+        volatile = []
+        for write in recording.writes:
+            if write.begun > moment:
+                continue
+            _apply(now, write.host_offset, write.data)
+            if write.ended <= safe_from:
+                _apply(durable, write.host_offset, write.data)
+            else:
+                volatile.append(_pieces(write, now))
+        yield Cut(moment, bytes(durable), volatile)
+
+
+@dataclass(slots=True)
+class _Version:
+    issued: int
+    ended: int
+    value: bytes
+
+
+class GuestRecord:
+    """What the guest wrote and which fsyncs ended, sector by sector: what may be read after a cut.
+
+    Writers that overlap in time must not touch the same sectors.
+    """
+
+    def __init__(self, contents: bytes, clock: Clock) -> None:
+        self.contents = bytearray(contents)
+        self.clock = clock
+        self._versions: dict[int, list[_Version]] = {}
+        self._promises: list[tuple[int, int]] = []
+
+    def begin_write(self, guest_offset: int, data: bytes) -> list[_Version]:
+        """The guest issues a write."""
+        issued = self.clock.tick()
+        first, last = guest_offset // SECTOR, (guest_offset + len(data) - 1) // SECTOR
+        for sector in range(first, last + 1):
+            if sector not in self._versions:
+                self._versions[sector] = [_Version(0, 0, self._sector(sector))]
+        self.contents[guest_offset : guest_offset + len(data)] = data
+        begun = []
+        for sector in range(first, last + 1):
+            version = _Version(issued, NEVER, self._sector(sector))
+            self._versions[sector].append(version)
+            begun.append(version)
+        return begun
+
+    def end_write(self, begun: list[_Version]) -> None:
+        """The write has been answered with success."""
+        ended = self.clock.tick()
+        for version in begun:
+            version.ended = ended
+
+    def begin_flush(self) -> int:
+        """The guest issues an fsync."""
+        return self.clock.tick()
+
+    def end_flush(self, begun: int) -> None:
+        """The fsync has been answered with success."""
+        self._promises.append((begun, self.clock.tick()))
+
+    def expected_now(self) -> Expectation:
+        """What may be read from the running image: every write that was answered with success is there."""
+        return self.expected_at(self.clock.now, promised=self.clock.now)
+
+    def expected_at(self, moment: int, *, promised: int | None = None) -> Expectation:
+        """What may be read after a cut at ``moment``; writes that ended by ``promised`` must be there."""
+        if promised is None:
+            promised = max((begun for begun, ended in self._promises if ended <= moment), default=0)
+        contents = bytearray(self.contents)
+        allowed: dict[int, list[bytes]] = {}
+        for sector, versions in self._versions.items():
+            base = max(number for number, version in enumerate(versions) if version.ended <= promised)
+            values = [version.value for version in versions[base:] if version.issued <= moment]
+            allowed[sector] = values
+            contents[sector * SECTOR : sector * SECTOR + len(values[0])] = values[0]
+        return Expectation(bytes(contents), allowed)
+
+    def _sector(self, sector: int) -> bytes:
+        return bytes(self.contents[sector * SECTOR : (sector + 1) * SECTOR])
+
+
+class Expectation:
+    """The contents that a cut must leave, with the sectors that may be one of several."""
+
+    def __init__(self, contents: bytes, allowed: dict[int, list[bytes]]) -> None:
+        self._contents = contents
+        self._allowed = allowed
+
+    def mismatches(self, found: bytes) -> list[int]:
+        """Guest sectors that hold what they must not."""
+        if found == self._contents:
+            return []
+        assert len(found) == len(self._contents)
+        wrong = []
+        for sector in range(-(-len(found) // SECTOR)):
+            part = found[sector * SECTOR : (sector + 1) * SECTOR]
+            if part == self._contents[sector * SECTOR : (sector + 1) * SECTOR]:
+                continue
+            if part not in self._allowed.get(sector, ()):
+                wrong.append(sector)
+        return wrong
