@@ -46,6 +46,7 @@ MAX_TASKS = 160
 
 _CHECK_SECONDS = 30.0
 _BUSY_RETRY_SECONDS = 1.0
+_DISCARD_FLUSH_SECONDS = 2.0
 _BUSY_LOG_SECONDS = 60.0
 _STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
@@ -211,6 +212,7 @@ class _Service:
     async def _wait_for_end(self, mount: _Mount) -> None:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(mount.repair_size)
+            nursery.start_soon(mount.flush_discards)
             if self._settings.counts_allocated:
                 nursery.start_soon(mount.count_allocated)
             nursery.start_soon(self._unmount_when_told, mount)
@@ -256,6 +258,7 @@ class _Mount:
         self._image = image
         self._settings = settings
         self._size_is_wrong = trio.Event()
+        self._has_discarded = trio.Event()
         self._gate = RequestGate()
         self._final_ownership = self._ownership()
         self._operations = Operations(
@@ -266,6 +269,7 @@ class _Mount:
             gate=self._gate,
             on_write_past_end=self._note_wrong_size,
             on_release=stop.nudge,
+            on_discard=self._note_discard,
         )
 
     @property
@@ -365,6 +369,18 @@ class _Mount:
                 )
             except OSError as exc:
                 _log.warning("the size that the kernel shows may be wrong: %s", exc)
+
+    def _note_discard(self) -> None:
+        self._has_discarded.set()
+
+    async def flush_discards(self) -> None:
+        """Discarded space goes back to the host with a flush, and not every file system sends one after fstrim."""
+        while True:
+            await self._has_discarded.wait()
+            await trio.sleep(_DISCARD_FLUSH_SECONDS)
+            self._has_discarded = trio.Event()
+            with suppress(Exception):  # whoever syncs next hears of it
+                await self._image.flush()
 
     async def count_allocated(self) -> None:
         """Have the image find out what ``du`` should say."""

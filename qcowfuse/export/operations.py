@@ -72,8 +72,8 @@ class _Times:
 class Operations(pyfuse3.Operations):
     """One file that holds ``image``. ``file_name`` is its name in a folder, None when the file is the root itself.
 
-    ``mtime_ns`` is the time that the file shows until it is written. ``on_write_past_end`` and ``on_release``
-    must not block.
+    ``mtime_ns`` is the time that the file shows until it is written. ``on_write_past_end``, ``on_release``
+    and ``on_discard`` must not block.
     """
 
     supports_dot_lookup = False
@@ -88,6 +88,7 @@ class Operations(pyfuse3.Operations):
         gate: RequestGate | None = None,
         on_write_past_end: Callable[[], None] = lambda: None,
         on_release: Callable[[], None] = lambda: None,
+        on_discard: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = False
@@ -108,6 +109,7 @@ class Operations(pyfuse3.Operations):
         self._n_flushed = 0
         self._on_write_past_end = on_write_past_end
         self._on_release = on_release
+        self._on_discard = on_discard
         self._last_error = ""
 
     # ---- the hot path ----
@@ -181,6 +183,7 @@ class Operations(pyfuse3.Operations):
             finally:
                 self._n_writes += 1
                 self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+            self._on_discard()
         except Exception as exc:
             self._fail("fallocate", exc)
 
@@ -407,15 +410,14 @@ class Operations(pyfuse3.Operations):
         if isinstance(exc, FUSEError):
             raise exc
         number = errno_of(exc)
-        if number is None:
-            _log.error("bug in qcowfuse: %s failed unexpectedly", operation, exc_info=exc)
-            number = errno.EIO
-        else:
-            message = f"{operation} failed: {exc}"
-            if message != self._last_error:  # a failing disk says the same a thousand times
-                self._last_error = message
+        message = f"{operation} failed: {exc}"
+        if message != self._last_error:  # a failing disk says the same a thousand times
+            self._last_error = message
+            if number is None:
+                _log.error("bug in qcowfuse: %s failed unexpectedly", operation, exc_info=exc)
+            else:
                 _log.error("%s", message)
-        raise FUSEError(number) from None
+        raise FUSEError(errno.EIO if number is None else number) from None
 
 
 def _entry(inode: int, ownership: Ownership, times: _Times) -> EntryAttributes:

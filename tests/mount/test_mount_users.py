@@ -187,7 +187,8 @@ def test_plain_user_ends_it_by_signal(users_folder: Path) -> None:
         """
         qemu-img create -q -f qcow2 disk.qcow2 4M
         mkdir m
-        $qcowfuse -f disk.qcow2 m 2>log &
+        : >log
+        $qcowfuse -f disk.qcow2 m 2>>log &
         for i in $(seq 100); do grep -q 'm/disk.raw' log && break; sleep 0.1; done
         kill $!
         wait $!

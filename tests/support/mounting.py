@@ -11,6 +11,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -108,6 +109,9 @@ class Mounted:
             )
             self.pid = self.process.pid
             self.log = ""
+            # Read all the time: a daemon whose log nobody reads stands still once the pipe is full.
+            self._reader = threading.Thread(target=self._read_log, daemon=True)
+            self._reader.start()
             self._wait_until_it_serves()
         else:
             done = run_qcowfuse(*options, image, mount_point)
@@ -118,14 +122,19 @@ class Mounted:
             self.pid = pid
 
     def _wait_until_it_serves(self) -> None:
-        process = self.process
-        assert process is not None
-        assert process.stderr is not None
-        for line in process.stderr:
-            self.log += line
-            if "INFO" in line and f"at {self.file}" in line:
+        end = time.monotonic() + TIMEOUT
+        while self._reader.is_alive() and time.monotonic() < end:
+            if any("INFO" in line and f"at {self.file}" in line for line in self.log.splitlines()):
                 return
-        raise AssertionError(f"qcowfuse ended with {process.wait()}: {self.log}")
+            time.sleep(0.005)
+        assert self.process is not None
+        raise AssertionError(f"qcowfuse does not serve, exit code {self.process.poll()}: {self.log}")
+
+    def _read_log(self) -> None:
+        assert self.process is not None
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.log += line
 
     @property
     def is_alive(self) -> bool:
@@ -141,8 +150,8 @@ class Mounted:
         if self.process is None:
             wait_until(lambda: not self.is_alive, "the end of the daemon")
             return ""
-        _, rest = self.process.communicate(timeout=TIMEOUT)
-        self.log += rest
+        self.process.wait(TIMEOUT)
+        self._reader.join(TIMEOUT)
         assert self.process.returncode == exit_code, self.log
         return self.log
 
@@ -175,6 +184,7 @@ class Mounted:
             os.kill(self.pid, signal.SIGKILL)
         if self.process is not None:
             self.process.wait()
+            self._reader.join(TIMEOUT)
             if self.process.stderr is not None:
                 self.process.stderr.close()
 

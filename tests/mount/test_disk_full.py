@@ -1,0 +1,250 @@
+"""The disk below the image fills up: clients get ENOSPC, the image stays consistent, and goes on with room again."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.support import loops, qemu
+from tests.support.loops import EXT4, served
+from tests.support.mounting import Mounted
+from tests.support.oracle import DiskModel, first_difference, reference_bytes
+
+pytestmark = [pytest.mark.mount, pytest.mark.root]
+
+SIZE = 64 << 20
+HOST_SIZE = 12 << 20
+BLOCK = 16 << 10
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+@contextmanager
+def small_disk(folder: Path, kind: str) -> Iterator[Path]:
+    """A small file system of its own: ``tmpfs``, or ``ext4`` on a loop device."""
+    point = folder / "small"
+    point.mkdir()
+    if kind == "tmpfs":
+        qemu.must_run("mount", "-t", "tmpfs", "-o", f"size={HOST_SIZE}", "tmpfs", point)
+        try:
+            yield point
+        finally:
+            qemu.must_run("umount", point)
+        return
+    disk = folder / "small.raw"
+    with open(disk, "wb") as stream:
+        stream.truncate(HOST_SIZE)
+    qemu.must_run("mkfs.ext4", "-q", "-F", "-m", "0", disk)
+    with loops.loop_device(disk) as device, loops.mounted_file_system(device, point):
+        yield point
+
+
+def fill_up(folder: Path, *, leave: int = 0) -> Path:
+    """A file that takes all space but about ``leave`` bytes."""
+    filler = folder / "filler"
+    with open(filler, "wb", buffering=0) as stream:
+        for n_bytes in (1 << 20, 1 << 16, 1 << 12):
+            try:
+                while True:
+                    stream.write(bytes(n_bytes))
+                    os.fsync(stream.fileno())
+            except OSError as exc:
+                if exc.errno != errno.ENOSPC:
+                    raise
+        stream.truncate(max(0, stream.tell() - leave))
+    return filler
+
+
+def block_of(number: int) -> mmap.mmap:
+    """A page-aligned block, as O_DIRECT wants it, that says which one it is."""
+    block = mmap.mmap(-1, BLOCK)
+    block.write(number.to_bytes(4, "big") * (BLOCK // 4))
+    return block
+
+
+def write_blocks(fd: int, numbers: range, model: DiskModel) -> int | None:
+    """Write the numbered blocks one after the other into the file and the model; the number that found no space."""
+    for number in numbers:
+        block = block_of(number)
+        try:
+            assert os.pwrite(fd, block, number * BLOCK) == BLOCK
+        except OSError as exc:
+            if exc.errno != errno.ENOSPC:
+                raise
+            return number
+        model.write(number * BLOCK, block[:])
+    return None
+
+
+@contextmanager
+def opened(file: Path, flags: int = 0) -> Iterator[int]:
+    """The file, open for reading and writing."""
+    fd = os.open(file, os.O_RDWR | flags)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("kind", ["tmpfs", "ext4"])
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=512", "v1"])
+def test_direct_writes_go_on_after_enospc(tmp_path: Path, options: str, kind: str) -> None:
+    """A direct write gets ENOSPC, what was written stays, and with room again the same write succeeds; no leaks."""
+    model = DiskModel(bytes(SIZE))
+    format_name = "qcow" if options == "v1" else "qcow2"
+    with small_disk(tmp_path, kind) as folder:
+        image = folder / "i.img"
+        qemu.create(image, format_name, SIZE, options="" if options == "v1" else options)
+        filler = folder / "filler"
+        filler.write_bytes(bytes(HOST_SIZE // 2))
+        last = SIZE // BLOCK
+        with served(image) as mount, opened(mount.file, os.O_DIRECT) as fd:
+            full_at = write_blocks(fd, range(last), model)
+            assert full_at is not None
+            assert full_at > 50
+            filler.unlink()
+            os.fsync(fd)
+            assert write_blocks(fd, range(full_at, full_at + 50), model) is None
+            os.fsync(fd)
+        assert first_difference(reference_bytes_beside(image, format_name, tmp_path), model.data) == ""
+        if format_name == "qcow2":
+            result = qemu.check(image)
+            assert result.clean, result.text
+
+
+def reference_bytes_beside(image: Path, format_name: str, folder: Path) -> bytes:
+    """What QEMU reads, by way of a file that is not on the small disk."""
+    copy = folder / "copy.img"
+    copy.write_bytes(image.read_bytes())
+    return reference_bytes(copy, format_name)
+
+
+def check_copy_of(image: Path, folder: Path) -> qemu.CheckResult:
+    """What qemu-img check says of an image that is in use."""
+    copy = folder / "copy.img"
+    copy.write_bytes(image.read_bytes())
+    return qemu.check(copy)
+
+
+def test_buffered_writes_report_enospc_at_fsync(tmp_path: Path) -> None:
+    """What the page cache took and the image has no room for is an error of fsync; written again later, it stays."""
+    model = DiskModel(bytes(SIZE))
+    with small_disk(tmp_path, "tmpfs") as folder:
+        image = folder / "i.img"
+        qemu.create(image, "qcow2", SIZE)
+        filler = folder / "filler"
+        filler.write_bytes(bytes(HOST_SIZE - (4 << 20)))
+        numbers = range((8 << 20) // BLOCK)
+        with served(image) as mount, opened(mount.file) as fd:
+            if write_blocks(fd, numbers, model) is None:
+                with pytest.raises(OSError) as caught:
+                    os.fsync(fd)
+                assert caught.value.errno == errno.ENOSPC
+            filler.unlink()
+            assert write_blocks(fd, numbers, model) is None
+            os.fsync(fd)
+        result = qemu.check(image)
+        assert result.clean, result.text
+        assert first_difference(reference_bytes_beside(image, "qcow2", tmp_path), model.data) == ""
+
+
+# Clusters of a page at least: a smaller table would find room in a page that data has taken already.
+@pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=4k,refcount_bits=64"])
+def test_fsync_without_space_for_metadata_can_be_repeated(tmp_path: Path, options: str) -> None:
+    """fsync reports ENOSPC when there is no room for metadata, and succeeds when there is; nothing is lost."""
+    model = DiskModel(bytes(SIZE))
+    with small_disk(tmp_path, "tmpfs") as folder:
+        image = folder / "i.img"
+        qemu.create(image, "qcow2", SIZE, options=options)
+        with served(image) as mount, opened(mount.file, os.O_DIRECT) as fd:
+            assert write_blocks(fd, range((9 << 20) // BLOCK), model) is None
+            filler = fill_up(folder)
+            with pytest.raises(OSError) as caught:
+                os.fsync(fd)
+            assert caught.value.errno == errno.ENOSPC
+            assert check_copy_of(image, tmp_path).corruptions == 0
+            filler.unlink()
+            os.fsync(fd)
+        result = qemu.check(image)
+        assert result.clean, result.text
+        assert first_difference(reference_bytes_beside(image, "qcow2", tmp_path), model.data) == ""
+
+
+def test_unmounting_without_space_leaves_no_corruption(tmp_path: Path) -> None:
+    """No room for metadata at the end: close and exit code say so; what was synced is there, nothing is corrupt."""
+    model = DiskModel(bytes(SIZE))
+    with small_disk(tmp_path, "tmpfs") as folder:
+        image = folder / "i.img"
+        qemu.create(image, "qcow2", SIZE, options="cluster_size=4k,refcount_bits=64")
+        point = tmp_path / "point"
+        point.mkdir()
+        half = (4 << 20) // BLOCK
+        with Mounted(image, point) as mount:
+            fd = os.open(mount.file, os.O_RDWR | os.O_DIRECT)
+            assert write_blocks(fd, range(half), model) is None
+            os.fsync(fd)
+            assert write_blocks(fd, range(half, 2 * half), DiskModel(bytes(SIZE))) is None
+            filler = fill_up(folder)
+            with pytest.raises(OSError) as caught:
+                os.close(fd)
+            assert caught.value.errno == errno.ENOSPC
+            qemu.must_run("fusermount3", "-u", point)
+            log = mount.wait_for_end(exit_code=6)
+            assert "No space left" in log
+        filler.unlink()
+        assert qemu.check(image).corruptions == 0
+        found = reference_bytes_beside(image, "qcow2", tmp_path)
+        assert first_difference(found[: half * BLOCK], model.read(0, half * BLOCK)) == ""
+        with served(image) as mount, opened(mount.file, os.O_DIRECT) as fd:
+            assert write_blocks(fd, range(half, 2 * half), model) is None
+        assert qemu.check(image).corruptions == 0
+        assert first_difference(reference_bytes_beside(image, "qcow2", tmp_path), model.data) == ""
+
+
+@pytest.mark.parametrize("direct_io", [False, True], ids=["cached", "direct"])
+def test_file_system_in_the_guest_survives_enospc(tmp_path: Path, direct_io: bool) -> None:
+    """ext4 on a loop device gets an error when the image can't grow; with room again it is repaired and goes on."""
+    with small_disk(tmp_path, "tmpfs") as folder:
+        image = folder / "i.img"
+        qemu.create(image, "qcow2", SIZE)
+        with served(image) as mount, loops.loop_device(mount.file, direct_io=direct_io) as device:
+            qemu.must_run(*EXT4.make, device)
+            with loops.mounted_file_system(device, tmp_path / "guest") as guest:
+                kept = loops.write_files(guest, seed=1, n_bytes=2 << 20)
+                sync_file_system(guest)
+                filler = fill_up(folder, leave=1 << 20)
+                with pytest.raises(OSError) as caught:
+                    write_files_durably(guest, seed=2, n_bytes=8 << 20)
+                assert caught.value.errno in (errno.ENOSPC, errno.EIO, errno.EROFS)
+            filler.unlink()
+            repaired = qemu.run("e2fsck", "-fy", device)
+            assert repaired.code in (0, 1), repaired.stdout
+            with loops.mounted_file_system(device, tmp_path / "guest") as guest:
+                more = loops.write_files(guest, seed=3, n_bytes=1 << 20)
+                assert loops.file_sums(guest).items() >= (kept | more).items()
+            qemu.must_run(*EXT4.check, device)
+        result = qemu.check(image)
+        assert result.clean, result.text
+
+
+def write_files_durably(folder: Path, *, seed: int, n_bytes: int) -> None:
+    """Write files, and raise OSError if not all of them can be made durable."""
+    loops.write_files(folder, seed=seed, n_bytes=n_bytes)
+    sync_file_system(folder)
+
+
+def sync_file_system(folder: Path) -> None:
+    """Write back all of the file system that ``folder`` is in. Raises OSError where something of it was lost."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        if LIBC.syncfs(fd):
+            raise OSError(ctypes.get_errno(), "syncfs")
+        os.fsync(fd)
+    finally:
+        os.close(fd)
