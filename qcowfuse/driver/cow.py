@@ -154,6 +154,8 @@ class Writer:
         ``unmap``: whole clusters may give their space back.
         """
         in_cluster = guest_offset & self._cluster_mask
+        # One slice at a time: a look-up of more would be done again and again.
+        n_bytes = min(n_bytes, self._mapping.slice_end(guest_offset) - guest_offset)
         reaches_end = guest_offset + n_bytes == self.size
         n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
         if in_cluster or not n_clusters or not self._zeroes_by_entry:

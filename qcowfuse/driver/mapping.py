@@ -96,6 +96,10 @@ class Mapping:
         """Index of the L1 entry that maps ``guest_offset``."""
         return guest_offset >> self.geometry.l1_shift
 
+    def slice_end(self, guest_offset: int) -> int:
+        """Where the range of the slice that maps ``guest_offset`` ends."""
+        return (guest_offset >> self.slice_shift) + 1 << self.slice_shift
+
     def cached_slice(self, guest_offset: int) -> L2Slice | None:
         """The slice that maps ``guest_offset``, if it is in memory."""
         return self.cache.get(self.key(guest_offset))
