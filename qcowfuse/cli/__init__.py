@@ -2,4 +2,6 @@
 
 Modules: ``main`` (the program), ``arguments`` (what the user can say), ``mount_options`` (the list after ``-o``, as
 mount(8) passes it), ``exit_codes``, ``logs`` (standard error, syslog or a file).
+
+The second program, qcowfuse-img: ``img`` (its sub-commands), ``img_output`` (JSON and text), ``img_progress``.
 """

@@ -6,6 +6,9 @@ Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (t
 ``allocation`` (host clusters), ``metadata`` (no data on top of tables), ``claims`` (allocations and operations in
 flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what ``du`` should say).
 
+The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
+``check`` (consistency, report only), ``create`` (empty images).
+
 Theory of operation
 -------------------
 

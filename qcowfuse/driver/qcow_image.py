@@ -23,7 +23,7 @@ from ..storage.base import Buffer, Storage
 from .allocation import Allocator
 from .cow import Writer
 from .header_bits import HeaderBits
-from .mapping import Mapping
+from .mapping import Layer, Mapping
 from .metadata import MetadataClusters
 from .ordering import Ordering
 from .reading import ChainReader
@@ -113,6 +113,11 @@ class QcowImage:
             or self._frozen is not None
             or (self._ordering is not None and self._ordering.failure is not None)
         )
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """The chain, the image itself first."""
+        return self._reader.layers
 
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """See Image."""

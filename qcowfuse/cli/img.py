@@ -1,0 +1,218 @@
+"""The program qcowfuse-img: look at images, check them and make new ones, without QEMU.
+
+1. Output and options are those of qemu-img where it has them; ``--output=json`` has its shape.
+2. Exit codes are qemu-img's too, so 1 is any failure, wrong arguments included: 2 and 3 have a meaning of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from typing import NoReturn
+
+import trio
+
+from .._version import __version__
+from ..driver.check import check_image
+from ..driver.create import CreateError, CreateOptions, create_image
+from ..driver.extent_map import map_image
+from ..driver.inspect import describe_image, is_version_1
+from ..errors import QcowFuseError
+from . import img_output
+from .img_progress import ProgressLine
+
+MAX_FINDINGS = 1000
+"""Findings of a check that are printed; all are counted."""
+
+
+class ImgExit(IntEnum):
+    """What the shell sees; part of the interface, and the same as qemu-img's."""
+
+    OK = 0
+    FAILED = 1
+    CORRUPTIONS = 2
+    LEAKS = 3
+    NOT_SUPPORTED = 63
+
+
+_EXPLANATIONS = {
+    ImgExit.OK: "done; check: no errors",
+    ImgExit.FAILED: "failed: wrong arguments, or the image cannot be opened, read, understood or made",
+    ImgExit.CORRUPTIONS: "check: the image is corrupted",
+    ImgExit.LEAKS: "check: clusters are leaked, but nothing is corrupted",
+    ImgExit.NOT_SUPPORTED: "check: the image's format (version 1) knows no checks",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(ImgExit.FAILED, f"{self.prog}: {message} (--help says more)\n")
+
+
+def _build_parser() -> _Parser:
+    codes = "\n".join(f"  {code:2}  {text}" for code, text in _EXPLANATIONS.items())
+    parser = _Parser(
+        prog="qcowfuse-img",
+        description="Look at QCOW images, check them and make new ones.",
+        epilog=f"exit codes:\n{codes}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("-V", "--version", action="version", version=f"qcowfuse-img {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+    for name, run, text in (
+        ("info", _info, "what an image says about itself"),
+        ("map", _map, "where the bytes of the virtual disk are"),
+        ("check", _check, "whether the image is consistent; repairs nothing"),
+    ):
+        command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
+        command.add_argument("image", metavar="IMAGE")
+        command.add_argument("--output", choices=("human", "json"), default="human", help="default: human")
+        command.add_argument(
+            "-U", "--force-share", action="store_true", help="look at an image in use; what is seen may be torn"
+        )
+        command.set_defaults(run=run)
+        if name == "check":
+            command.add_argument("-q", "--quiet", action="store_true", help="print nothing but failures")
+    create = commands.add_parser(
+        "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
+    )
+    create.set_defaults(run=_create)
+    create.add_argument("-f", dest="format", choices=("qcow2", "qcow"), default="qcow2", help="default: qcow2")
+    create.add_argument(
+        "-o",
+        dest="options",
+        metavar="NAME=VALUE,...",
+        action="append",
+        default=[],
+        help="cluster_size (64k), compat (1.1 or 0.10), refcount_bits (16), extended_l2, lazy_refcounts (off), "
+        "compression_type (zlib or zstd), preallocation (off), backing_file, backing_fmt, size",
+    )
+    create.add_argument("-b", "--backing", metavar="FILE", help="backing file, as seen from the new image's folder")
+    create.add_argument("-F", "--backing-format", metavar="FMT", help="its format: raw, qcow or qcow2")
+    create.add_argument("-q", "--quiet", action="store_true", help="say nothing")
+    create.add_argument("--force", action="store_true", help="overwrite a file that exists")
+    create.add_argument("image", metavar="FILE")
+    create.add_argument("size", metavar="SIZE", nargs="?", help="bytes, or with a suffix: k, M, G, T, P, E")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
+    try:
+        given = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else ImgExit.FAILED
+    run: Callable[[argparse.Namespace], int] = given.run
+    try:
+        code = run(given)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read our output has seen enough; the interpreter must not try to flush again.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ImgExit.FAILED
+    except KeyboardInterrupt:
+        return 128 + 2
+    except (QcowFuseError, OSError) as exc:
+        return _fail(exc, given.image)
+
+
+def _fail(exc: QcowFuseError | OSError, image: str) -> int:
+    if isinstance(exc, OSError):
+        path = image if exc.filename is None else os.fsdecode(exc.filename)
+        text = f"{path}: {exc.strerror or exc}"
+    else:
+        text = str(exc) if image in str(exc) else f"{image}: {exc}"
+    print(f"qcowfuse-img: {img_output.printable(text)}", file=sys.stderr)
+    return ImgExit.FAILED
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    for line in lines:
+        print(line)
+
+
+def _info(given: argparse.Namespace) -> int:
+    async def run() -> int:
+        info = await describe_image(given.image, force_share=given.force_share)
+        if given.output == "json":
+            print(img_output.to_text(img_output.info_json(info)))
+        else:
+            _print_lines(list(img_output.info_lines(info)))
+        return ImgExit.OK
+
+    return trio.run(run)
+
+
+def _map(given: argparse.Namespace) -> int:
+    async def run() -> int:
+        n_entries = 0
+        async with map_image(given.image, force_share=given.force_share) as entries:
+            async for entry in entries:
+                if given.output == "json":
+                    # One line each, printed as found: the map of a large disk is long.
+                    sys.stdout.write(("[" if not n_entries else ",\n") + json.dumps(img_output.map_json(entry)))
+                else:
+                    if not n_entries:
+                        print(img_output.MAP_HEADING)
+                    print(img_output.map_line(entry))
+                n_entries += 1
+        if given.output == "json":
+            print("]")
+        return ImgExit.OK
+
+    return trio.run(run)
+
+
+def _check(given: argparse.Namespace) -> int:
+    async def run() -> int:
+        if await is_version_1(given.image, force_share=given.force_share):
+            print("qcowfuse-img: This image format does not support checks", file=sys.stderr)
+            return ImgExit.NOT_SUPPORTED
+        n_findings = 0
+        with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
+
+            def report(finding: str) -> None:
+                nonlocal n_findings
+                n_findings += 1
+                if n_findings <= MAX_FINDINGS and not given.quiet:
+                    progress.print_above(img_output.printable(finding))
+
+            result = await check_image(
+                given.image, report=report, progress=progress.show, force_share=given.force_share
+            )
+        if n_findings > MAX_FINDINGS and not given.quiet:
+            print(f"... and {n_findings - MAX_FINDINGS} more", file=sys.stderr)
+        if given.output == "json":
+            print(img_output.to_text(img_output.check_json(given.image, result)))
+        elif not given.quiet:
+            _print_lines(list(img_output.check_lines(result)))
+        if result.check_errors:
+            return ImgExit.FAILED
+        if result.corruptions:
+            return ImgExit.CORRUPTIONS
+        return ImgExit.LEAKS if result.leaks else ImgExit.OK
+
+    return trio.run(run)
+
+
+def _create(given: argparse.Namespace) -> int:
+    try:
+        options = CreateOptions.parse(
+            given.format,
+            given.options,
+            size=given.size,
+            backing_file=given.backing,
+            backing_format=given.backing_format,
+        )
+    except CreateError as exc:
+        return _fail(exc, given.image)
+    created = trio.run(lambda: create_image(given.image, options, overwrite=given.force))
+    if not given.quiet:
+        print(img_output.printable(f"{given.image}: {given.format} image of {img_output.size_text(created)}"))
+    return ImgExit.OK

@@ -1,0 +1,341 @@
+"""Making an empty image: QCOW2 of version 2 or 3, or QCOW version 1, optionally over a backing file.
+
+1. Options have qemu-img's names, values and defaults; whatever is not known is refused by name, never ignored.
+2. The layout is header, refcount table, refcount blocks, L1 table, without gaps; only what is not zero is written.
+3. The file is locked as a writer locks it before it is emptied, a file that exists is only overwritten when asked
+   for, and a new one that could not be finished is removed again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from array import array
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+
+import trio
+
+from ..errors import BackingChainError, ImageUsageError
+from ..format.entries import serialise_table
+from ..format.extensions import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_FEATURE_NAMES,
+    FEATURE_KIND_AUTOCLEAR,
+    FEATURE_KIND_COMPATIBLE,
+    FEATURE_KIND_INCOMPATIBLE,
+    HeaderExtension,
+)
+from ..format.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SECTOR_SIZE, WORD_SIZE, divide_up, round_up
+from ..format.header import (
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_DEFLATE,
+    COMPRESSION_ZSTD,
+    EXTENDED_L2_MIN_CLUSTER_BITS,
+    INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_EXTENDED_L2,
+    MAX_BACKING_NAME,
+    MAX_L1_SIZE,
+    MAX_REFCOUNT_TABLE_SIZE,
+    OFFSET_LIMIT,
+    V1_HEADER_LENGTH,
+    V2_HEADER_LENGTH,
+    V3_KNOWN_HEADER_LENGTH,
+    Qcow1Header,
+    Qcow2Header,
+    serialise_header,
+)
+from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
+from ..storage.locks import acquire_image_lock
+from .inspect import describe_image
+
+_FEATURE_NAMES = (
+    (FEATURE_KIND_INCOMPATIBLE, 0, "dirty bit"),
+    (FEATURE_KIND_INCOMPATIBLE, 1, "corrupt bit"),
+    (FEATURE_KIND_INCOMPATIBLE, 2, "external data file"),
+    (FEATURE_KIND_INCOMPATIBLE, 3, "compression type"),
+    (FEATURE_KIND_INCOMPATIBLE, 4, "extended L2 entries"),
+    (FEATURE_KIND_COMPATIBLE, 0, "lazy refcounts"),
+    (FEATURE_KIND_AUTOCLEAR, 0, "bitmaps"),
+    (FEATURE_KIND_AUTOCLEAR, 1, "raw external data"),
+)
+_MIN_CLUSTER_SIZE_FOR_NAMES = 8192
+_SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate(("", "k", "m", "g", "t", "p", "e"))}
+_BACKING_FORMATS = ("raw", "qcow", "qcow2")
+_QCOW2_OPTIONS = frozenset(
+    str.split("cluster_size compat refcount_bits extended_l2 lazy_refcounts compression_type preallocation")
+)
+_COMMON_OPTIONS = frozenset({"backing_file", "backing_fmt", "size"})
+
+
+class CreateError(ImageUsageError):
+    """An option that cannot be, or that does not go with another one."""
+
+
+def parse_size(text: str) -> int:
+    """``1G``, ``1.5k``, ``4096`` in bytes. Raises CreateError."""
+    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([bkmgtpe]?)", text.strip().lower(), re.ASCII)
+    if match is None:
+        raise CreateError(f"bad size {text!r}: expected bytes, or a number with a suffix: k, M, G, T, P, E")
+    n_bytes = int(Fraction(match[1]) * _SUFFIXES[match[2].removeprefix("b")])
+    if n_bytes > OFFSET_LIMIT - SECTOR_SIZE:
+        raise CreateError(f"size {text} is too large: expected less than 8 EiB")
+    return n_bytes
+
+
+def _switch(name: str, text: str) -> bool:
+    if text not in ("on", "off"):
+        raise CreateError(f"{name}={text}: expected on or off")
+    return text == "on"
+
+
+@dataclass(frozen=True, slots=True)
+class CreateOptions:
+    """What to make. ``size`` in bytes, None: that of the backing file. Raises CreateError for what cannot be."""
+
+    format_name: str = "qcow2"
+    size: int | None = None
+    cluster_bits: int = 16
+    version: int = 3
+    refcount_order: int = 4
+    extended_l2: bool = False
+    lazy_refcounts: bool = False
+    compression_type: int = COMPRESSION_DEFLATE
+    backing_file: str | None = None
+    backing_format: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.backing_file is None:
+            _require(self.backing_format is None, "a backing format needs a backing file (-b)")
+            _require(self.size is not None, "the size is missing")
+        else:
+            _require(
+                self.backing_format in _BACKING_FORMATS,
+                f"backing format {self.backing_format or 'is missing'} (-F): expected {', '.join(_BACKING_FORMATS)}",
+            )
+            n_bytes = len(os.fsencode(self.backing_file))
+            _require(0 < n_bytes <= MAX_BACKING_NAME, f"backing file name of {n_bytes} bytes: expected 1 to 1023")
+        _require(
+            MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS,
+            "cluster_size: expected a power of two from 512 to 2M",
+        )
+        if self.version < 3:
+            for is_wanted, name in (
+                (self.refcount_order != 4, "refcount_bits other than 16"),
+                (self.extended_l2, "extended_l2"),
+                (self.lazy_refcounts, "lazy_refcounts"),
+                (self.compression_type != COMPRESSION_DEFLATE, "compression_type zstd"),
+            ):
+                _require(not is_wanted, f"{name} needs compat=1.1")
+        if self.extended_l2:
+            _require(
+                self.cluster_bits >= EXTENDED_L2_MIN_CLUSTER_BITS, "extended_l2 needs a cluster_size of 16k at least"
+            )
+
+    @classmethod
+    def parse(
+        cls,
+        format_name: str,
+        lists: Iterable[str],
+        *,
+        size: str | None = None,
+        backing_file: str | None = None,
+        backing_format: str | None = None,
+    ) -> CreateOptions:
+        """From ``lists`` of ``name=value,...`` (a doubled comma is a plain one). Raises CreateError."""
+        given: dict[str, str] = {}
+        for text in lists:
+            for part in re.split(r"(?<!,),(?!,)", text):
+                name, _, value = part.replace(",,", ",").partition("=")
+                known = _COMMON_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
+                _require(name in known, f"unknown option {name} for format {format_name}")
+                given[name] = value
+        size = size if size is not None else given.get("size")
+        cluster_size = parse_size(given.get("cluster_size", "64k"))
+        _require(cluster_size.bit_count() == 1, "cluster_size: expected a power of two from 512 to 2M")
+        version = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}.get(given.get("compat", "1.1"))
+        _require(version is not None, f"compat={given.get('compat')}: expected 0.10 or 1.1")
+        width = given.get("refcount_bits", "16")
+        _require(width in ("1", "2", "4", "8", "16", "32", "64"), f"refcount_bits={width}: expected 1, 2, 4 ... 64")
+        compression = given.get("compression_type", "zlib")
+        _require(compression in ("zlib", "zstd"), f"compression_type={compression}: expected zlib or zstd")
+        preallocation = given.get("preallocation", "off")
+        _require(preallocation == "off", f"preallocation={preallocation}: expected off")
+        assert version is not None
+        return cls(
+            format_name=format_name,
+            size=None if size is None else parse_size(size),
+            cluster_bits=cluster_size.bit_length() - 1,
+            version=version,
+            refcount_order=int(width).bit_length() - 1,
+            extended_l2=_switch("extended_l2", given.get("extended_l2", "off")),
+            lazy_refcounts=_switch("lazy_refcounts", given.get("lazy_refcounts", "off")),
+            compression_type=COMPRESSION_ZSTD if compression == "zstd" else COMPRESSION_DEFLATE,
+            backing_file=backing_file if backing_file is not None else given.get("backing_file"),
+            backing_format=backing_format if backing_format is not None else given.get("backing_fmt"),
+        )
+
+
+async def create_image(path: str, options: CreateOptions, *, overwrite: bool = False) -> int:
+    """Make the image; its virtual size in bytes is returned.
+
+    Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
+    """
+    size = options.size
+    if options.backing_file is not None:
+        backing_size = await _backing_size(path, options.backing_file, options.backing_format)
+        size = backing_size if size is None else size
+    assert size is not None
+    size = round_up(size, SECTOR_SIZE)
+    parts, length = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options)
+    await trio.to_thread.run_sync(_write, path, parts, length, overwrite)
+    return size
+
+
+async def _backing_size(path: str, name: str, format_name: str | None) -> int:
+    backing_path = os.path.join(os.path.dirname(path), name)
+    try:
+        if os.path.exists(path) and os.path.samefile(path, backing_path):
+            raise BackingChainError(path, "the image would be its own backing file")
+        if format_name == "raw":
+            return os.stat(backing_path).st_size
+        return (await describe_image(backing_path, force_share=True)).virtual_size
+    except OSError as error:
+        raise BackingChainError(path, f"cannot open its backing file {backing_path}: {error.strerror}") from error
+
+
+def _layout_v1(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes]], int]:
+    """``(host offset, bytes)`` of what is not zero, and the length of the file."""
+    _require(size > 0, "version 1 has no disks of 0 bytes")
+    name = os.fsencode(options.backing_file or "")
+    # Small clusters over a backing file: less to copy. QEMU's choice.
+    cluster_bits, l2_bits = (9, 12) if name else (12, 9)
+    l1_table_offset = round_up(V1_HEADER_LENGTH + len(name), WORD_SIZE)
+    header = Qcow1Header(
+        backing_file_offset=V1_HEADER_LENGTH if name else 0,
+        backing_file_size=len(name),
+        mtime=0,
+        size=size,
+        cluster_bits=cluster_bits,
+        l2_bits=l2_bits,
+        crypt_method=0,
+        l1_table_offset=l1_table_offset,
+        backing_file=options.backing_file,
+    )
+    l1_bytes = header.n_l1_entries * WORD_SIZE
+    _require(l1_bytes <= MAX_L1_SIZE, f"a disk of {size} bytes is too large for version 1")
+    return [(0, serialise_header(header))], round_up(l1_table_offset + l1_bytes, SECTOR_SIZE)
+
+
+def _layout_v2(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes]], int]:
+    """As :func:`_layout_v1`."""
+    cluster_bits, order = options.cluster_bits, options.refcount_order
+    cluster_size = 1 << cluster_bits
+    l2_bits = cluster_bits - (4 if options.extended_l2 else 3)
+    # QEMU stores at least one entry, so that an empty disk has an L1 table too.
+    l1_size = max(divide_up(size, 1 << cluster_bits + l2_bits), 1)
+    _require(
+        l1_size * WORD_SIZE <= MAX_L1_SIZE,
+        f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes: use a larger cluster_size",
+    )
+    l1_clusters = divide_up(l1_size * WORD_SIZE, cluster_size)
+    n_per_block = entries_per_block(cluster_bits, order)
+    n_blocks = table_clusters = 1
+    while True:
+        n_clusters = 1 + table_clusters + n_blocks + l1_clusters
+        needed = divide_up(n_clusters, n_per_block)
+        needed_table = divide_up(needed * WORD_SIZE, cluster_size)
+        if needed <= n_blocks and needed_table <= table_clusters:
+            break
+        n_blocks, table_clusters = max(needed, n_blocks), max(needed_table, table_clusters)
+    _require(table_clusters << cluster_bits <= MAX_REFCOUNT_TABLE_SIZE, "the refcount table would be too large")
+    first_block = 1 + table_clusters
+    header = _header_v2(
+        size, options, l1_size=l1_size, l1_cluster=first_block + n_blocks, table_clusters=table_clusters
+    )
+    parts = [(0, serialise_header(header))]
+    table = array("Q", range(first_block << cluster_bits, first_block + n_blocks << cluster_bits, cluster_size))
+    parts.append((cluster_size, serialise_table(table, 0, len(table))))
+    for number in range(n_blocks):
+        n_here = min(max(n_clusters - number * n_per_block, 0), n_per_block)
+        counts = empty_refcounts(cluster_bits, order)
+        counts[:n_here] = array(counts.typecode, [1]) * n_here
+        if n_here:
+            parts.append((first_block + number << cluster_bits, serialise_refcounts(counts, order, 0, n_per_block)))
+    return parts, n_clusters << cluster_bits
+
+
+def _header_v2(
+    size: int, options: CreateOptions, *, l1_size: int, l1_cluster: int, table_clusters: int
+) -> Qcow2Header:
+    cluster_size = 1 << options.cluster_bits
+    incompatible = INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0
+    if options.compression_type != COMPRESSION_DEFLATE:
+        incompatible |= INCOMPATIBLE_COMPRESSION
+    extensions: list[HeaderExtension] = []
+    if options.backing_format is not None:
+        extensions.append(HeaderExtension(EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
+    if options.version >= 3 and cluster_size >= _MIN_CLUSTER_SIZE_FOR_NAMES:
+        names = b"".join(bytes([kind, bit]) + name.encode().ljust(46, b"\0") for kind, bit, name in _FEATURE_NAMES)
+        extensions.append(HeaderExtension(EXTENSION_FEATURE_NAMES, names))
+    header_length = V3_KNOWN_HEADER_LENGTH if options.version >= 3 else V2_HEADER_LENGTH
+    name = os.fsencode(options.backing_file or "")
+    name_offset = 0
+    if name:
+        name_offset = header_length + sum(8 + round_up(len(extension.data), 8) for extension in extensions) + 8
+        _require(
+            name_offset + len(name) <= cluster_size,
+            f"backing file name of {len(name)} bytes does not fit into the first cluster: use a larger cluster_size",
+        )
+    return Qcow2Header(
+        version=options.version,
+        backing_file_offset=name_offset,
+        backing_file_size=len(name),
+        cluster_bits=options.cluster_bits,
+        size=size,
+        crypt_method=0,
+        l1_size=l1_size,
+        l1_table_offset=l1_cluster << options.cluster_bits,
+        refcount_table_offset=cluster_size,
+        refcount_table_clusters=table_clusters,
+        n_snapshots=0,
+        snapshots_offset=0,
+        incompatible_features=incompatible,
+        compatible_features=COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
+        refcount_order=options.refcount_order,
+        header_length=header_length,
+        compression_type=options.compression_type,
+        extensions=tuple(extensions),
+        backing_file=options.backing_file,
+    )
+
+
+def _write(path: str, parts: list[tuple[int, bytes]], length: int, overwrite: bool) -> None:
+    is_new = not os.path.exists(path)
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if overwrite else os.O_EXCL)
+    fd = os.open(path, flags, 0o644)
+    try:
+        acquire_image_lock(fd, path, writable=True)
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise CreateError(f"{path}: not a regular file")
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, length)
+        for host_offset, data in parts:
+            view = memoryview(data)
+            while view:
+                n_written = os.pwrite(fd, view, host_offset)
+                view, host_offset = view[n_written:], host_offset + n_written
+        os.fsync(fd)
+    except BaseException:
+        if is_new:
+            os.unlink(path)
+        raise
+    finally:
+        os.close(fd)
+
+
+def _require(condition: bool, text: str) -> None:
+    if not condition:
+        raise CreateError(text)

@@ -1,0 +1,199 @@
+"""Looking at an image without serving it: what its header, its snapshot table and its bitmap directory say.
+
+1. Everything is read-only, and opens the one file, never its backing file.
+2. The answers have the fields of ``qemu-img info``.
+3. With ``force_share`` no lock is taken, so an image in use can be looked at; what is seen may then be torn.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from ..errors import UnsupportedFeatureError
+from ..format.bitmap_directory import AUTO as AUTO
+from ..format.bitmap_directory import IN_USE as IN_USE
+from ..format.bitmap_directory import BitmapEntry, bitmap_directory_place, parse_bitmap_directory
+from ..format.extensions import EXTENSION_DATA_FILE, find_extension
+from ..format.geometry import round_up
+from ..format.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_ZSTD,
+    CRYPT_AES,
+    CRYPT_NONE,
+    INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_EXTENDED_L2,
+    Qcow1Header,
+    Qcow2Header,
+    header_length_needed,
+    parse_header,
+    unknown_incompatible,
+)
+from ..format.snapshots import (
+    MAX_SNAPSHOT_ENTRY,
+    MAX_SNAPSHOT_TABLE_SIZE,
+    parse_snapshot,
+)
+from ..format.snapshots import Snapshot as Snapshot
+from ..storage.base import Storage
+from ..storage.file import open_file_storage
+from .chain import StorageOpener, open_storage
+from .options import OpenOptions
+
+_SECTOR = 512
+_SNAPSHOT_CHUNK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What an image says about itself; sizes in bytes, None where the format has no such thing."""
+
+    path: str
+    format_name: str
+    virtual_size: int
+    cluster_size: int
+    file_length: int
+    actual_size: int
+    is_block_device: bool
+    dirty: bool
+    encryption: str | None
+    backing_file: str | None
+    backing_format: str | None
+    full_backing_file: str | None
+    version: int
+    compression: str | None = None
+    lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
+    corrupt: bool | None = None
+    extended_l2: bool | None = None
+    data_file: str | None = None
+    data_file_raw: bool | None = None
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[BitmapEntry, ...] = ()
+
+
+async def open_shared_storage(path: str, writable: bool, options: OpenOptions) -> Storage:
+    """A :data:`~qcowfuse.driver.chain.StorageOpener` that takes no lock. Read-only. Raises OSError."""
+    assert not writable
+    return await open_file_storage(path, writable=False)
+
+
+def opener_for(*, force_share: bool) -> StorageOpener:
+    """How the tools open files: locked like any reader, or not at all."""
+    return open_shared_storage if force_share else open_storage
+
+
+async def read_header(storage: Storage) -> Qcow1Header | Qcow2Header:
+    """The header of an open image. Raises FormatError, UnsupportedFeatureError (unknown features), OSError."""
+    start = await storage.pread(0, min(512, storage.size()))
+    wanted = min(header_length_needed(bytes(start)), storage.size())
+    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size())
+    if isinstance(header, Qcow2Header) and (names := unknown_incompatible(header)):
+        raise UnsupportedFeatureError(names)
+    return header
+
+
+async def is_version_1(path: str, *, force_share: bool = False) -> bool:
+    """Whether the image is of version 1. Raises what :func:`describe_image` raises."""
+    storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    try:
+        return isinstance(await read_header(storage), Qcow1Header)
+    finally:
+        await storage.aclose()
+
+
+async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
+    """The snapshot table and its length in bytes. Raises FormatError, OSError."""
+    buffer = bytearray()
+    buffer_offset = position = 0
+    snapshots: list[Snapshot] = []
+    limit = min(MAX_SNAPSHOT_TABLE_SIZE, max(storage.size() - header.snapshots_offset, 0))
+    # Past the end of the file QEMU reads zeroes, and an entry of zeroes is an entry.
+    while len(snapshots) < header.n_snapshots:
+        read_to = buffer_offset + len(buffer)
+        if len(buffer) - position < MAX_SNAPSHOT_ENTRY and read_to < limit + MAX_SNAPSHOT_ENTRY:
+            del buffer[:position]
+            buffer_offset += position
+            position = 0
+            buffer += await storage.pread(header.snapshots_offset + read_to, _SNAPSHOT_CHUNK)
+        snapshot, position = parse_snapshot(buffer, position)
+        snapshots.append(snapshot)
+    return tuple(snapshots), buffer_offset + position
+
+
+async def load_bitmaps(storage: Storage, header: Qcow2Header) -> tuple[BitmapEntry, ...]:
+    """The persistent bitmaps that are valid. Raises FormatError, OSError."""
+    place = bitmap_directory_place(header)
+    if place is None:
+        return ()
+    host_offset, n_bytes, n_bitmaps = place
+    data = bytes(await storage.pread(host_offset, n_bytes))
+    return parse_bitmap_directory(data, n_bitmaps, 1 << header.cluster_bits)
+
+
+async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
+    """What the image at ``path`` says about itself.
+
+    Raises FormatError, UnsupportedFeatureError (features that nobody here knows), ImageLockedError, OSError.
+    """
+    storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    try:
+        header = await read_header(storage)
+        info = _describe(path, storage, header)
+        if isinstance(header, Qcow2Header):
+            snapshots, _ = await load_snapshots(storage, header)
+            info = replace(info, snapshots=snapshots, bitmaps=await load_bitmaps(storage, header))
+        return info
+    finally:
+        await storage.aclose()
+
+
+def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) -> ImageInfo:
+    encryption = None
+    if header.crypt_method != CRYPT_NONE:
+        encryption = "aes" if header.crypt_method == CRYPT_AES else "luks"
+    info = ImageInfo(
+        path=path,
+        format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
+        virtual_size=header.virtual_size if isinstance(header, Qcow1Header) else round_up(header.size, _SECTOR),
+        cluster_size=1 << header.cluster_bits,
+        file_length=storage.size(),
+        actual_size=storage.allocated_bytes(),
+        is_block_device=os.path.exists(path) and not os.path.isfile(path),
+        dirty=False,
+        encryption=encryption,
+        backing_file=header.backing_file,
+        backing_format=None if isinstance(header, Qcow1Header) else header.backing_format,
+        full_backing_file=None if header.backing_file is None else _full_name(path, header.backing_file),
+        version=1,
+    )
+    if isinstance(header, Qcow1Header):
+        return info
+    info = replace(
+        info,
+        version=header.version,
+        virtual_size=header.virtual_size,
+        dirty=header.dirty,
+        compression="zstd" if header.compression_type == COMPRESSION_ZSTD else "zlib",
+        refcount_bits=1 << header.refcount_order,
+    )
+    if header.version < 3:
+        return info
+    data_file = find_extension(header.extensions, EXTENSION_DATA_FILE)
+    has_data_file = bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+    return replace(
+        info,
+        lazy_refcounts=bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS),
+        corrupt=header.corrupt,
+        extended_l2=bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2),
+        data_file=None if data_file is None or not has_data_file else os.fsdecode(data_file.partition(b"\0")[0]),
+        data_file_raw=bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE) if has_data_file else None,
+    )
+
+
+def _full_name(path: str, backing_file: str) -> str:
+    protocol, colon, _ = backing_file.partition(":")
+    if colon and "/" not in protocol:
+        return backing_file
+    return os.path.join(os.path.dirname(path), backing_file)

@@ -1,0 +1,100 @@
+"""The directory of persistent bitmaps: where each bitmap's table lies and what it is called.
+
+Only what listing and checking need; the bitmaps' contents are not looked at.
+
+Source: qcow2 specification, "Bitmaps".
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from ..errors import FormatError
+from .extensions import EXTENSION_BITMAPS, find_extension
+from .header import AUTOCLEAR_BITMAPS, Qcow2Header
+
+IN_USE = 1 << 0
+AUTO = 1 << 1
+_KNOWN_FLAGS = (1 << 3) - 1
+_TYPE_DIRTY_TRACKING = 1
+_MAX_TABLE_SIZE = 0x8000000
+_MAX_NAME = 1023
+_MIN_GRANULARITY_BITS, _MAX_GRANULARITY_BITS = 9, 31
+TABLE_ENTRY_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+TABLE_ENTRY_RESERVED = 0xFF00_0000_0000_01FE
+_ALL_ONES = 1
+
+_EXTENSION = struct.Struct(">IIQQ")
+_ENTRY = struct.Struct(">QIIBBHI")
+
+
+@dataclass(frozen=True, slots=True)
+class BitmapEntry:
+    """A bitmap: its table of ``table_size`` entries, its ``flags``, ``granularity`` in bytes."""
+
+    name: str
+    table_offset: int
+    table_size: int
+    flags: int
+    granularity: int
+
+
+def bitmap_directory_place(header: Qcow2Header) -> tuple[int, int, int] | None:
+    """Host offset and bytes of the directory and how many bitmaps it has; None where there is no valid one."""
+    data = find_extension(header.extensions, EXTENSION_BITMAPS)
+    if data is None or len(data) != _EXTENSION.size or not header.autoclear_features & AUTOCLEAR_BITMAPS:
+        return None
+    n_bitmaps, _, n_bytes, host_offset = _EXTENSION.unpack(data)
+    return host_offset, n_bytes, n_bitmaps
+
+
+def parse_bitmap_directory(data: bytes, n_bitmaps: int, cluster_size: int) -> tuple[BitmapEntry, ...]:
+    """The entries of a whole directory. Raises FormatError for one that QEMU would not load."""
+    entries: list[BitmapEntry] = []
+    position = 0
+    while position < len(data):
+        if len(data) - position < _ENTRY.size:
+            raise _error(position, "cut short")
+        table_offset, table_size, flags, kind, granularity_bits, name_size, n_extra = _ENTRY.unpack_from(
+            data, position
+        )
+        start = position + _ENTRY.size + n_extra
+        end = start + name_size
+        if end > len(data):
+            raise _error(position, f"reaches to byte {end:#x} of {len(data):#x}")
+        bad = (
+            not table_size
+            or not table_offset
+            or table_offset % cluster_size
+            or table_size > _MAX_TABLE_SIZE
+            or not 1 <= name_size <= _MAX_NAME
+            or not _MIN_GRANULARITY_BITS <= granularity_bits <= _MAX_GRANULARITY_BITS
+            or flags & ~_KNOWN_FLAGS
+            or kind != _TYPE_DIRTY_TRACKING
+            or n_extra
+        )
+        if bad:
+            raise _error(
+                position,
+                f"table of {table_size} entries at {table_offset:#x}, flags {flags:#x}, type {kind}, granularity "
+                f"2^{granularity_bits}, name of {name_size} bytes, {n_extra} extra bytes: not a valid bitmap",
+            )
+        name = data[start:end].decode("utf-8", "surrogateescape")
+        entries.append(BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits))
+        position += -(-(end - position) // 8) * 8
+    if len(entries) != n_bitmaps:
+        raise _error(position, f"{len(entries)} bitmaps, expected {n_bitmaps}")
+    return tuple(entries)
+
+
+def is_valid_table_entry(entry: int, cluster_size: int) -> bool:
+    """Whether an entry of a bitmap's table is one that the format allows."""
+    host_offset = entry & TABLE_ENTRY_OFFSET_MASK
+    if entry & TABLE_ENTRY_RESERVED or host_offset % cluster_size:
+        return False
+    return not (host_offset and entry & _ALL_ONES)
+
+
+def _error(position: int, detail: str) -> FormatError:
+    return FormatError("bitmap directory", None, f"entry at byte {position:#x}: {detail}")
