@@ -111,6 +111,9 @@ for its users. SIGUSR1 prints the counters to the log.""",
     )
     common = parser.add_argument_group("common options")
     common.add_argument("-r", "--read-only", action="store_true", help="do not write to the image")
+    common.add_argument(
+        "--snapshot", metavar="NAME_OR_ID", help="serve an internal snapshot, with its own size; implies -r"
+    )
     common.add_argument("-n", "--name", metavar="NAME", help="name of the file in the directory (disk.raw)")
     common.add_argument(
         "--allow-other", action="store_true", help="let other users in, as far as file modes let them"
@@ -200,6 +203,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             read_only=flag("read-only"),
             l2_cache_size=value("l2-cache-size", parse_cache_size),
             discard=value("discard", _discards) is not False,
+            snapshot=value("snapshot", str),
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_delay=value("debug-io-delay", DelayModel.parse),
             image_in_memory=flag("debug-image-in-memory"),

@@ -10,6 +10,8 @@
    and there only, the content decides.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
+6. A snapshot is the same image with another L1 table and size: the top layer's header says so before anything
+   else looks at it. The table of snapshots is not read unless one is asked for.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import os
 from array import array
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
 from ..format.entries import OFFSET_MASK, entry_format, parse_table
@@ -27,6 +29,7 @@ from ..format.header import (
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
+    MAX_L1_SIZE,
     Qcow1Header,
     Qcow2Header,
     header_length_needed,
@@ -35,6 +38,7 @@ from ..format.header import (
     refuse_unsupported,
 )
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
+from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, Snapshot, parse_snapshot
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
 from ..storage.latency import LatencyStorage
@@ -52,6 +56,8 @@ from .table_cache import TableCache
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
+_SNAPSHOT_CHUNK = 1 << 20
+_MAX_NAMES_SHOWN = 20
 
 StorageOpener = Callable[[str, bool, OpenOptions], Awaitable[Storage]]
 """``(path, writable, options)`` to a locked Storage; tests and tools put their own in."""
@@ -92,11 +98,15 @@ async def open_image(
     """Open a QCOW image and its backing chain.
 
     Raises FormatError (not QCOW, damaged), UnsupportedFeatureError, ImageLockedError, BackingChainError,
-    ImageUsageError (needs repair before it may be written), OSError.
+    ImageUsageError (needs repair before it may be written, has no such snapshot), OSError.
     """
     options = options or OpenOptions()
+    if options.snapshot is not None:
+        options = replace(options, read_only=True)
     async with AsyncExitStack() as stack:
         layers = await _open_chain(path, options, opener, stack)
+        if options.snapshot is not None:
+            layers[0] = await _at_snapshot(layers[0], options.snapshot)
         image = await _assemble(path, layers, options)
         stack.pop_all()
     return image
@@ -152,12 +162,62 @@ async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _
     else:
         refuse_unsupported(header)
         n_entries, l1_offset = header.n_l1_entries, header.l1_table_offset
-    if n_entries and l1_offset + n_entries * 8 > storage.size():
+    return _Opened(path, storage, header, await _load_l1_table(storage, l1_offset, n_entries))
+
+
+async def _load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:
+    if n_entries and host_offset + n_entries * 8 > storage.size():
         raise FormatError(
-            "L1 table", l1_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
+            "L1 table", host_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
         )
-    data = await storage.pread(l1_offset, n_entries * 8) if n_entries else b""
-    return _Opened(path, storage, header, parse_table(data))
+    return parse_table(await storage.pread(host_offset, n_entries * 8) if n_entries else b"")
+
+
+async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
+    """The table of snapshots and its length in bytes. Raises FormatError, OSError."""
+    snapshots: list[Snapshot] = []
+    buffer = bytearray()
+    buffer_offset = position = 0
+    while len(snapshots) < header.n_snapshots:
+        if len(buffer) - position < MAX_SNAPSHOT_ENTRY:
+            del buffer[:position]
+            buffer_offset, position = buffer_offset + position, 0
+            buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _SNAPSHOT_CHUNK)
+        snapshot, position = parse_snapshot(buffer, position)
+        snapshots.append(snapshot)
+        if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
+            detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
+            raise FormatError("snapshot table", header.snapshots_offset, detail)
+    return tuple(snapshots), buffer_offset + position
+
+
+async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
+    """The layer as it was when the snapshot was made. An id goes before a name, as in QEMU."""
+    header = layer.header
+    if not isinstance(header, Qcow2Header):
+        raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: images of version 1 have none")
+    snapshots, _ = await load_snapshots(layer.storage, header)
+    found = [snapshot for snapshot in snapshots if snapshot.snapshot_id == id_or_name]
+    found += [snapshot for snapshot in snapshots if snapshot.name == id_or_name]
+    if not found:
+        shown = [f"{snapshot.name} (id {snapshot.snapshot_id})" for snapshot in snapshots[:_MAX_NAMES_SHOWN]]
+        if len(snapshots) > len(shown):
+            shown.append(f"{len(snapshots) - len(shown)} more")
+        there_are = f"there are: {', '.join(shown)}" if shown else "the image has none"
+        raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}; {there_are}")
+    snapshot = found[0]
+    place = snapshot.l1_table_offset
+    if snapshot.l1_is_too_large or place % (1 << header.cluster_bits):
+        raise FormatError("L1 table of a snapshot", place, f"{snapshot.l1_size} entries; too many, or not aligned")
+    size = header.size if snapshot.disk_size is None else snapshot.disk_size
+    header = replace(header, size=size, l1_table_offset=place, l1_size=snapshot.l1_size)
+    n_needed = _geometry_of(header).n_l1_entries
+    if n_needed * 8 > MAX_L1_SIZE:
+        raise FormatError("snapshot table entry", None, f"disk of {size} bytes, more than any L1 table can map")
+    l1_table = await _load_l1_table(layer.storage, place, snapshot.l1_size)
+    # What a table is too short for was never allocated: QEMU, too, takes it for that.
+    l1_table.extend([0] * (n_needed - len(l1_table)))
+    return replace(layer, header=header, l1_table=l1_table)
 
 
 def _backing_of(layer: _Opened) -> tuple[str | None, str | None]:
@@ -269,23 +329,27 @@ def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
     header = layer.header
     assert header is not None
     if isinstance(header, Qcow1Header):
-        geometry = Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=header.virtual_size)
         entries = entry_format(1, header.cluster_bits)
     else:
         is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
-        words = 2 if is_extended else 1
-        l2_bits = header.cluster_bits - words - 2
-        geometry = Geometry(
-            cluster_bits=header.cluster_bits, l2_bits=l2_bits, size=header.virtual_size, words_per_entry=words
-        )
         entries = entry_format(header.version, header.cluster_bits, is_extended=is_extended)
     return Mapping(
         layer=number,
-        geometry=geometry,
+        geometry=_geometry_of(header),
         entry_format=entries,
         l1_table=layer.l1_table,
         storage=layer.storage,
         cache=cache,
+    )
+
+
+def _geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
+    size = header.virtual_size
+    if isinstance(header, Qcow1Header):
+        return Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=size)
+    words = 2 if header.incompatible_features & INCOMPATIBLE_EXTENDED_L2 else 1
+    return Geometry(
+        cluster_bits=header.cluster_bits, l2_bits=header.cluster_bits - words - 2, size=size, words_per_entry=words
     )
 
 

@@ -30,19 +30,14 @@ from ..format.header import (
     parse_header,
     unknown_incompatible,
 )
-from ..format.snapshots import (
-    MAX_SNAPSHOT_ENTRY,
-    MAX_SNAPSHOT_TABLE_SIZE,
-    parse_snapshot,
-)
 from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..storage.file import open_file_storage
 from .chain import StorageOpener, open_storage
+from .chain import load_snapshots as load_snapshots
 from .options import OpenOptions
 
 _SECTOR = 512
-_SNAPSHOT_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,25 +96,6 @@ async def is_version_1(path: str, *, force_share: bool = False) -> bool:
         return isinstance(await read_header(storage), Qcow1Header)
     finally:
         await storage.aclose()
-
-
-async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
-    """The snapshot table and its length in bytes. Raises FormatError, OSError."""
-    buffer = bytearray()
-    buffer_offset = position = 0
-    snapshots: list[Snapshot] = []
-    limit = min(MAX_SNAPSHOT_TABLE_SIZE, max(storage.size() - header.snapshots_offset, 0))
-    # Past the end of the file QEMU reads zeroes, and an entry of zeroes is an entry.
-    while len(snapshots) < header.n_snapshots:
-        read_to = buffer_offset + len(buffer)
-        if len(buffer) - position < MAX_SNAPSHOT_ENTRY and read_to < limit + MAX_SNAPSHOT_ENTRY:
-            del buffer[:position]
-            buffer_offset += position
-            position = 0
-            buffer += await storage.pread(header.snapshots_offset + read_to, _SNAPSHOT_CHUNK)
-        snapshot, position = parse_snapshot(buffer, position)
-        snapshots.append(snapshot)
-    return tuple(snapshots), buffer_offset + position
 
 
 async def load_bitmaps(storage: Storage, header: Qcow2Header) -> tuple[BitmapEntry, ...]:

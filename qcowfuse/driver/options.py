@@ -22,11 +22,13 @@ class L2CacheSize:
 class OpenOptions:
     """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
+    ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
     ``io_delay`` and ``image_in_memory`` are for measuring."""
 
     read_only: bool = False
     l2_cache_size: L2CacheSize | None = None
     lock_wait: float = 0.0
     discard: bool = True
+    snapshot: str | None = None
     io_delay: DelayModel | None = None
     image_in_memory: bool = False

@@ -300,6 +300,7 @@ class QcowImage:
                     await self._ordering.flush()
         finally:
             with trio.CancelScope(shield=True):
+                await self._reader.aclose()
                 for storage in self._storages:
                     await storage.aclose()
 

@@ -4,20 +4,22 @@
 2. One extent is handed through without a copy. Several are read into their slices of one ``bytearray``; those
    that can't be answered at once are fetched together.
 3. What the chain does not hold is zeroes, and a fresh ``bytearray`` is zeroes already.
+4. Reads that meet compressed clusters are noted, and those that go on where others ended have the next clusters
+   decoded ahead. Reads of plain data know nothing of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 
 import trio
 
-from ..errors import QcowFuseError
+from ..errors import CorruptImageError, QcowFuseError
 from ..format.entries import ClusterKind
 from ..format.extents import Extent
 from ..storage.base import Buffer
-from .decoded import CompressedSource, DecodedClusters
+from .decoded import CompressedSource, DecodedClusters, SequentialReads, Wanted
 from .mapping import Layer, Missing, lookup_chain
 from .table_cache import TableCache
 
@@ -30,6 +32,7 @@ class ChainReader:
     ) -> None:
         self.layers = tuple(layers)
         self.decoded = DecodedClusters()
+        self._sequential = SequentialReads()
         self._sources = tuple(sources)
         self._cache = cache
         self._storages = tuple(layer.storage for layer in layers)
@@ -53,12 +56,24 @@ class ChainReader:
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
             return self._storages[extent.layer].try_pread(extent.value, n_bytes)
+        if len(extents) == 1 and extents[0].kind == ClusterKind.COMPRESSED:
+            extent = extents[0]
+            cluster = self.decoded.get(extent.layer, extent.value)
+            if cluster is None:
+                return None
+            self._look_ahead(guest_offset, n_bytes)
+            in_cluster = guest_offset & (len(cluster) - 1)
+            return memoryview(cluster)[in_cluster : in_cluster + n_bytes]
         buffer = bytearray(n_bytes)
         view = memoryview(buffer)
+        has_compressed = False
         for extent in extents:
             start = extent.guest_offset - guest_offset
             if not self._try_fetch(extent, view[start : start + extent.n_bytes]):
                 return None
+            has_compressed = has_compressed or extent.kind == ClusterKind.COMPRESSED
+        if has_compressed:
+            self._look_ahead(guest_offset, n_bytes)
         return buffer
 
     async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
@@ -72,13 +87,15 @@ class ChainReader:
         buffer = bytearray(n_bytes)
         view = memoryview(buffer)
         waiting: list[tuple[Extent, memoryview]] = []
+        if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
+            self._look_ahead(guest_offset, n_bytes)
         for extent in extents:
             start = extent.guest_offset - guest_offset
             part = view[start : start + extent.n_bytes]
             if not self._try_fetch(extent, part):
                 waiting.append((extent, part))
         if len(waiting) == 1:
-            await self._fetch(*waiting[0])
+            await self._fetch(*waiting[0], alone=True)
         elif waiting:
             errors: list[Exception] = []
             async with trio.open_nursery() as nursery:
@@ -87,6 +104,27 @@ class ChainReader:
             if errors:
                 raise errors[0]
         return buffer
+
+    async def aclose(self) -> None:
+        """End what goes on in the background; before the storages are closed. Idempotent."""
+        await self.decoded.aclose()
+
+    def _look_ahead(self, guest_offset: int, n_bytes: int) -> None:
+        start, end = self._sequential.note(guest_offset, n_bytes)
+        end = min(end, self.layers[0].size)
+        if start < end:
+            self.decoded.decode_ahead(self._compressed_in(start, end))
+
+    def _compressed_in(self, start: int, end: int) -> Iterator[Wanted]:
+        """The compressed clusters of a guest range, as far as the tables are in memory."""
+        try:
+            extents = lookup_chain(self.layers, start, end - start)
+        except (Missing, CorruptImageError):
+            return
+        for extent in extents:
+            source = self._sources[extent.layer] if extent.kind == ClusterKind.COMPRESSED else None
+            if source is not None:
+                yield Wanted(extent.layer, extent.value, source)
 
     def _try_fetch(self, extent: Extent, part: memoryview) -> bool:
         if extent.kind == ClusterKind.DATA:
@@ -98,13 +136,13 @@ class ChainReader:
             _copy_part(cluster, extent, part)
         return True
 
-    async def _fetch(self, extent: Extent, part: memoryview) -> None:
+    async def _fetch(self, extent: Extent, part: memoryview, *, alone: bool = False) -> None:
         if extent.kind == ClusterKind.DATA:
             await self._storages[extent.layer].pread_into(extent.value, part)
             return
         source = self._sources[extent.layer]
         assert source is not None
-        cluster = await self.decoded.load(extent.layer, extent.value, source)
+        cluster = await self.decoded.load(extent.layer, extent.value, source, alone=alone)
         _copy_part(cluster, extent, part)
 
     async def _fetch_noting(self, extent: Extent, part: memoryview, errors: list[Exception]) -> None:
