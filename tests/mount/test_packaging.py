@@ -56,7 +56,13 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert metadata["Requires-Python"] == ">=3.11"
     assert "# qcowfuse" in str(metadata.get_payload())
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
-    assert {line.split(">=")[0].split("<")[0] for line in needed} == {"pyfuse3", "trio", "zstandard", "sdnotify"}
+    assert {line.split(">=")[0].split("<")[0] for line in needed} == {
+        "isal",
+        "pyfuse3",
+        "sdnotify",
+        "trio",
+        "zstandard",
+    }
     assert all(">=" in line for line in needed)
     assert archive.read(f"{info}/licenses/LICENSE") == (REPOSITORY / "LICENSE").read_bytes()
 
