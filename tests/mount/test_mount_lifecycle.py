@@ -170,12 +170,11 @@ def test_stop_while_in_use_waits_for_the_users(image: Path, mount_point: Path) -
     with Mounted(image, mount_point) as mount:
         with mount.file.open("r+b", buffering=0) as file:
             mount.send_signal(signal.SIGTERM)
-            time.sleep(1.5)
+            wait_until(lambda: f"pid {os.getpid()}" in mount.log, "the log to say who uses it")
             assert mount.is_alive
             file.write(data)
             assert os.pread(file.fileno(), len(data), 0) == data
-        log = mount.wait_for_end(0)
-        assert f"pid {os.getpid()}" in log
+        mount.wait_for_end(0)
         assert_image_begins_with(image, data)
 
 
