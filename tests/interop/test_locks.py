@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -71,6 +72,14 @@ def qemu_io(path: str, *options: str) -> Iterator[subprocess.Popen[str]]:
             process.wait(timeout=30)
 
 
+def _wait_for_greeting(socket_path: Path) -> None:
+    """Until the server's main loop runs: it forgets a SIGTERM that comes between its first listen and that."""
+    with socket.socket(socket.AF_UNIX) as client:
+        client.settimeout(30)
+        client.connect(str(socket_path))
+        assert client.recv(8) == b"NBDMAGIC"
+
+
 @contextmanager
 def qemu_nbd(path: str, *options: str) -> Iterator[int]:
     """A qemu-nbd that serves the image; gives its pid."""
@@ -82,6 +91,7 @@ def qemu_nbd(path: str, *options: str) -> Iterator[int]:
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
+            _wait_for_greeting(socket_path)
             yield process.pid
         finally:
             process.terminate()
