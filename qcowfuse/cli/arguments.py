@@ -114,6 +114,11 @@ for its users. SIGUSR1 prints the counters to the log.""",
     common.add_argument(
         "--snapshot", metavar="NAME_OR_ID", help="serve an internal snapshot, with its own size; implies -r"
     )
+    common.add_argument(
+        "--backing-format",
+        metavar="raw|qcow2",
+        help="the format of a backing file for which the image names none (raw; refused if it looks like QCOW)",
+    )
     common.add_argument("-n", "--name", metavar="NAME", help="name of the file in the directory (disk.raw)")
     common.add_argument(
         "--allow-other", action="store_true", help="let other users in, as far as file modes let them"
@@ -168,6 +173,12 @@ def _discards(text: str) -> bool:
     return text == "unmap"
 
 
+def _backing_format(text: str) -> str:
+    if text not in ("raw", "qcow2"):
+        raise ValueError(f"{text!r} is neither raw nor qcow2")
+    return text
+
+
 def parse_arguments(argv: Sequence[str]) -> Arguments:
     """Parse a command line. Raises SystemExit, after one line to standard error or the help to standard output."""
     parser = _build_parser()
@@ -204,6 +215,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             l2_cache_size=value("l2-cache-size", parse_cache_size),
             discard=value("discard", _discards) is not False,
             snapshot=value("snapshot", str),
+            backing_format=value("backing-format", _backing_format),
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_delay=value("debug-io-delay", DelayModel.parse),
             image_in_memory=flag("debug-image-in-memory"),

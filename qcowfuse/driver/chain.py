@@ -6,8 +6,8 @@
    with a protocol, no ``json:``.
 3. The format of a backing file is the one that the image names. A QCOW2 image that names none is believed to
    mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to a raw
-   disk could make it look like QCOW and have a file of the host shown. Version 1 cannot name a format: there,
-   and there only, the content decides.
+   disk could make it look like QCOW and have a file of the host shown. The user can say which it is
+   (``OpenOptions.backing_format``). Version 1 cannot name a format: there, and there only, the content decides.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
 6. A snapshot is the same image with another L1 table and size: the top layer's header says so before anything
@@ -140,7 +140,7 @@ async def _open_chain(path: str, options: OpenOptions, opener: StorageOpener, st
                 raise
             raise BackingChainError(next_path, f"backing file of {opened[-1].path}: {error}") from error
         opened.append(layer)
-        next_path, next_format = _backing_of(layer)
+        next_path, next_format = _backing_of(layer, options.backing_format)
     return opened
 
 
@@ -220,8 +220,8 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
     return replace(layer, header=header, l1_table=l1_table)
 
 
-def _backing_of(layer: _Opened) -> tuple[str | None, str | None]:
-    """Path and format of a layer's backing file."""
+def _backing_of(layer: _Opened, unnamed_format: str | None) -> tuple[str | None, str | None]:
+    """Path and format of a layer's backing file; ``unnamed_format`` where the image names none."""
     header = layer.header
     if header is None or not header.backing_file:
         return None, None
@@ -236,10 +236,12 @@ def _backing_of(layer: _Opened) -> tuple[str | None, str | None]:
         return path, "raw"
     if named is not None:
         raise UnsupportedFeatureError([f"backing format {named}"])
+    if unnamed_format is not None:
+        return path, "raw" if unnamed_format == "raw" else "qcow"
     if _looks_like_qcow(path):
         detail = (
-            f"names backing file {name} without its format, and that file looks like QCOW; if it is, record it: "
-            f"qemu-img rebase -u -F qcow2 -b {name} {layer.path}"
+            f"names backing file {name} without its format, and that file looks like QCOW; if it is, say so with "
+            "--backing-format qcow2"
         )
         raise BackingChainError(layer.path, detail)
     return path, "raw"

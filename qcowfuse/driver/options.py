@@ -23,6 +23,7 @@ class OpenOptions:
     """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
+    ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
     ``io_delay`` and ``image_in_memory`` are for measuring."""
 
     read_only: bool = False
@@ -30,5 +31,6 @@ class OpenOptions:
     lock_wait: float = 0.0
     discard: bool = True
     snapshot: str | None = None
+    backing_format: str | None = None
     io_delay: DelayModel | None = None
     image_in_memory: bool = False

@@ -12,7 +12,8 @@ from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import MAX_BACKING_DEPTH, OpenOptions
 from qcowfuse.errors import BackingChainError, ImageUsageError, QcowFuseError, UnsupportedFeatureError
 from tests.support import battery, qemu
-from tests.support.matrix import MIB, Built, set_feature
+from tests.support.matrix import MIB, Built, forget_backing_format, set_feature
+from tests.support.oracle import reference_bytes
 
 READ_ONLY = OpenOptions(read_only=True)
 INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = 72, 80, 88
@@ -258,5 +259,50 @@ async def test_raw_backing_is_never_probed(image_folder: Path) -> None:
     image = await open_image(str(top), READ_ONLY)
     try:
         assert await battery.read(image, 0, 4096) == raw.read_bytes()[:4096]
+    finally:
+        await image.aclose()
+
+
+async def overlay_without_format(folder: Path) -> tuple[Path, bytes]:
+    """An overlay on a QCOW2 file whose format it does not name, and what QEMU, which probes, sees of it."""
+    base = make(folder, name="base.qcow2")
+    top = folder / "top.qcow2"
+    qemu.create(top, "qcow2", 2 * MIB, backing=str(base), backing_format="qcow2")
+    qemu.io(top, ["write -P 18 1M 64k"])
+    forget_backing_format(Built(top, "qcow2", 0))
+    return top, reference_bytes(top, "qcow2")
+
+
+async def test_backing_file_of_unnamed_format(image_folder: Path) -> None:
+    """Looking like QCOW is no reason to be taken for it: such a backing file is refused until the user says so."""
+    top, expected = await overlay_without_format(image_folder)
+    with pytest.raises(BackingChainError, match="--backing-format qcow2"):
+        await open_image(str(top), READ_ONLY)
+    image = await open_image(str(top), OpenOptions(read_only=True, backing_format="qcow2"))
+    try:
+        await battery.check_reads(image, expected)
+    finally:
+        await image.aclose()
+
+
+async def test_unnamed_format_said_to_be_raw(image_folder: Path) -> None:
+    """Said to be raw, the same file is shown as it is, header and all."""
+    top, _ = await overlay_without_format(image_folder)
+    image = await open_image(str(top), OpenOptions(read_only=True, backing_format="raw"))
+    try:
+        assert bytes(await battery.read(image, 0, 4)) == b"QFI\xfb"
+    finally:
+        await image.aclose()
+
+
+async def test_a_named_format_is_believed(image_folder: Path) -> None:
+    """What the user says of unnamed formats changes nothing where the image names one."""
+    base = image_folder / "base.raw"
+    base.write_bytes(b"QFI\xfb" + bytes(MIB - 4))
+    top = image_folder / "top.qcow2"
+    qemu.create(top, "qcow2", MIB, backing=str(base), backing_format="raw")
+    image = await open_image(str(top), OpenOptions(read_only=True, backing_format="qcow2"))
+    try:
+        assert bytes(await battery.read(image, 0, 4)) == b"QFI\xfb"
     finally:
         await image.aclose()
