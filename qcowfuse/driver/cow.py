@@ -62,12 +62,13 @@ class Writer:
         self._ordering = ordering
         self._usage = usage
         self._storage = mapping.storage
+        self._data = mapping.data
         self._claims = Claims()
         self._table_lock = trio.Lock()
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
-        self._try_pwritev = mapping.storage.try_pwritev
+        self._try_pwritev = mapping.data.try_pwritev
         self._zeroes_by_entry = can_zero_by_entry(mapping.entry_format, may_fall_through=len(reader.layers) == 1)
 
     async def _writable_slice(self, guest_offset: int) -> L2Slice:
@@ -100,7 +101,8 @@ class Writer:
             contents: Buffer = _ZEROES[:table_size]
             if old:
                 contents = await self._storage.pread(old, table_size)
-            await self._pwritev(run.host_offset, [contents])
+            if not self._storage.try_pwritev(run.host_offset, [contents]):
+                await self._storage.pwritev(run.host_offset, [contents])
         except BaseException:
             self._metadata.discard(run.host_offset, table_size)
             await self._give_back(run)
@@ -288,8 +290,9 @@ class Writer:
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 
     async def _pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write guest data."""
         if not self._try_pwritev(host_offset, buffers):
-            await self._storage.pwritev(host_offset, buffers)
+            await self._data.pwritev(host_offset, buffers)
 
     async def _give_back(self, run: HostRun) -> None:
         """Clusters that were taken and never linked. Should even this fail they are leaked, and no more."""

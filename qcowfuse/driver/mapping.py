@@ -29,7 +29,11 @@ class Layer(Protocol):
 
     @property
     def storage(self) -> Storage:
-        """Where its bytes are."""
+        """The image file: where its tables and compressed clusters are."""
+
+    @property
+    def data(self) -> Storage:
+        """Where guest data lies, at the host offsets of DATA runs; the image file unless there is a data file."""
 
     @property
     def size(self) -> int:
@@ -46,7 +50,7 @@ class RawLayer:
     """A raw image at the bottom of a chain: guest offset and host offset are the same."""
 
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
+        self.storage = self.data = storage
         self.size = storage.size()
 
     def lookup(self, guest_offset: int, n_bytes: int) -> Run:
@@ -70,6 +74,7 @@ class Mapping:
         l1_table: array[int],
         storage: Storage,
         cache: TableCache,
+        data: Storage | None = None,
     ) -> None:
         self.layer = layer
         self.geometry = geometry
@@ -77,6 +82,7 @@ class Mapping:
         self.entry_format = entry_format
         self.l1_table = l1_table
         self.storage = storage
+        self.data = storage if data is None else data
         self.cache = cache
         self.lookup_run = lookup_run_extended if entry_format.is_extended else lookup_run
         self.slice_bits = geometry.slice_bits

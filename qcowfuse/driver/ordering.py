@@ -22,6 +22,10 @@ One round of write-back is, in this order:
 
 With nothing dirty a round is step 6 alone: one fdatasync. A round for eviction stops after step 5.
 
+With an external data file, guest data lies there and all the rest in the image file. The first flush of both files
+in a round, step 4 or else step 6, begins with the data file's: what was written to it before the round is durable
+before any link to it, and one flush of it a round is enough.
+
 1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
 2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again.
 3. A flush that fails is final: the kernel has dropped pages that we can't name. Every later flush fails with the
@@ -75,6 +79,7 @@ class Ordering:
         self.failure: Exception | None = None
         self.generations = Generations()
         self._storage = storage
+        self._data = None if mapping.data is storage else mapping.data
         self._mapping = mapping
         self._entry_format: EntryFormat = mapping.entry_format
         self._l1_table: array[int] = mapping.l1_table
@@ -144,8 +149,11 @@ class Ordering:
             self.check_usable()
             await self._run(final=False)
 
-    async def _flush_storage(self) -> None:
+    async def _flush_storage(self, data: Storage | None = None) -> None:
+        """Flush the image file, the data file before it where one is given."""
         try:
+            if data is not None:
+                await data.flush()
             await self._storage.flush()
         except OSError as error:
             self.fail(error)
@@ -181,13 +189,15 @@ class Ordering:
         try:
             await self._write_refcounts(refcounts)
             await self._write_all(early)
+            data = self._data
             if late:
-                await self._flush_storage()
+                await self._flush_storage(data)
+                data = None
                 links_written = True
                 await self._write_all(late)
             self._cache.write_backs += len(slices)
             if final:
-                await self._flush_storage()
+                await self._flush_storage(data)
         except BaseException:
             self._allocator.put_back()
             for slice_, start, end in taken:

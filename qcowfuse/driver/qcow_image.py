@@ -102,8 +102,8 @@ class QcowImage:
         self._in_place_mask = mapping.entry_format.in_place_mask
         self._in_place_value = mapping.entry_format.in_place_value
         self._metadata_clusters = metadata.clusters
-        self._try_pread = self._storage.try_pread
-        self._try_pwritev = self._storage.try_pwritev
+        self._try_pread = mapping.data.try_pread
+        self._try_pwritev = mapping.data.try_pwritev
 
     @property
     def read_only(self) -> bool:

@@ -35,7 +35,7 @@ class ChainReader:
         self._sequential = SequentialReads()
         self._sources = tuple(sources)
         self._cache = cache
-        self._storages = tuple(layer.storage for layer in layers)
+        self._data = tuple(layer.data for layer in layers)
 
     async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
         """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
@@ -55,7 +55,7 @@ class ChainReader:
             return None
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
-            return self._storages[extent.layer].try_pread(extent.value, n_bytes)
+            return self._data[extent.layer].try_pread(extent.value, n_bytes)
         if len(extents) == 1 and extents[0].kind == ClusterKind.COMPRESSED:
             extent = extents[0]
             cluster = self.decoded.get(extent.layer, extent.value)
@@ -81,7 +81,7 @@ class ChainReader:
         extents = await self.lookup(guest_offset, n_bytes)
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
-            storage = self._storages[extent.layer]
+            storage = self._data[extent.layer]
             data = storage.try_pread(extent.value, n_bytes)
             return await storage.pread(extent.value, n_bytes) if data is None else data
         buffer = bytearray(n_bytes)
@@ -128,7 +128,7 @@ class ChainReader:
 
     def _try_fetch(self, extent: Extent, part: memoryview) -> bool:
         if extent.kind == ClusterKind.DATA:
-            return self._storages[extent.layer].try_pread_into(extent.value, part)
+            return self._data[extent.layer].try_pread_into(extent.value, part)
         if extent.kind == ClusterKind.COMPRESSED:
             cluster = self.decoded.get(extent.layer, extent.value)
             if cluster is None:
@@ -138,7 +138,7 @@ class ChainReader:
 
     async def _fetch(self, extent: Extent, part: memoryview, *, alone: bool = False) -> None:
         if extent.kind == ClusterKind.DATA:
-            await self._storages[extent.layer].pread_into(extent.value, part)
+            await self._data[extent.layer].pread_into(extent.value, part)
             return
         source = self._sources[extent.layer]
         assert source is not None
