@@ -149,8 +149,8 @@ class Ordering:
             self.check_usable()
             await self._run(final=False)
 
-    async def _flush_storage(self, data: Storage | None = None) -> None:
-        """Flush the image file, the data file before it where one is given."""
+    async def flush_storage(self, data: Storage | None = None) -> None:
+        """Flush the image file, the data file before it where one is given; a failure is final. Raises OSError."""
         try:
             if data is not None:
                 await data.flush()
@@ -191,13 +191,13 @@ class Ordering:
             await self._write_all(early)
             data = self._data
             if late:
-                await self._flush_storage(data)
+                await self.flush_storage(data)
                 data = None
                 links_written = True
                 await self._write_all(late)
             self._cache.write_backs += len(slices)
             if final:
-                await self._flush_storage(data)
+                await self.flush_storage(data)
         except BaseException:
             self._allocator.put_back()
             for slice_, start, end in taken:
@@ -236,7 +236,7 @@ class Ordering:
         await self._write_all(refcounts.blocks)
         await self._write_all(refcounts.moved_table)
         if refcounts.table:
-            await self._flush_storage()
+            await self.flush_storage()
             await self._write_all(refcounts.table)
 
     async def _write_all(self, writes: Sequence[MetadataWrite]) -> None:
@@ -247,16 +247,14 @@ class Ordering:
     async def _release_unlinked(self) -> None:
         """Step 7, for every round whose readers have gone."""
         waiting, self._released = self._released, []
-        for position, (generation, runs) in enumerate(waiting):
+        for generation, runs in waiting:
             if not self.generations.all_ended(generation):
                 self._released.append((generation, runs))
                 continue
-            try:
-                while runs:
-                    await self._release(runs.pop())
-            except BaseException:
-                self._released += waiting[position:]
-                raise
+            # Everything is durable already: who gives up waiting now must not leave clusters behind.
+            with trio.CancelScope(shield=True):
+                for run in runs:
+                    await self._release(run)
 
     async def _release(self, run: HostRun) -> None:
         try:

@@ -21,6 +21,7 @@ from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 from ..format.entries import ClusterKind
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
+from .claims import Generations
 from .cow import Writer
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping
@@ -149,16 +150,8 @@ class QcowImage:
         self._check_range(guest_offset, n_bytes)
         if not n_bytes:
             return b""
-        generations = None if self._ordering is None else self._ordering.generations
-        generation = 0 if generations is None else generations.enter()
-        try:
+        async with self._looking():
             return await self._reader.read(guest_offset, n_bytes)
-        except CorruptImageError as error:
-            await self._freeze(error)
-            raise
-        finally:
-            if generations is not None:
-                generations.leave(generation)
 
     def try_write(self, guest_offset: int, data: Buffer) -> bool:
         """See Image."""
@@ -238,10 +231,25 @@ class QcowImage:
         finally:
             ordering.generations.leave(generation)
 
+    @asynccontextmanager
+    async def _looking(self) -> AsyncIterator[None]:
+        """What surrounds whatever reads host clusters: an operation in flight, corruption freezes."""
+        generations = None if self._ordering is None else self._ordering.generations
+        generation = 0 if generations is None else generations.enter()
+        try:
+            yield
+        except CorruptImageError as error:
+            await self._freeze(error)
+            raise
+        finally:
+            if generations is not None:
+                generations.leave(generation)
+
     async def find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int]:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
-        extents = await self._reader.lookup(guest_offset, n_bytes)
+        async with self._looking():
+            extents = await self._reader.lookup(guest_offset, n_bytes)
         is_data = extents[0].kind != ClusterKind.ZERO
         length = 0
         for extent in extents:
@@ -262,7 +270,7 @@ class QcowImage:
     async def count_allocated(self) -> None:
         """Find out what :meth:`allocated_bytes` is; until this has ended it is an estimate. Reads every L2 table
         once, past the cache. Raises OSError, FormatError."""
-        await self._usage.count()
+        await self._usage.count(Generations() if self._ordering is None else self._ordering.generations)
 
     def free_host_bytes(self) -> int:
         """See Image."""
@@ -323,8 +331,8 @@ class QcowImage:
         async with self._begin_lock:
             if self._begun:
                 return
-            if self._header_bits is not None:
-                await self._header_bits.before_first_write()
+            if self._header_bits is not None and self._ordering is not None:
+                await self._header_bits.before_first_write(self._ordering.flush_storage)
             self._begun = True
 
     async def _freeze(self, error: CorruptImageError) -> None:
@@ -332,6 +340,6 @@ class QcowImage:
             return
         self._frozen = error
         log.error("%s: %s; the image is read-only from now on", self.path, error)
-        if self._header_bits is not None:
+        if self._header_bits is not None and self._ordering is not None:
             with suppress(OSError):
-                await self._header_bits.mark_corrupt()
+                await self._header_bits.mark_corrupt(self._ordering.flush_storage)

@@ -15,6 +15,7 @@ import trio
 
 from ..format.entries import ClusterKind
 from ..storage.base import Storage
+from .claims import Generations
 from .mapping import Layer, Mapping, RawLayer
 
 
@@ -48,8 +49,8 @@ class Usage:
         elif guest_offset < self._counting_to:
             self._changed = True
 
-    async def count(self) -> None:
-        """Count everything. Raises OSError, FormatError."""
+    async def count(self, generations: Generations) -> None:
+        """Count everything. Each look at tables on disk is an operation in flight. Raises OSError, FormatError."""
         top = self._layers[0]
         assert isinstance(top, Mapping)
         while self._counted_to < top.size:
@@ -57,7 +58,11 @@ class Usage:
             end = min((start >> top.slice_shift) + 1 << top.slice_shift, top.size)
             self._counting_to = end = max(end, top.empty_until(start, top.size))
             self._changed = False
-            n_bytes = await self._count_range(0, start, end)
+            generation = generations.enter()
+            try:
+                n_bytes = await self._count_range(0, start, end)
+            finally:
+                generations.leave(generation)
             if not self._changed:
                 self._counted += n_bytes
                 self._counted_to = end

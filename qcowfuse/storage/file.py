@@ -195,6 +195,7 @@ class FileStorage:
         self._file_system = _file_system_of(fd)
         self._in_memory = self._file_system in _MEMORY_FILE_SYSTEMS
         self._flush_errno = 0
+        self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
         self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
         self._n_in_flight = 0
@@ -403,22 +404,24 @@ class FileStorage:
         self._size = n_bytes
 
     async def flush(self) -> None:
-        """fdatasync; after one failure every later call fails with the same errno. Raises OSError."""
-        if self._flush_errno:
-            raise OSError(self._flush_errno, os.strerror(self._flush_errno) + " (an earlier flush)", self._name)
-        if not self._writable:
-            await trio.lowlevel.checkpoint()
-            return
-        self.counters.flushes += 1
-        try:
-            if self._in_memory:
-                os.fdatasync(self._fd)
-                await trio.lowlevel.checkpoint()
-            else:
-                await self._run(os.fdatasync)
-        except OSError as error:
-            self._flush_errno = error.errno or errno.EIO
-            raise
+        """fdatasync; after one failure every later call fails with the same errno. Raises OSError.
+
+        One at a time: the kernel tells of a lost write once for each descriptor, to one of those who ask.
+        """
+        async with self._flush_lock:
+            if self._flush_errno:
+                raise OSError(self._flush_errno, os.strerror(self._flush_errno) + " (an earlier flush)", self._name)
+            if not self._writable:
+                return
+            self.counters.flushes += 1
+            try:
+                if self._in_memory:
+                    os.fdatasync(self._fd)
+                else:
+                    await self._run(os.fdatasync)
+            except OSError as error:
+                self._flush_errno = error.errno or errno.EIO
+                raise
 
     async def aclose(self) -> None:
         """Wait for the calls in flight, cancelled or not, then close: that gives up the locks. Idempotent."""

@@ -194,7 +194,7 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
 
     async def run(self: ordering.Ordering, *, final: bool) -> None:
         calls = 0
-        flush = self._flush_storage
+        flush = self.flush_storage
 
         async def last_only() -> None:
             nonlocal calls
@@ -202,9 +202,9 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
             if not final or not calls % 2:
                 await flush()
 
-        monkeypatch.setattr(self, "_flush_storage", last_only)
+        monkeypatch.setattr(self, "flush_storage", last_only)
         await original(self, final=final)
-        monkeypatch.setattr(self, "_flush_storage", flush)
+        monkeypatch.setattr(self, "flush_storage", flush)
         await flush()
 
     monkeypatch.setattr(ordering.Ordering, "_run", run)

@@ -10,10 +10,11 @@ from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.driver import allocation
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, Hold
-from tests.support.images import ImageSpec, build_image, open_memory_image
+from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 
 KIB = 1 << 10
@@ -84,6 +85,31 @@ async def test_concurrent_fsyncs_share_one_flush() -> None:
         await wait_all_tasks_blocked()
         hold.release()
     assert kinds(faulty, first) == ["flush", "flush"]
+
+
+async def test_a_failed_flush_of_header_bits_is_final() -> None:
+    """The flush between the header bits and the first write is one like all others: its failure ends the writing."""
+    built = build_image(ImageSpec(fill=0.5))
+    top = bytearray(built.top)
+    top[88:96] = (1 << 40).to_bytes(8, "big")
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> Storage:
+        made.append(FaultyStorage(inner))
+        return made[0]
+
+    image = await open_memory_image({TOP: top}, wrap=wrap)
+    made[0].check = lambda operation: errno.EIO if operation.kind == "flush" else 0
+    with pytest.raises(OSError) as caught:
+        await image.write(0, b"x" * 512)
+    assert caught.value.errno == errno.EIO
+    assert image.read_only
+    with pytest.raises(ReadOnlyImageError):
+        await image.write(0, b"x" * 512)
+    for _ in range(2):
+        with pytest.raises(OSError):
+            await image.flush()
+    await image.aclose()
 
 
 async def test_all_who_share_a_failed_flush_hear_of_it() -> None:

@@ -18,7 +18,7 @@ from qcowfuse.storage.base import Buffer, Storage
 
 from .recording import SECTOR, ForwardingStorage
 
-Kind = Literal["read", "write", "flush"]
+Kind = Literal["read", "write", "punch", "flush"]
 
 
 class Operation(NamedTuple):
@@ -103,6 +103,15 @@ class FaultyStorage(ForwardingStorage):
                 await self.inner.pwritev(host_offset, (part,))
             raise OSError(code, os.strerror(code))
         await self.inner.pwritev(host_offset, buffers)
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+        """A write like any other."""
+        await self.pwritev(host_offset, [bytes(n_bytes)])
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """Ask first."""
+        await self._pass(self._note("punch", host_offset, n_bytes))
+        await self.inner.punch_hole(host_offset, n_bytes)
 
     async def flush(self) -> None:
         """Ask first."""

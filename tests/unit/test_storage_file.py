@@ -244,6 +244,36 @@ async def test_a_failed_flush_is_final(storage: FileStorage, monkeypatch: pytest
     assert storage.counters.flushes == 2
 
 
+async def test_flushes_never_overlap(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux tells of a lost write once per descriptor: of two flushes at a time, none may take the other's error."""
+    second_came = threading.Event()
+    n_calls = 0
+
+    def fdatasync(fd: int) -> None:
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls > 1:
+            second_came.set()  # and finds the error taken already
+            return
+        second_came.wait(0.2)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fdatasync", fdatasync)
+    failed = 0
+
+    async def flush() -> None:
+        nonlocal failed
+        try:
+            await storage.flush()
+        except OSError:
+            failed += 1
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(flush)
+        nursery.start_soon(flush)
+    assert failed == 2
+
+
 async def test_read_only(file_path: str) -> None:
     """Inline writes decline and awaited ones raise EBADF; a flush is nothing."""
     Path(file_path).write_bytes(b"r" * 100)
