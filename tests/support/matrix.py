@@ -52,12 +52,14 @@ class Layer:
 class ImageSpec:
     """An image: its layers, the lowest first. ``drops_bitmaps``: a writer that keeps no bitmaps leaks theirs.
 
-    ``large``: too large to be compared whole; the places in ``windows`` (multiples of 64 KiB) are.
+    ``mount_options`` are what qcowfuse has to be told. ``large``: too large to be compared whole; the places in
+    ``windows`` (multiples of 64 KiB) are.
     """
 
     id: str
     layers: tuple[Layer, ...]
     drops_bitmaps: bool = False
+    mount_options: tuple[str, ...] = ()
     windows: tuple[int, ...] = ()
 
     @property
