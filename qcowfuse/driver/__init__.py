@@ -4,7 +4,8 @@ Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (t
 ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
 ``table_cache`` (LRU of L2 slices), ``reading`` and ``decoded`` (fetching extents, compressed clusters),
 ``allocation`` (host clusters), ``metadata`` (no data on top of tables), ``claims`` (allocations and operations in
-flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``usage`` (what ``du`` should say).
+flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right),
+``usage`` (what ``du`` should say).
 
 The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
 ``check`` (consistency, report only), ``create`` (empty images).
@@ -35,4 +36,5 @@ Crash points, by the steps of a round in ``ordering``:
     C5  in step 5: some links are there, some are not; each that is has its count and contents: leaks
     C6  after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
     C7  before the first write, between autoclear bits and data: bits cleared too early are harmless
+    C8  from the first write until the last step of closing: bitmaps are marked in use, nobody trusts them
 """

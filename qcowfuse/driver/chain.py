@@ -45,6 +45,7 @@ from ..storage.latency import LatencyStorage
 from ..storage.locks import wait_image_lock
 from ..storage.memory import ResidentStorage
 from .allocation import Allocator, AppendAllocator, RefcountAllocator
+from .bitmaps import KeptBitmaps, kept_autoclear_bits, load_kept_bitmaps
 from .decoded import CompressedSource
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
@@ -287,9 +288,14 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     cache.budget = _cache_budget(top_mapping.geometry, options.l2_cache_size)
     metadata = MetadataClusters(header.cluster_bits)
     allocator: Allocator | None = None
+    bitmaps: KeptBitmaps | None = None
     if not options.read_only:
         _refuse_truncated(path, top, top_mapping)
         allocator = await _allocator_of(top, header, metadata)
+        if isinstance(header, Qcow2Header) and isinstance(allocator, RefcountAllocator):
+            bitmaps = await load_kept_bitmaps(
+                top.storage, header, size=top_mapping.size, allocator=allocator, metadata=metadata
+            )
     return QcowImage(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
@@ -300,7 +306,8 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         allocator=allocator,
         metadata=metadata,
         l1_table_offset=header.l1_table_offset,
-        header_bits=_header_bits_of(top, header),
+        header_bits=_header_bits_of(top, header, kept_autoclear=kept_autoclear_bits(bitmaps)),
+        bitmaps=bitmaps,
         discard=options.discard,
     )
 
@@ -378,10 +385,15 @@ async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header, metad
     )
 
 
-def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> HeaderBits | None:
+def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_autoclear: int) -> HeaderBits | None:
     if isinstance(header, Qcow1Header) or header.version < 3:
         return None
-    return HeaderBits(layer.storage, incompatible=header.incompatible_features, autoclear=header.autoclear_features)
+    return HeaderBits(
+        layer.storage,
+        incompatible=header.incompatible_features,
+        autoclear=header.autoclear_features,
+        kept_autoclear=kept_autoclear,
+    )
 
 
 def _cache_budget(geometry: Geometry, wanted: L2CacheSize | None) -> int:

@@ -2,8 +2,8 @@
 
 1. Each change is one aligned 8-byte write followed by a flush (R5), and happens at most once. The flush is that of
    the ordering rules: should it fail, that is as final as for any other.
-2. Autoclear bits: whatever is set describes data that we do not keep up to date, so the first write clears
-   all of them; a QEMU that opens the image later then ignores the bitmaps instead of trusting them.
+2. Autoclear bits: the first write clears all but those whose data is kept up to date (``kept_autoclear``), so that
+   whoever opens the image later ignores what they describe instead of trusting it.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ _AUTOCLEAR_OFFSET = 88
 class HeaderBits:
     """Writes feature bits in place; ``incompatible`` and ``autoclear`` are the fields as they were read."""
 
-    def __init__(self, storage: Storage, *, incompatible: int, autoclear: int) -> None:
+    def __init__(self, storage: Storage, *, incompatible: int, autoclear: int, kept_autoclear: int = 0) -> None:
         self._storage = storage
         self._incompatible = incompatible
         self._autoclear = autoclear
+        self._kept_autoclear = kept_autoclear
 
     async def before_first_write(self, flush: Flush) -> None:
-        """Clear the autoclear bits, durably. Raises OSError."""
-        if self._autoclear:
-            await self._write(_AUTOCLEAR_OFFSET, 0, flush)
-            self._autoclear = 0
+        """Clear the autoclear bits that don't stay true, durably. Raises OSError."""
+        kept = self._autoclear & self._kept_autoclear
+        if self._autoclear != kept:
+            await self._write(_AUTOCLEAR_OFFSET, kept, flush)
+            self._autoclear = kept
 
     async def mark_corrupt(self, flush: Flush) -> None:
         """Set the corrupt bit, durably. Raises OSError."""

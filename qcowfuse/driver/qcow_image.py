@@ -12,7 +12,7 @@ request is the same.
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 
 import trio
@@ -21,6 +21,7 @@ from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 from ..format.entries import ClusterKind
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
+from .bitmaps import KeptBitmaps
 from .claims import Generations
 from .cow import Writer
 from .header_bits import HeaderBits
@@ -51,6 +52,7 @@ class QcowImage:
         metadata: MetadataClusters,
         l1_table_offset: int,
         header_bits: HeaderBits | None,
+        bitmaps: KeptBitmaps | None = None,
         discard: bool = True,
     ) -> None:
         self._discard = discard
@@ -105,6 +107,10 @@ class QcowImage:
         self._metadata_clusters = metadata.clusters
         self._try_pread = mapping.data.try_pread
         self._try_pwritev = mapping.data.try_pwritev
+        self._bitmaps = bitmaps
+        self.try_write: Callable[[int, Buffer], bool] = self._try_write
+        if bitmaps is not None and bitmaps.has_enabled:
+            self.try_write = self._try_write_tracked
 
     @property
     def read_only(self) -> bool:
@@ -153,8 +159,15 @@ class QcowImage:
         async with self._looking():
             return await self._reader.read(guest_offset, n_bytes)
 
-    def try_write(self, guest_offset: int, data: Buffer) -> bool:
-        """See Image."""
+    def _try_write_tracked(self, guest_offset: int, data: Buffer) -> bool:
+        """What ``try_write`` is while bitmaps are kept."""
+        if not self._begun or self._bitmaps is None or not 0 <= guest_offset <= self.size - len(data):
+            return False
+        self._bitmaps.mark(guest_offset, len(data))
+        return self._try_write(guest_offset, data)
+
+    def _try_write(self, guest_offset: int, data: Buffer) -> bool:
+        """What ``try_write`` is otherwise, see Image."""
         if not self._begun:
             return False
         slice_ = self._slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
@@ -201,6 +214,8 @@ class QcowImage:
         view = memoryview(data)
         position = 0
         async with self._writing() as writer:
+            if self._bitmaps is not None:
+                self._bitmaps.mark(guest_offset, len(view))
             while position < len(view):
                 self._require_writable()
                 position += await writer.write_some(guest_offset + position, view[position:])
@@ -210,6 +225,8 @@ class QcowImage:
         self._check_range(guest_offset, n_bytes)
         end = guest_offset + n_bytes
         async with self._writing() as writer:
+            if self._bitmaps is not None:
+                self._bitmaps.mark(guest_offset, n_bytes)
             while guest_offset < end:
                 self._require_writable()
                 guest_offset += await writer.zero_some(
@@ -301,10 +318,15 @@ class QcowImage:
         if self._closed:
             return
         self._closed = True
+        begun, self._begun = self._begun, False  # nothing is written after the bitmaps are stored
         try:
-            if self._ordering is not None and self._begun:
+            if self._ordering is not None and begun:
                 await self._ordering.flush()
-                if self._ordering.is_dirty:  # the counts of what the first one has unlinked
+                if self._bitmaps is not None and self._frozen is None:
+                    await self._bitmaps.store(self._ordering, self.size)
+                    if self._ordering.failure is None and self._ordering.is_dirty:
+                        await self._ordering.flush()
+                if self._ordering.failure is None and self._ordering.is_dirty:  # counts of what that one has unlinked
                     await self._ordering.flush()
         finally:
             with trio.CancelScope(shield=True):
@@ -320,6 +342,8 @@ class QcowImage:
     def _require_writable(self) -> tuple[Ordering, Writer]:
         if self._ordering is None or self._writer is None:
             raise ReadOnlyImageError(f"{self.path}: opened read-only")
+        if self._closed:
+            raise ReadOnlyImageError(f"{self.path}: is being closed")
         if self._frozen is not None:
             raise ReadOnlyImageError(f"{self.path}: read-only since: {self._frozen}")
         if self._ordering.failure is not None:
@@ -327,12 +351,15 @@ class QcowImage:
         return self._ordering, self._writer
 
     async def _begin_writing(self) -> None:
-        """R5: header bits that the first write makes untrue are cleared before it, durably."""
+        """R5: header bits that the first write makes untrue are cleared before it, durably; so do bitmaps say that
+        they are in use."""
         async with self._begin_lock:
             if self._begun:
                 return
             if self._header_bits is not None and self._ordering is not None:
                 await self._header_bits.before_first_write(self._ordering.flush_storage)
+            if self._bitmaps is not None and self._ordering is not None:
+                await self._bitmaps.begin(self._ordering)
             self._begun = True
 
     async def _freeze(self, error: CorruptImageError) -> None:

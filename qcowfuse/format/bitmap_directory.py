@@ -1,6 +1,7 @@
 """The directory of persistent bitmaps: where each bitmap's table lies and what it is called.
 
-Only what listing and checking need; the bitmaps' contents are not looked at.
+An entry is changed in place, in the directory's own bytes, so that everything nobody here knows stays as it is.
+The bitmaps' contents are in :mod:`qcowfuse.format.bitmaps`.
 
 Source: qcow2 specification, "Bitmaps".
 """
@@ -23,21 +24,24 @@ _MAX_NAME = 1023
 _MIN_GRANULARITY_BITS, _MAX_GRANULARITY_BITS = 9, 31
 TABLE_ENTRY_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 TABLE_ENTRY_RESERVED = 0xFF00_0000_0000_01FE
-_ALL_ONES = 1
+TABLE_ENTRY_ALL_ONES = 1
 
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
+_CHANGING = struct.Struct(">QII")
 
 
 @dataclass(frozen=True, slots=True)
 class BitmapEntry:
-    """A bitmap: its table of ``table_size`` entries, its ``flags``, ``granularity`` in bytes."""
+    """A bitmap: its table of ``table_size`` entries, its ``flags``, ``granularity`` in bytes; ``position`` is the
+    byte of the directory at which the entry begins."""
 
     name: str
     table_offset: int
     table_size: int
     flags: int
     granularity: int
+    position: int = 0
 
 
 def bitmap_directory_place(header: Qcow2Header) -> tuple[int, int, int] | None:
@@ -81,11 +85,16 @@ def parse_bitmap_directory(data: bytes, n_bitmaps: int, cluster_size: int) -> tu
                 f"2^{granularity_bits}, name of {name_size} bytes, {n_extra} extra bytes: not a valid bitmap",
             )
         name = data[start:end].decode("utf-8", "surrogateescape")
-        entries.append(BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits))
+        entries.append(BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits, position))
         position += -(-(end - position) // 8) * 8
     if len(entries) != n_bitmaps:
         raise _error(position, f"{len(entries)} bitmaps, expected {n_bitmaps}")
     return tuple(entries)
+
+
+def replace_entry(directory: bytearray, entry: BitmapEntry) -> None:
+    """Put table, size of the table and flags of ``entry`` into its place in ``directory``; nothing else changes."""
+    _CHANGING.pack_into(directory, entry.position, entry.table_offset, entry.table_size, entry.flags)
 
 
 def is_valid_table_entry(entry: int, cluster_size: int) -> bool:
@@ -93,7 +102,7 @@ def is_valid_table_entry(entry: int, cluster_size: int) -> bool:
     host_offset = entry & TABLE_ENTRY_OFFSET_MASK
     if entry & TABLE_ENTRY_RESERVED or host_offset % cluster_size:
         return False
-    return not (host_offset and entry & _ALL_ONES)
+    return not (host_offset and entry & TABLE_ENTRY_ALL_ONES)
 
 
 def _error(position: int, detail: str) -> FormatError:

@@ -1,0 +1,425 @@
+"""Persistent dirty bitmaps of a running image, kept so that an incremental backup made from them is correct.
+
+1. Before the first write every enabled bitmap (flag auto) that is valid is loaded and marked in_use on disk, durably.
+   From then on whatever happens leaves it in_use, which says "don't trust this", until rule 3 is through.
+2. Bits are set in memory before the bytes that they stand for are written. Nothing is stored by fsync, as in QEMU.
+3. At the end, when everything else is durable: contents and counts of new clusters, flush, tables, flush, directory
+   with in_use cleared, flush. Each step may tear between sectors: an in_use bitmap may have any contents, and every
+   place that its table may name has its count. Clusters that are no longer named are freed last.
+4. Contents and tables are written in place where that is possible: nobody trusts them while in_use is set.
+5. A bitmap that was in_use, or is disabled, is not touched. One that can't be kept (damaged, too large) is marked
+   in_use and left so. A directory that can't be read keeps nobody from using the disk: its bitmaps are given up by
+   clearing the autoclear bit before the first write, where QEMU refuses to open the image.
+6. Unlike QEMU, which clears the autoclear bit for the time of a change to the directory: marking changes one byte per
+   entry and clearing the mark too, and what changes in between (a table that had to grow) does so while in_use is
+   set, its place and its length in two steps. A crash never costs a bitmap that was not in use.
+
+Source: QEMU block/qcow2-bitmap.c for the meaning of flags, limits and what counts as valid.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+from array import array
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from ..errors import CorruptImageError, FormatError, QcowFuseError
+from ..format.bitmap_directory import (
+    AUTO,
+    IN_USE,
+    TABLE_ENTRY_ALL_ONES,
+    TABLE_ENTRY_OFFSET_MASK,
+    BitmapEntry,
+    bitmap_directory_place,
+    is_valid_table_entry,
+    parse_bitmap_directory,
+    replace_entry,
+)
+from ..format.bitmaps import Contents, DirtyBits, table_entries_needed
+from ..format.entries import parse_table, serialise_table
+from ..format.extensions import EXTENSION_BITMAPS, find_extension, printable
+from ..format.geometry import WORD_SIZE, divide_up
+from ..format.header import AUTOCLEAR_BITMAPS, Qcow2Header
+from ..storage.base import Buffer, Storage
+from .allocation import HostRun, RefcountAllocator
+from .metadata import MetadataClusters
+from .ordering import Ordering
+
+log = logging.getLogger(__name__)
+
+MAX_BITMAP_BYTES = 256 << 20
+"""Memory that the bitmaps of one image may come to; QEMU's limit is 512 MiB for each."""
+_MAX_RUN_BYTES = 8 << 20
+_MAX_RUN_CLUSTERS = 256
+_CHECKPOINT_EVERY = 256
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A bitmap in memory; ``table`` is as on disk, ``new_table`` as it is to be."""
+
+    entry: BitmapEntry
+    bits: DirtyBits
+    table: array[int]
+    new_table: array[int] = field(default_factory=lambda: array("Q"))
+
+
+async def load_kept_bitmaps(
+    storage: Storage,
+    header: Qcow2Header,
+    *,
+    size: int,
+    allocator: RefcountAllocator,
+    metadata: MetadataClusters,
+) -> KeptBitmaps | None:
+    """The bitmaps of an image of ``size`` bytes that is opened for writing; None where it has none that are worth
+    anything, and the autoclear bit has to go. Raises OSError."""
+    place = bitmap_directory_place(header)
+    if place is None:
+        if header.version >= 3 and find_extension(header.extensions, EXTENSION_BITMAPS) is not None:
+            log.info("%s: its persistent bitmaps are out of date already and stay so", storage.name)
+        return None
+    host_offset, n_bytes, n_bitmaps = place
+    cluster_size = 1 << header.cluster_bits
+    kept = KeptBitmaps(
+        storage,
+        size=size,
+        cluster_size=cluster_size,
+        directory_offset=host_offset,
+        allocator=allocator,
+        metadata=metadata,
+    )
+    try:
+        directory = bytes(await storage.pread(host_offset, n_bytes))
+        entries = parse_bitmap_directory(directory, n_bitmaps, cluster_size)
+        await kept.require_own(host_offset, n_bytes, "bitmap directory")
+    except QcowFuseError as error:
+        log.warning(
+            "%s: %s; the disk can be used, but its persistent bitmaps will be given up by the first write",
+            storage.name,
+            error,
+        )
+        return None
+    metadata.add(host_offset, n_bytes)
+    kept.take_directory(directory, entries)
+    return kept
+
+
+class KeptBitmaps:
+    """See the module docstring; made by :func:`load_kept_bitmaps`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        size: int,
+        cluster_size: int,
+        directory_offset: int,
+        allocator: RefcountAllocator,
+        metadata: MetadataClusters,
+    ) -> None:
+        self._storage = storage
+        self._size = size
+        self._cluster_size = cluster_size
+        self._directory_offset = directory_offset
+        self._allocator = allocator
+        self._metadata = metadata
+        self._directory = b""
+        self._entries: list[BitmapEntry] = []
+        self._kept: list[_Kept] = []
+        self._tracked: list[DirtyBits] = []
+        self._n_bytes = 0
+
+    def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
+        """The directory as it is on disk."""
+        self._directory = directory
+        self._entries = list(entries)
+
+    @property
+    def has_enabled(self) -> bool:
+        """Whether there are bitmaps that :meth:`mark` has to be told of."""
+        return any(entry.flags & (AUTO | IN_USE) == AUTO for entry in self._entries)
+
+    def mark(self, guest_offset: int, n_bytes: int) -> None:
+        """The bytes are about to change; call it after :meth:`begin`."""
+        for bits in self._tracked:
+            bits.mark(guest_offset, n_bytes)
+
+    async def begin(self, ordering: Ordering) -> None:
+        """Rule 1; may be called again after an error. Raises OSError."""
+        await self._take(ordering, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
+
+    async def before_growth(self, ordering: Ordering, new_size: int) -> None:
+        """To be called after :meth:`begin` and before the disk's size rises to ``new_size`` bytes in the header:
+        disabled bitmaps are marked and stored again as well, for QEMU refuses an image with a valid bitmap that is
+        too short. Bits of the new part are clear until the guest writes there. Raises OSError."""
+        await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
+        self._size = new_size
+        self._n_bytes = 0
+        for bitmap in list(self._kept):
+            entry = bitmap.entry
+            try:
+                self._n_bytes += self._bytes_needed(entry, new_size)
+            except FormatError as error:
+                self._warn(entry, error)
+                self._kept.remove(bitmap)
+                if bitmap.bits in self._tracked:
+                    self._tracked.remove(bitmap.bits)
+
+    async def _take(self, ordering: Ordering, chosen: list[BitmapEntry]) -> None:
+        if not chosen:
+            return
+        kept: list[_Kept] = []
+        self._n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
+        places: list[tuple[int, int]] = []
+        try:
+            for entry in chosen:
+                try:
+                    kept.append(await self._load(entry))
+                    places.append((entry.table_offset, entry.table_size * WORD_SIZE))
+                    self._metadata.add(*places[-1])
+                except (QcowFuseError, OSError) as error:
+                    self._warn(entry, error)
+            directory = bytearray(self._directory)
+            marked = [replace(entry, flags=entry.flags | IN_USE) for entry in chosen]
+            for entry in marked:
+                replace_entry(directory, entry)
+            await self._write(self._directory_offset, directory)
+            await ordering.flush_storage()
+        except BaseException:
+            for place in places:
+                self._metadata.discard(*place)
+            raise
+        self._directory = bytes(directory)
+        by_position = {entry.position: entry for entry in marked}
+        self._entries = [by_position.get(entry.position, entry) for entry in self._entries]
+        for bitmap in kept:
+            bitmap.entry = by_position[bitmap.entry.position]
+        self._kept += kept
+        self._tracked += [bitmap.bits for bitmap in kept if bitmap.entry.flags & AUTO]
+
+    async def _load(self, entry: BitmapEntry) -> _Kept:
+        cluster_size = self._cluster_size
+        n_bytes = self._bytes_needed(entry, self._size)
+        needed = n_bytes // cluster_size
+        if entry.table_size != needed:
+            raise FormatError("bitmap table", entry.table_offset, f"{entry.table_size} entries, expected {needed}")
+        table_bytes = entry.table_size * WORD_SIZE
+        if entry.table_offset + table_bytes > self._storage.size():
+            raise FormatError("bitmap table", entry.table_offset, "reaches past the end of the file")
+        await self.require_own(entry.table_offset, table_bytes, "bitmap table")
+        table = parse_table(await self._storage.pread(entry.table_offset, table_bytes))
+        bits = DirtyBits(granularity=entry.granularity, cluster_size=cluster_size)
+        for number, word in enumerate(table):
+            if not is_valid_table_entry(word, cluster_size):
+                raise FormatError("bitmap table", entry.table_offset, f"entry {number} {word:#018x} is invalid")
+            host_offset = word & TABLE_ENTRY_OFFSET_MASK
+            if host_offset:
+                if host_offset >= self._storage.size():
+                    raise FormatError("bitmap data", host_offset, "lies past the end of the file")
+                data = self._storage.try_pread(host_offset, cluster_size)
+                if data is None:
+                    data = await self._storage.pread(host_offset, cluster_size)
+                bits.load(number, data, size=self._size)
+            elif word & TABLE_ENTRY_ALL_ONES:
+                bits.load(number, None, size=self._size)
+            if number % _CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+        self._n_bytes += n_bytes
+        return _Kept(entry, bits, table)
+
+    def _bytes_needed(self, entry: BitmapEntry, size: int) -> int:
+        n_bytes = self._cluster_size * table_entries_needed(
+            size=size, granularity=entry.granularity, cluster_size=self._cluster_size
+        )
+        if self._n_bytes + n_bytes > MAX_BITMAP_BYTES:
+            detail = (
+                f"{n_bytes} bytes with granules of {entry.granularity} bytes; all bitmaps of an image together may "
+                f"have {MAX_BITMAP_BYTES}"
+            )
+            raise FormatError("bitmap", None, detail)
+        return n_bytes
+
+    def _warn(self, entry: BitmapEntry, error: Exception) -> None:
+        name = self._storage.name
+        log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, _shown(entry), error)
+
+    async def store(self, ordering: Ordering, size: int) -> None:
+        """Rule 3, for a disk that now has ``size`` bytes. Nothing may write after this has begun. Failures are
+        logged: what could not be stored stays in_use."""
+        used: set[int] = set()
+        taken: list[HostRun] = []
+        freed: list[HostRun] = []
+        stored: list[_Kept] = []
+        self._n_bytes = 0
+        try:
+            for bitmap in self._kept:
+                if await self._try_prepare(bitmap, size, used, taken, freed):
+                    stored.append(bitmap)
+            if not stored:
+                return
+            try:
+                await ordering.flush()  # counts and contents of what the tables will name
+            except OSError:
+                await self._give_back(taken)
+                raise
+            for bitmap in stored:
+                data = serialise_table(bitmap.new_table, 0, len(bitmap.new_table))
+                await self._write(bitmap.entry.table_offset, data)
+            await ordering.flush_storage()
+            await self._write_entries(ordering, stored)
+        except (QcowFuseError, OSError) as error:
+            names = ", ".join(_shown(bitmap.entry) for bitmap in self._kept)
+            log.error("%s: persistent bitmaps (%s) could not be stored: %s", self._storage.name, names, error)
+            return
+        for run in freed:
+            ordering.unlink_cluster(run)
+
+    async def _write_entries(self, ordering: Ordering, stored: list[_Kept]) -> None:
+        """Places of the tables, then their lengths, then the flags; what does not change costs nothing."""
+        directory = bytearray(self._directory)
+        by_position = {entry.position: entry for entry in self._entries}
+        for step in range(3):
+            before = bytes(directory)
+            for bitmap in stored:
+                wanted, entry = bitmap.entry, by_position[bitmap.entry.position]
+                entry = replace(
+                    entry,
+                    table_offset=wanted.table_offset,
+                    table_size=wanted.table_size if step >= 1 else entry.table_size,
+                    flags=entry.flags & ~IN_USE if step == 2 else entry.flags,
+                )
+                replace_entry(directory, entry)
+            if directory != before:
+                await self._write(self._directory_offset, directory)
+                await ordering.flush_storage()
+
+    async def _try_prepare(
+        self, bitmap: _Kept, size: int, used: set[int], taken: list[HostRun], freed: list[HostRun]
+    ) -> bool:
+        mine: list[HostRun] = []
+        unneeded: list[HostRun] = []
+        try:
+            await self._prepare(bitmap, size, used, mine, unneeded)
+        except (QcowFuseError, OSError) as error:
+            log.error(
+                "%s: bitmap %s could not be stored and stays marked as inconsistent: %s",
+                self._storage.name,
+                _shown(bitmap.entry),
+                error,
+            )
+            await self._give_back(mine)
+            return False
+        taken += mine
+        freed += unneeded
+        return True
+
+    async def _prepare(
+        self, bitmap: _Kept, size: int, used: set[int], taken: list[HostRun], freed: list[HostRun]
+    ) -> None:
+        """Write the contents and find a place for the table; ``entry`` and ``new_table`` are what is to be stored."""
+        cluster_size = self._cluster_size
+        entry, bits, old = bitmap.entry, bitmap.bits, bitmap.table
+        needed = self._bytes_needed(entry, size) // cluster_size
+        self._n_bytes += needed * cluster_size
+        table = array("Q", bytes(needed * WORD_SIZE))
+        homeless: list[int] = []
+        for number in range(needed):
+            contents = bits.contents(number)
+            host_offset = old[number] & TABLE_ENTRY_OFFSET_MASK if number < len(old) else 0
+            owned = bool(host_offset) and host_offset not in used and await self._owns(host_offset, cluster_size)
+            if owned:
+                used.add(host_offset)
+            if contents is not Contents.MIXED:
+                table[number] = contents.value
+                if owned:
+                    freed.append(HostRun(host_offset, 1))
+            elif owned:
+                table[number] = host_offset
+                await self._write(host_offset, bits.chunks[number])
+            else:
+                homeless.append(number)
+        position = 0
+        while position < len(homeless):
+            most = max(1, min(len(homeless) - position, _MAX_RUN_BYTES // cluster_size, _MAX_RUN_CLUSTERS))
+            run = await self._allocator.allocate(most)
+            taken.append(run)
+            numbers = homeless[position : position + run.n_clusters]
+            await self._storage.pwritev(run.host_offset, [bits.chunks[number] for number in numbers])
+            for index, number in enumerate(numbers):
+                table[number] = run.host_offset + index * cluster_size
+            position += run.n_clusters
+        n_old = divide_up(len(old) * WORD_SIZE, cluster_size)
+        n_new = divide_up(needed * WORD_SIZE, cluster_size)
+        table_offset = entry.table_offset
+        if n_new > n_old:
+            run = await self._allocate_contiguous(n_new)
+            taken.append(run)
+            freed.append(HostRun(table_offset, n_old))
+            table_offset = run.host_offset
+        bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
+        bitmap.new_table = table
+
+    async def _allocate_contiguous(self, n_clusters: int) -> HostRun:
+        span: HostRun | None = None
+        unneeded: list[HostRun] = []
+        n_taken = 0
+        try:
+            while span is None or span.n_clusters < n_clusters:
+                if n_taken > 8 * n_clusters + 1024:
+                    raise OSError(errno.ENOSPC, f"no {n_clusters} clusters in a row", self._storage.name)
+                run = await self._allocator.allocate(n_clusters - (0 if span is None else span.n_clusters))
+                n_taken += run.n_clusters
+                if span is not None and span.host_offset + span.n_clusters * self._cluster_size == run.host_offset:
+                    run = HostRun(span.host_offset, span.n_clusters + run.n_clusters)
+                elif span is not None:
+                    unneeded.append(span)
+                span = run
+        except BaseException:
+            if span is not None:
+                unneeded.append(span)
+            raise
+        finally:
+            await self._give_back(unneeded)
+        return span
+
+    async def _give_back(self, runs: list[HostRun]) -> None:
+        """Clusters that nothing on disk names. Should this fail they are leaked, and no more."""
+        with trio.CancelScope(shield=True):
+            for run in runs:
+                try:
+                    await self._allocator.release([run])
+                except (OSError, QcowFuseError) as error:
+                    log.warning("%s: %s", self._storage.name, error)
+
+    async def _owns(self, host_offset: int, n_bytes: int) -> bool:
+        try:
+            await self.require_own(host_offset, n_bytes, "bitmap")
+        except QcowFuseError:
+            return False
+        return True
+
+    async def require_own(self, host_offset: int, n_bytes: int, what: str) -> None:
+        """Raises CorruptImageError unless the bytes are in clusters with a count of 1 that hold no other metadata."""
+        self._metadata.check(host_offset, n_bytes, what)
+        cluster_size = self._cluster_size
+        for cluster in range(host_offset // cluster_size, divide_up(host_offset + n_bytes, cluster_size)):
+            count = await self._allocator.refcount(cluster)
+            if count != 1:
+                raise CorruptImageError(what, cluster * cluster_size, f"its cluster has refcount {count}, expected 1")
+
+    async def _write(self, host_offset: int, data: Buffer) -> None:
+        if not self._storage.try_pwritev(host_offset, (data,)):
+            await self._storage.pwritev(host_offset, (data,))
+
+
+def kept_autoclear_bits(bitmaps: KeptBitmaps | None) -> int:
+    """The autoclear bits that stay true while the image is written to."""
+    return 0 if bitmaps is None else AUTOCLEAR_BITMAPS
+
+
+def _shown(entry: BitmapEntry) -> str:
+    return printable(entry.name.encode("utf-8", "surrogateescape"))
