@@ -42,6 +42,8 @@ class DirtyBits:
 
     def mark(self, guest_offset: int, n_bytes: int) -> None:
         """Set the bits of all granules that the bytes touch."""
+        if not n_bytes:
+            return
         first = guest_offset >> self._shift
         last = (guest_offset + n_bytes - 1) >> self._shift
         if first == last:

@@ -1,0 +1,149 @@
+"""Persistent dirty bitmaps for tests: added by QEMU, read back by QEMU, or by a parser that shares nothing with the
+package."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from .images import TOP, BuiltImage, run_tool, scratch_folder, write_chain
+from .qemu import must_run
+
+IN_USE = 1
+AUTO = 2
+_OFFSET = 0x00FF_FFFF_FFFF_FE00
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class StoredBitmap:
+    """A bitmap as the image has it; ``dirty`` are the granules whose bits are set."""
+
+    name: str
+    flags: int
+    granularity: int
+    table_offset: int
+    table: tuple[int, ...]
+    dirty: frozenset[int]
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether its bits may be trusted."""
+        return not self.flags & IN_USE
+
+
+def bitmap_directory(data: bytes | bytearray) -> Range | None:
+    """Place and length of the bitmap directory, None where the image has no bitmaps that mean anything."""
+    (version,) = struct.unpack_from(">I", data, 4)
+    if version < 3 or not data[95] & 1:
+        return None
+    (cluster_bits,) = struct.unpack_from(">I", data, 20)
+    (position,) = struct.unpack_from(">I", data, 100)
+    while position + 8 <= 1 << cluster_bits:
+        magic, length = struct.unpack_from(">II", data, position)
+        if magic == 0x23852875:
+            n_bytes, host_offset = struct.unpack_from(">QQ", data, position + 16)
+            return host_offset, n_bytes
+        if not magic:
+            return None
+        position += 8 + (length + 7) // 8 * 8
+    return None
+
+
+def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
+    """The bitmaps of an image, by name; none where the autoclear bit says that they are stale."""
+    place = bitmap_directory(data)
+    if place is None:
+        return {}
+    (cluster_bits,) = struct.unpack_from(">I", data, 20)
+    position, end = place[0], place[0] + place[1]
+    found = {}
+    while position < end:
+        table_offset, n_entries, flags, _, bits, n_name, n_extra = struct.unpack_from(">QIIBBHI", data, position)
+        name = bytes(data[position + 24 + n_extra : position + 24 + n_extra + n_name]).decode()
+        raw = bytes(data[table_offset : table_offset + 8 * n_entries]).ljust(8 * n_entries, b"\0")
+        table = struct.unpack(f">{n_entries}Q", raw)
+        dirty = _dirty(data, table, 1 << cluster_bits)
+        found[name] = StoredBitmap(name, flags, 1 << bits, table_offset, table, frozenset(dirty))
+        position += (24 + n_extra + n_name + 7) // 8 * 8
+    return found
+
+
+def _dirty(data: bytes | bytearray, table: Sequence[int], cluster_size: int) -> Iterable[int]:
+    for number, entry in enumerate(table):
+        base = number * cluster_size * 8
+        if entry == 1:
+            yield from range(base, base + cluster_size * 8)
+        elif entry:
+            for index, byte in enumerate(data[entry & _OFFSET : (entry & _OFFSET) + cluster_size]):
+                for bit in range(8):
+                    if byte >> bit & 1:
+                        yield base + index * 8 + bit
+
+
+def add_bitmap(path: str | Path, name: str, granularity: int, *, enabled: bool = True) -> None:
+    """``qemu-img bitmap --add``."""
+    flag = [] if enabled else ["--disable"]
+    run_tool("qemu-img", "bitmap", "-f", "qcow2", "--add", *flag, "-g", str(granularity), str(path), name)
+
+
+def with_bitmaps(
+    built: BuiltImage, bitmaps: Mapping[str, int], *, disabled: Mapping[str, int] | None = None
+) -> BuiltImage:
+    """The image with bitmaps of the given granularities added by QEMU."""
+    with scratch_folder() as folder:
+        path = write_chain(folder, built.files)
+        for name, granularity in bitmaps.items():
+            add_bitmap(path, name, granularity)
+        for name, granularity in (disabled or {}).items():
+            add_bitmap(path, name, granularity, enabled=False)
+        return replace(built, files={**built.files, TOP: Path(path).read_bytes()})
+
+
+def granules_of(ranges: Iterable[Range], granularity: int) -> set[int]:
+    """The granules that ranges of (guest offset, bytes) touch."""
+    found: set[int] = set()
+    for start, n_bytes in ranges:
+        if n_bytes:
+            found.update(range(start // granularity, (start + n_bytes - 1) // granularity + 1))
+    return found
+
+
+def qemu_dirty(path: Path, name: str) -> list[Range]:
+    """The ranges (start, bytes) that QEMU calls dirty by the bitmap, over NBD as a backup program asks for them."""
+    with scratch_folder() as folder:
+        socket, pid_file = f"{folder}/s", f"{folder}/pid"
+        must_run(
+            "qemu-nbd", "-t", "-r", "-f", "qcow2", "-B", name, "-k", socket, "--fork", f"--pid-file={pid_file}", path
+        )
+        try:
+            server = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
+            extents = json.loads(must_run("qemu-img", "map", "--output=json", "--image-opts", server))
+        finally:
+            pid = int(Path(pid_file).read_text())
+            os.kill(pid, 15)
+            _wait_for_end(pid)
+    return [(extent["start"], extent["length"]) for extent in extents if not extent["data"]]
+
+
+def _wait_for_end(pid: int) -> None:
+    subprocess.run(["tail", f"--pid={pid}", "-s", "0.01", "-f", "/dev/null"], check=True, timeout=30)
+
+
+def ranges_of(granules: Iterable[int], granularity: int, size: int) -> list[Range]:
+    """What :func:`qemu_dirty` gives for a set of granules of a disk of ``size`` bytes."""
+    ranges: list[Range] = []
+    for granule in sorted(granules):
+        start = granule * granularity
+        n_bytes = min(granularity, size - start)
+        if ranges and ranges[-1][0] + ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], ranges[-1][1] + n_bytes)
+        else:
+            ranges.append((start, n_bytes))
+    return ranges
