@@ -93,9 +93,9 @@ async def load_kept_bitmaps(
         metadata=metadata,
     )
     try:
+        await kept.require_own(host_offset, n_bytes, "bitmap directory")
         directory = bytes(await storage.pread(host_offset, n_bytes))
         entries = parse_bitmap_directory(directory, n_bitmaps, cluster_size)
-        await kept.require_own(host_offset, n_bytes, "bitmap directory")
     except QcowFuseError as error:
         log.warning(
             "%s: %s; the disk can be used, but its persistent bitmaps will be given up by the first write",

@@ -7,12 +7,13 @@ import json
 import os
 import struct
 import subprocess
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from .images import TOP, BuiltImage, run_tool, scratch_folder, write_chain
-from .qemu import must_run
+from .qemu import run
 
 IN_USE = 1
 AUTO = 2
@@ -118,22 +119,20 @@ def granules_of(ranges: Iterable[Range], granularity: int) -> set[int]:
 def qemu_dirty(path: Path, name: str) -> list[Range]:
     """The ranges (start, bytes) that QEMU calls dirty by the bitmap, over NBD as a backup program asks for them."""
     with scratch_folder() as folder:
-        socket, pid_file = f"{folder}/s", f"{folder}/pid"
-        must_run(
-            "qemu-nbd", "-t", "-r", "-f", "qcow2", "-B", name, "-k", socket, "--fork", f"--pid-file={pid_file}", path
+        socket = f"{folder}/s"
+        server = subprocess.Popen(
+            ["qemu-nbd", "-t", "-r", "-f", "qcow2", "-B", name, "-k", socket, path], stderr=subprocess.PIPE, text=True
         )
         try:
-            server = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
-            extents = json.loads(must_run("qemu-img", "map", "--output=json", "--image-opts", server))
+            while not os.path.exists(socket) and server.poll() is None:
+                time.sleep(0.005)
+            options = f"driver=nbd,server.type=unix,server.path={socket},x-dirty-bitmap=qemu:dirty-bitmap:{name}"
+            mapped = run("qemu-img", "map", "--output=json", "--image-opts", options)
         finally:
-            pid = int(Path(pid_file).read_text())
-            os.kill(pid, 15)
-            _wait_for_end(pid)
-    return [(extent["start"], extent["length"]) for extent in extents if not extent["data"]]
-
-
-def _wait_for_end(pid: int) -> None:
-    subprocess.run(["tail", f"--pid={pid}", "-s", "0.01", "-f", "/dev/null"], check=True, timeout=30)
+            server.terminate()
+            said = server.communicate()[1]
+    assert mapped.code == 0, f"{mapped.stderr}{said}"
+    return [(extent["start"], extent["length"]) for extent in json.loads(mapped.stdout) if not extent["data"]]
 
 
 def ranges_of(granules: Iterable[int], granularity: int, size: int) -> list[Range]:
