@@ -1,0 +1,98 @@
+"""The images that are measured, made with qemu-img; one folder for each kind, copied for each contender."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from .tools import run
+
+MIB = 1 << 20
+IMAGE = "disk.qcow2"
+"""Name, in its folder, of the image that is served."""
+
+
+def _raw(folder: Path, size_mib: int, *, compressible: bool) -> Path:
+    """A raw file without a zero block; if ``compressible``, to about half of its size."""
+    generator = random.Random(size_mib)
+    words = [generator.randbytes(generator.randint(3, 12)).hex().encode() for _ in range(2000)]
+    path = folder / "source.raw"
+    with path.open("wb") as file:
+        for _ in range(size_mib):
+            if compressible:
+                text = b" ".join(generator.choices(words, k=MIB // 32))[: MIB // 2].ljust(MIB // 2, b".")
+                noise = generator.randbytes(MIB // 2)
+                step = 2048
+                file.write(b"".join(text[at : at + step] + noise[at : at + step] for at in range(0, MIB // 2, step)))
+            else:
+                file.write(generator.randbytes(MIB))
+    return path
+
+
+def _convert(source: Path, image: Path, *options: str) -> None:
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", *options, str(source), str(image))
+
+
+def full(folder: Path, size_mib: int) -> None:
+    """Every cluster is allocated."""
+    source = _raw(folder, size_mib, compressible=False)
+    _convert(source, folder / IMAGE)
+    source.unlink()
+
+
+def _compressed(folder: Path, size_mib: int, kind: str) -> None:
+    source = _raw(folder, size_mib, compressible=True)
+    _convert(source, folder / IMAGE, "-c", "-o", f"compression_type={kind}")
+    source.unlink()
+
+
+def zlib(folder: Path, size_mib: int) -> None:
+    """Every cluster is compressed with deflate, to about half."""
+    _compressed(folder, size_mib, "zlib")
+
+
+def zstd(folder: Path, size_mib: int) -> None:
+    """Every cluster is compressed with zstd, to about half."""
+    _compressed(folder, size_mib, "zstd")
+
+
+def chain(folder: Path, size_mib: int) -> None:
+    """Three images: a full one, and two that each hold every fourth MiB anew."""
+    source = _raw(folder, size_mib, compressible=False)
+    _convert(source, folder / "base.qcow2")
+    source.unlink()
+    below = "base.qcow2"
+    for number, name in enumerate(("middle.qcow2", IMAGE)):
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-b", below, "-F", "qcow2", name, cwd=folder)
+        commands = [f"write -q -P {number + 1} {at}M 1M" for at in range(number, size_mib, 4)]
+        run("qemu-io", "-f", "qcow2", *(part for command in commands for part in ("-c", command)), name, cwd=folder)
+        below = name
+
+
+def empty(folder: Path, size_mib: int) -> None:
+    """Nothing is allocated."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(folder / IMAGE), f"{size_mib}M")
+
+
+def sparse_16_tib(folder: Path, size_mib: int) -> None:
+    """A disk of 16 TiB that holds a MiB in a few places."""
+    image = folder / IMAGE
+    run("qemu-img", "create", "-q", "-f", "qcow2", str(image), "16T")
+    places = [f"write -q -P 7 {number}T 1M" for number in range(16)]
+    run("qemu-io", "-f", "qcow2", *(part for command in places for part in ("-c", command)), str(image))
+
+
+def mapped(folder: Path, size_mib: int) -> None:
+    """Every cluster is mapped, none has ever been written: all of the tables, and next to no data."""
+    options = ("-o", "preallocation=metadata")
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, str(folder / IMAGE), f"{size_mib}M")
+
+
+def copy(template: Path, target: Path) -> Path:
+    """Copy a folder of images, holes and all; gives the image to serve."""
+    run("cp", "-r", "--sparse=always", str(template), str(target))
+    return target / IMAGE
+
+
+Maker = Callable[[Path, int], None]
