@@ -1,0 +1,422 @@
+"""Scenarios: an image, a list of guest operations, perhaps a fault; run, then cut the power at every moment.
+
+1. A scenario is plain values: it can be written down as JSON, run again, and shrunk.
+2. Whatever can go wrong is in its ``operations``; what they write follows from the numbers in them.
+3. Operations of one ``together`` begin at the same time and touch different sectors. With faults or cancelled
+   operations everything is whole sectors: a sector of which a part failed could be anything.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import trio
+
+from qcowfuse.driver import allocation, table_cache
+from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.errors import QcowFuseError
+from qcowfuse.storage.base import Storage
+
+from .checker import check_image_bytes
+from .faults import FaultyStorage, Operation, fail_at
+from .images import TOP, Backing, BuiltImage, ImageSpec, build_image, open_memory_image
+from .memory_storage import MemoryStorage
+from .powercut import Recorded, check_cuts, read_image, read_whole
+from .recording import SECTOR, GuestRecord, RecordingStorage
+from .shrink import shrink
+
+KIB = 1 << 10
+Step = tuple[Any, ...]
+"""``("write", offset, n_bytes, seed)``, ``("zero" | "discard" | "read", offset, n_bytes)``, ``("flush",)``,
+``("together", steps)``, ``("cancel", number, step)``: cancelled at its storage operation ``number``."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Storage operation ``number`` (from 0, after opening) fails with ``code``; with ``for_ever`` all later ones."""
+
+    number: int
+    code: int = errno.EIO
+    for_ever: bool = False
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """``suspend``: nothing is answered at once. ``tiny_caches``: L2 slices and refcount blocks hardly fit."""
+
+    spec: ImageSpec
+    steps: tuple[Step, ...]
+    suspend: bool = False
+    tiny_caches: bool = False
+    fault: Fault | None = None
+    seed: int = 0
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def from_json(text: str) -> Scenario:
+        """The scenario that :meth:`to_json` wrote."""
+        values = json.loads(text)
+        fault = values["fault"]
+        values["spec"] = ImageSpec(**values["spec"])
+        values["fault"] = None if fault is None else Fault(**fault)
+        values["steps"] = tuple(_tuples(values["steps"]))
+        return Scenario(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(part) for part in value) if isinstance(value, list) else value
+
+
+@dataclass
+class Outcome:
+    """``problems`` should be empty. ``n_operations``: storage operations up to the end of closing. ``n_leaks``: after
+    a close without an error."""
+
+    n_operations: int = 0
+    n_states: int = 0
+    n_errors: int = 0
+    n_leaks: int = 0
+    problems: list[str] | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether anything was found."""
+        return bool(self.problems)
+
+
+class _Run:
+    def __init__(self, image: QcowImage, faulty: FaultyStorage, record: GuestRecord, *, may_fail: bool) -> None:
+        self.image = image
+        self.faulty = faulty
+        self.record = record
+        self.may_fail = may_fail
+        self.errors: list[Exception] = []
+        self.problems: list[str] = []
+        self.n_leaks = 0
+        self.closed = False
+
+    async def step(self, step: Step) -> None:
+        """Do one step; an error is noted, and is a problem where nothing was made to fail."""
+        kind = step[0]
+        if kind == "together":
+            async with trio.open_nursery() as nursery:
+                for part in step[1]:
+                    nursery.start_soon(self.step, part)
+            return
+        if kind == "cancel":
+            await self._cancelled(step[1], step[2])
+            return
+        try:
+            await self._do(step)
+        except (OSError, QcowFuseError) as error:
+            self.errors.append(error)
+            if not self.may_fail:
+                self.problems.append(f"{step}: {error!r}")
+
+    async def _do(self, step: Step) -> None:
+        record, image = self.record, self.image
+        kind = step[0]
+        if kind == "flush":
+            promise = record.begin_flush()
+            await image.flush()
+            record.end_flush(promise)
+            return
+        offset, n_bytes = step[1], step[2]
+        if kind == "read":
+            await read_image(image, offset, n_bytes)
+            return
+        data = random.Random(step[3]).randbytes(n_bytes) if kind == "write" else bytes(n_bytes)
+        begun = record.begin_write(offset, data)
+        if kind != "write":
+            await image.write_zeroes(offset, n_bytes, unmap=kind == "discard")
+        elif not image.try_write(offset, data):
+            await image.write(offset, data)
+        record.end_write(begun)
+
+    async def _cancelled(self, number: int, step: Step) -> None:
+        first = len(self.faulty.operations)
+        scope = trio.CancelScope()
+
+        async def gate(operation: Operation) -> None:
+            if operation.number - first == number:
+                scope.cancel()
+            await trio.lowlevel.checkpoint()
+
+        self.faulty.gate = gate
+        with scope:
+            await self.step(step)
+        self.faulty.gate = None
+
+    async def check_contents(self, when: str) -> None:
+        """What the running image reads is what was written."""
+        check, self.faulty.check = self.faulty.check, None
+        found = await read_whole(self.image)
+        self.faulty.check = check
+        if wrong := self.record.expected_now().mismatches(found):
+            self.problems.append(f"{when}: sectors {wrong[:8]} do not read as they were written")
+
+
+@contextmanager
+def _caches(*, tiny: bool) -> Iterator[L2CacheSize | None]:
+    if not tiny:
+        yield None
+        return
+    before = table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES
+    table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES = 512, 0
+    try:
+        yield L2CacheSize(n_tables=1)
+    finally:
+        table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES = before
+
+
+async def run_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 1) -> Outcome:
+    """Run it, check the running image, what it leaves, and ``n_states`` states after power cuts."""
+    built = build_image(scenario.spec)
+    memory = MemoryStorage(built.top, suspend=scenario.suspend)
+    recording = RecordingStorage(memory)
+    faulty = FaultyStorage(recording, inline=not scenario.suspend)
+
+    def wrap(_: MemoryStorage) -> Storage:
+        return faulty
+
+    fault = scenario.fault
+    with _caches(tiny=scenario.tiny_caches) as cache:
+        image = await open_memory_image({**built.files, TOP: memory}, wrap=wrap, cache=cache)
+        faulty.operations.clear()
+        if fault is not None:
+            faulty.check = fail_at(fault.number, code=fault.code, for_ever=fault.for_ever)
+        record = GuestRecord(built.contents, recording.clock)
+        run = _Run(image, faulty, record, may_fail=fault is not None)
+        try:
+            with trio.fail_after(30):
+                for step in scenario.steps:
+                    await run.step(step)
+                if not faulty.flush_failure:
+                    n_operations = len(faulty.operations)
+                    await run.check_contents("at the end")
+                    del faulty.operations[n_operations:]
+                await _close(run)
+        except trio.TooSlowError:
+            run.problems.append("it hangs")
+    _check_errors(scenario, run)
+    summary = await _check_left_behind(scenario, built, Recorded(built, recording, record, bytes(memory.data)), run)
+    outcome = Outcome(len(faulty.operations), 0, len(run.errors), run.n_leaks, run.problems)
+    if not run.problems and n_states:
+        cut = await check_cuts(summary, n_states=n_states, n_qemu=n_qemu, seed=scenario.seed)
+        outcome.n_states = cut.n_states
+        outcome.problems = cut.problems
+    return outcome
+
+
+async def _close(run: _Run) -> None:
+    promise = run.record.begin_flush()
+    try:
+        await run.image.aclose()
+    except OSError as error:
+        run.errors.append(error)
+        if not run.may_fail:
+            run.problems.append(f"close: {error!r}")
+    else:
+        run.closed = True
+        run.record.end_flush(promise)
+
+
+def _check_errors(scenario: Scenario, run: _Run) -> None:
+    fault = scenario.fault
+    if fault is None or len(run.faulty.operations) <= fault.number:
+        return
+    failed = run.faulty.operations[fault.number]
+    # A write-back for want of room is tried again; a hole that can't be punched is no loss.
+    heard_of = ("flush",) if scenario.tiny_caches and not fault.for_ever else ("write", "flush")
+    if failed.kind in heard_of and not run.errors and not any(step[0] == "cancel" for step in scenario.steps):
+        run.problems.append(f"nobody heard that {failed} failed")
+
+
+async def _check_left_behind(scenario: Scenario, built: BuiltImage, recorded: Recorded, run: _Run) -> Recorded:
+    report = check_image_bytes(recorded.final)
+    if report.errors:
+        run.problems.append(f"left behind: {report.errors[:3]}")
+        return recorded
+    run.n_leaks = report.leaks if run.closed else 0
+    if report.leaks and scenario.fault is None:
+        run.problems.append(f"closed with {report.leaks} leaks")
+    again = await open_memory_image({**built.files, TOP: recorded.final}, read_only=True)
+    found = await read_whole(again)
+    await again.aclose()
+    if wrong := recorded.record.expected_at(recorded.record.clock.now).mismatches(found):
+        run.problems.append(f"left behind: sectors {wrong[:8]} have lost what fsync promised")
+    return recorded
+
+
+def check_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 1) -> Outcome:
+    """:func:`run_scenario` in a loop of its own; what should not be raised is a problem."""
+
+    async def run() -> Outcome:
+        return await run_scenario(scenario, n_states=n_states, n_qemu=n_qemu)
+
+    try:
+        return trio.run(run)
+    except Exception as error:
+        return Outcome(problems=[f"raised {error!r}"])
+
+
+def shrink_scenario(scenario: Scenario, *, n_states: int = 300) -> Scenario:
+    """The same failure (or another one) with as few steps, and as little around them, as possible."""
+
+    def fails(candidate: Scenario) -> bool:
+        return check_scenario(candidate, n_states=n_states, n_qemu=0).failed
+
+    simpler: list[Callable[[Scenario], Scenario]] = [
+        lambda s: replace(s, fault=None),
+        lambda s: replace(s, tiny_caches=False),
+        lambda s: replace(s, suspend=False),
+        lambda s: replace(s, fault=None if s.fault is None else replace(s.fault, for_ever=False)),
+    ]
+    if not fails(scenario):
+        return scenario  # only QEMU saw it
+    current = replace(scenario, steps=tuple(_flattened(scenario)))
+    if current.steps == scenario.steps or not fails(current):
+        current = scenario
+    while True:
+        before = current
+        for change in simpler:
+            candidate = change(current)
+            if candidate != current and fails(candidate):
+                current = candidate
+        shorter = shrink(current.steps, lambda steps, base=current: fails(replace(base, steps=tuple(steps))))  # type: ignore[misc]
+        current = replace(current, steps=tuple(shorter))
+        if current == before:
+            return current
+
+
+def _flattened(scenario: Scenario) -> Iterator[Step]:
+    for step in scenario.steps:
+        if step[0] == "together":
+            yield from step[1]
+        elif step[0] == "cancel":
+            yield step[2]
+        else:
+            yield step
+
+
+# -- made at random
+
+
+def random_spec(chooser: random.Random) -> ImageSpec:
+    """An image of some kind, small."""
+    kind = chooser.choice(("v1", "v2", "v3", "v3", "v3", "extended", "compressed", "full-table"))
+    seed = chooser.randrange(4)
+    fill = chooser.choice((0.0, 0.3, 0.8, 1.0))
+    backing: Backing | None = chooser.choice((None, None, "raw", "qcow2"))
+    size = chooser.choice((64, 100, 256)) * KIB + chooser.choice((0, 0, 512, 1536))
+    backing_size = size // 4096 * 4096 * chooser.choice((1, 2)) // 2 if backing else 0
+    base = ImageSpec(size=size, fill=fill, backing=backing, backing_size=backing_size, seed=seed)
+    if kind == "v1":
+        cluster_size = chooser.choice((512, 1024, 4096))
+        raw_only: Backing | None = "raw" if backing else None
+        return replace(
+            base, version=1, cluster_size=cluster_size, fill=0.0, backing=raw_only, l2_bits=chooser.choice((6, 7, 9))
+        )
+    snapshot = chooser.random() < 0.4
+    if kind == "full-table":
+        return ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86, seed=seed)
+    if kind == "v2":
+        return replace(base, version=2, cluster_size=chooser.choice((512, 2048, 4096)), snapshot=snapshot)
+    if kind == "extended":
+        cluster_size = chooser.choice((16384, 32768))
+        return replace(
+            base, size=512 * KIB, cluster_size=cluster_size, extended_l2=True, snapshot=snapshot, zeroes=fill > 0.5
+        )
+    if kind == "compressed":
+        return replace(
+            base,
+            cluster_size=4096,
+            size=size // 4096 * 4096,
+            fill=max(fill, 0.3),
+            compression=chooser.choice(("zlib", "zstd")),
+            snapshot=snapshot,
+        )
+    refcount_bits = chooser.choice((1, 4, 8, 16, 64))
+    return replace(
+        base,
+        cluster_size=chooser.choice((512, 512, 1024, 4096)),
+        refcount_bits=refcount_bits,
+        snapshot=snapshot and refcount_bits > 1,
+        zeroes=chooser.random() < 0.4,
+    )
+
+
+def random_scenario(
+    chooser: random.Random, spec: ImageSpec, *, n_steps: int = 30, may_fail: bool = True, aligned: bool = False
+) -> Scenario:
+    """Operations at random on an image of ``spec``; about half of the scenarios have a fault where they may.
+
+    ``aligned``: whole sectors, so that a fault may be added to the scenario.
+    """
+    with_fault = may_fail and chooser.random() < 0.5
+    suspend = chooser.random() < 0.5
+    aligned = aligned or with_fault or suspend
+    size = spec.size
+    start = chooser.choice((0, 0, size // 2 // SECTOR * SECTOR))
+    end = size if chooser.random() < 0.6 else min(size, start + 24 * KIB)
+    steps: list[Step] = []
+    for _ in range(chooser.randint(3, n_steps)):
+        roll = chooser.random()
+        if suspend and roll < 0.15:
+            steps.append(("together", tuple(_random_group(chooser, start, end))))
+        elif suspend and roll < 0.22:
+            step = _random_step(chooser, start, end, aligned=True)
+            steps.append(("cancel", chooser.randrange(8), step))
+        elif roll < 0.4:
+            steps.append(("flush",))
+        else:
+            steps.append(_random_step(chooser, start, end, aligned=aligned))
+    fault = None
+    if with_fault:
+        code = chooser.choice((errno.EIO, errno.ENOSPC))
+        fault = Fault(chooser.randrange(8 * len(steps)), code, for_ever=chooser.random() < 0.3)
+    return Scenario(
+        spec,
+        tuple(steps),
+        suspend=suspend,
+        tiny_caches=chooser.random() < 0.4,
+        fault=fault,
+        seed=chooser.randrange(1 << 30),
+    )
+
+
+def _random_step(chooser: random.Random, start: int, end: int, *, aligned: bool) -> Step:
+    unit = SECTOR if aligned else 1
+    n_bytes = min(chooser.choice((1, 512, 2048, 4096, 9000, 20000)) + unit - 1, end - start) // unit * unit or unit
+    offset = chooser.randrange(start, max(start + 1, end - n_bytes + 1)) // unit * unit
+    n_bytes = min(n_bytes, end - offset)
+    kind = chooser.choice(("write", "write", "write", "write", "discard", "zero", "read"))
+    return ("write", offset, n_bytes, chooser.randrange(1 << 20)) if kind == "write" else (kind, offset, n_bytes)
+
+
+def _random_group(chooser: random.Random, start: int, end: int) -> Iterator[Step]:
+    """Two to five operations on sectors of their own, near each other, and perhaps fsyncs among them."""
+    n_parts = chooser.randint(2, 5)
+    sectors = (end - start) // SECTOR
+    if sectors < n_parts:
+        return
+    bounds = sorted(chooser.sample(range(sectors + 1), n_parts + 1)) if chooser.random() < 0.5 else None
+    first = chooser.randrange(sectors - n_parts + 1)
+    for number in range(n_parts):
+        if chooser.random() < 0.25:
+            yield ("flush",)
+            continue
+        offset = start + SECTOR * (first + number if bounds is None else bounds[number])
+        n_bytes = SECTOR if bounds is None else min(SECTOR * (bounds[number + 1] - bounds[number]), 16 * KIB)
+        kind = chooser.choice(("write", "write", "write", "discard", "zero", "read"))
+        yield ("write", offset, n_bytes, chooser.randrange(1 << 20)) if kind == "write" else (kind, offset, n_bytes)
