@@ -217,9 +217,10 @@ class RefcountAllocator:
                 await self._load_block(missing.block_index)
 
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
-        """See Allocator. Raises CorruptImageError where a count was 0 already."""
+        """See Allocator. Raises CorruptImageError where a count was 0 already, and where metadata lies."""
         for run in runs:
             first = run.host_offset >> self._cluster_bits
+            self._metadata.check_free(run.host_offset, run.n_clusters << self._cluster_bits)
             if punch:
                 await self._punch(first, run.n_clusters)
             for cluster in range(first, first + run.n_clusters):
@@ -274,6 +275,7 @@ class RefcountAllocator:
             )
         if host_offset >= self._storage.size():
             raise CorruptImageError("refcount block", host_offset, "lies past the end of the image file")
+        self._metadata.check_own(host_offset, cluster_size, "refcount block")
         data = self._storage.try_pread(host_offset, cluster_size)
         if data is None:
             data = await self._storage.pread(host_offset, cluster_size)
@@ -326,6 +328,7 @@ class RefcountAllocator:
     def _add_block(self, block_index: int, cluster: int) -> None:
         """A new block for a range that has none, in that range's ``cluster``, which it marks as used."""
         cluster_size = 1 << self._cluster_bits
+        self._metadata.check_own(self._table_offset, len(self._table) * 8, "refcount table")
         self._metadata.check(cluster * cluster_size, cluster_size, "a new refcount block")
         self._metadata.add(cluster * cluster_size, cluster_size)
         block = _Block(empty_refcounts(self._cluster_bits, self._order))

@@ -23,7 +23,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
-from ..format.entries import OFFSET_MASK, entry_format, parse_table
+from ..format.entries import entry_format, parse_table
 from ..format.geometry import Geometry
 from ..format.header import (
     INCOMPATIBLE_CORRUPT,
@@ -37,8 +37,6 @@ from ..format.header import (
     probe_format,
     refuse_unsupported,
 )
-from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
-from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, Snapshot, parse_snapshot
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
 from ..storage.latency import LatencyStorage
@@ -49,16 +47,16 @@ from .bitmaps import KeptBitmaps, kept_autoclear_bits, load_kept_bitmaps
 from .decoded import CompressedSource
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
-from .metadata import MetadataClusters
+from .metadata import MetadataClusters, find_metadata
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading import ChainReader
+from .snapshot_table import find_snapshot, load_l1_table, load_snapshot_l1_table
+from .snapshot_table import load_snapshots as load_snapshots
 from .table_cache import TableCache
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
-_SNAPSHOT_CHUNK = 1 << 20
-_MAX_NAMES_SHOWN = 20
 
 StorageOpener = Callable[[str, bool, OpenOptions], Awaitable[Storage]]
 """``(path, writable, options)`` to a locked Storage; tests and tools put their own in."""
@@ -163,33 +161,7 @@ async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _
     else:
         refuse_unsupported(header)
         n_entries, l1_offset = header.n_l1_entries, header.l1_table_offset
-    return _Opened(path, storage, header, await _load_l1_table(storage, l1_offset, n_entries))
-
-
-async def _load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:
-    if n_entries and host_offset + n_entries * 8 > storage.size():
-        raise FormatError(
-            "L1 table", host_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
-        )
-    return parse_table(await storage.pread(host_offset, n_entries * 8) if n_entries else b"")
-
-
-async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
-    """The table of snapshots and its length in bytes. Raises FormatError, OSError."""
-    snapshots: list[Snapshot] = []
-    buffer = bytearray()
-    buffer_offset = position = 0
-    while len(snapshots) < header.n_snapshots:
-        if len(buffer) - position < MAX_SNAPSHOT_ENTRY:
-            del buffer[:position]
-            buffer_offset, position = buffer_offset + position, 0
-            buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _SNAPSHOT_CHUNK)
-        snapshot, position = parse_snapshot(buffer, position)
-        snapshots.append(snapshot)
-        if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
-            detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
-            raise FormatError("snapshot table", header.snapshots_offset, detail)
-    return tuple(snapshots), buffer_offset + position
+    return _Opened(path, storage, header, await load_l1_table(storage, l1_offset, n_entries))
 
 
 async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
@@ -198,24 +170,13 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
     if not isinstance(header, Qcow2Header):
         raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: images of version 1 have none")
     snapshots, _ = await load_snapshots(layer.storage, header)
-    found = [snapshot for snapshot in snapshots if snapshot.snapshot_id == id_or_name]
-    found += [snapshot for snapshot in snapshots if snapshot.name == id_or_name]
-    if not found:
-        shown = [f"{snapshot.name} (id {snapshot.snapshot_id})" for snapshot in snapshots[:_MAX_NAMES_SHOWN]]
-        if len(snapshots) > len(shown):
-            shown.append(f"{len(snapshots) - len(shown)} more")
-        there_are = f"there are: {', '.join(shown)}" if shown else "the image has none"
-        raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}; {there_are}")
-    snapshot = found[0]
-    place = snapshot.l1_table_offset
-    if snapshot.l1_is_too_large or place % (1 << header.cluster_bits):
-        raise FormatError("L1 table of a snapshot", place, f"{snapshot.l1_size} entries; too many, or not aligned")
+    snapshot = find_snapshot(layer.path, snapshots, id_or_name)
+    l1_table = await load_snapshot_l1_table(layer.storage, header, snapshot)
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
-    header = replace(header, size=size, l1_table_offset=place, l1_size=snapshot.l1_size)
+    header = replace(header, size=size, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size)
     n_needed = _geometry_of(header).n_l1_entries
     if n_needed * 8 > MAX_L1_SIZE:
         raise FormatError("snapshot table entry", None, f"disk of {size} bytes, more than any L1 table can map")
-    l1_table = await _load_l1_table(layer.storage, place, snapshot.l1_size)
     # What a table is too short for was never allocated: QEMU, too, takes it for that.
     l1_table.extend([0] * (n_needed - len(l1_table)))
     return replace(layer, header=header, l1_table=l1_table)
@@ -291,7 +252,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     bitmaps: KeptBitmaps | None = None
     if not options.read_only:
         _refuse_truncated(path, top, top_mapping)
-        allocator = await _allocator_of(top, header, metadata)
+        allocator, metadata = await _allocator_of(top, header)
         if isinstance(header, Qcow2Header) and isinstance(allocator, RefcountAllocator):
             bitmaps = await load_kept_bitmaps(
                 top.storage, header, size=top_mapping.size, allocator=allocator, metadata=metadata
@@ -362,20 +323,14 @@ def _geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
     )
 
 
-async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header, metadata: MetadataClusters) -> Allocator:
-    """The allocator of a writable image; fills ``metadata``."""
+async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> tuple[Allocator, MetadataClusters]:
+    """The allocator of a writable image, and what nothing may be written on top of."""
     if isinstance(header, Qcow1Header):
-        return AppendAllocator(layer.storage, 1 << header.cluster_bits)
+        return AppendAllocator(layer.storage, 1 << header.cluster_bits), MetadataClusters(header.cluster_bits)
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     table = parse_table(await layer.storage.pread(header.refcount_table_offset, table_bytes))
-    metadata.add(0, 1)
-    metadata.add(header.l1_table_offset, header.l1_size * 8)
-    metadata.add(header.refcount_table_offset, table_bytes)
-    if header.n_snapshots:
-        metadata.add(header.snapshots_offset, 1)
-    metadata.add_tables(entry & REFCOUNT_TABLE_OFFSET_MASK for entry in table)
-    metadata.add_tables(entry & OFFSET_MASK for entry in layer.l1_table)
-    return RefcountAllocator(
+    metadata = await find_metadata(layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
+    allocator = RefcountAllocator(
         layer.storage,
         metadata=metadata,
         cluster_bits=header.cluster_bits,
@@ -383,6 +338,7 @@ async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header, metad
         table=table,
         table_offset=header.refcount_table_offset,
     )
+    return allocator, metadata
 
 
 def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_autoclear: int) -> HeaderBits | None:

@@ -79,6 +79,9 @@ class Writer:
             async with self._table_lock:
                 if not self._owns_table(l1_index):
                     await self._make_table(l1_index)
+        if self._metadata.shared:
+            table = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
+            self._metadata.check_own(table, mapping.geometry.l2_table_size, "L2 table")
         slice_ = mapping.cached_slice(guest_offset)
         if slice_ is None:
             return await mapping.load(guest_offset)
@@ -94,6 +97,7 @@ class Writer:
         """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
         mapping = self._mapping
         table_size = mapping.geometry.l2_table_size
+        self._ordering.check_link(l1_index)
         old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
         run = await self._allocate_table(-(-table_size // self.cluster_size))
         try:

@@ -34,8 +34,8 @@ from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..storage.file import open_file_storage
 from .chain import StorageOpener, open_storage
-from .chain import load_snapshots as load_snapshots
 from .options import OpenOptions
+from .snapshot_table import load_snapshots as load_snapshots
 
 _SECTOR = 512
 

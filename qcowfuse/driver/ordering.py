@@ -27,7 +27,8 @@ in a round, step 4 or else step 6, begins with the data file's: what was written
 before any link to it, and one flush of it a round is enough.
 
 1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
-2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again.
+2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again. So does one that would land
+   on other metadata: then the image is frozen by whoever asked for the round.
 3. A flush that fails is final: the kernel has dropped pages that we can't name. Every later flush fails with the
    same error and the image is read-only.
 """
@@ -47,6 +48,7 @@ from ..storage.base import Storage
 from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite, merged
 from .claims import Generations
 from .mapping import Mapping
+from .metadata import MetadataClusters
 from .table_cache import L2Slice, TableCache
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class Ordering:
         l1_table_offset: int,
         allocator: Allocator,
         cache: TableCache,
+        metadata: MetadataClusters,
         punches: bool = True,
     ) -> None:
         self._punches = punches
@@ -86,12 +89,17 @@ class Ordering:
         self._l1_table_offset = l1_table_offset
         self._allocator = allocator
         self._cache = cache
+        self._metadata = metadata
         self._lock = trio.Lock()
         self._next_round: _Round | None = None
         self._dirty_l1: set[int] = set()
         self._unlinked_tables: set[int] = set()
         self._unlinked: list[HostRun] = []
         self._released: list[tuple[int, list[HostRun]]] = []
+
+    def check_link(self, l1_index: int) -> None:
+        """Raises CorruptImageError where the L1 entry can't be written, because something else lies there."""
+        self._metadata.check_own(self._l1_table_offset + WORD_SIZE * l1_index, WORD_SIZE, "L1 table")
 
     def link_table(self, l1_index: int, host_offset: int) -> None:
         """Point an L1 entry, in memory, at a table that is written but that the disk does not link yet."""
@@ -241,6 +249,7 @@ class Ordering:
 
     async def _write_all(self, writes: Sequence[MetadataWrite]) -> None:
         for host_offset, data in writes:
+            self._metadata.check_own(host_offset, len(data), "a table")
             if not self._storage.try_pwritev(host_offset, (data,)):
                 await self._storage.pwritev(host_offset, (data,))
 

@@ -82,6 +82,7 @@ class QcowImage:
                 l1_table_offset=l1_table_offset,
                 allocator=allocator,
                 cache=cache,
+                metadata=metadata,
                 punches=discard,
             )
             cache.write_back = self._ordering.write_back
@@ -278,7 +279,11 @@ class QcowImage:
     async def flush(self) -> None:
         """See Image."""
         if self._ordering is not None:
-            await self._ordering.flush()
+            try:
+                await self._ordering.flush()
+            except CorruptImageError as error:
+                await self._freeze(error)
+                raise
 
     def allocated_bytes(self) -> int:
         """See Image."""

@@ -1,0 +1,67 @@
+"""Reading the snapshots of an image: their table, one of them by id or name, and its L1 table."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from ..errors import FormatError, ImageUsageError
+from ..format.entries import parse_table
+from ..format.header import Qcow2Header
+from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, Snapshot, parse_snapshot
+from ..storage.base import Storage
+
+_CHUNK = 1 << 20
+_MAX_NAMES_SHOWN = 20
+
+
+async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
+    """The table of snapshots and its length in bytes. Raises FormatError, OSError."""
+    snapshots: list[Snapshot] = []
+    buffer = bytearray()
+    buffer_offset = position = 0
+    while len(snapshots) < header.n_snapshots:
+        if len(buffer) - position < MAX_SNAPSHOT_ENTRY:
+            del buffer[:position]
+            buffer_offset, position = buffer_offset + position, 0
+            buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _CHUNK)
+        snapshot, position = parse_snapshot(buffer, position)
+        snapshots.append(snapshot)
+        if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
+            detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
+            raise FormatError("snapshot table", header.snapshots_offset, detail)
+    return tuple(snapshots), buffer_offset + position
+
+
+def find_snapshot(
+    path: str, snapshots: Sequence[Snapshot], id_or_name: str, *, names_first: bool = False
+) -> Snapshot:
+    """The first one with that id, else with that name; the other way round with ``names_first``, as QEMU does it
+    when it deletes one. Raises ImageUsageError, which names what there is."""
+    found = [snapshot for snapshot in snapshots if snapshot.snapshot_id == id_or_name]
+    named = [snapshot for snapshot in snapshots if snapshot.name == id_or_name]
+    found = named + found if names_first else found + named
+    if found:
+        return found[0]
+    shown = [f"{snapshot.name} (id {snapshot.snapshot_id})" for snapshot in snapshots[:_MAX_NAMES_SHOWN]]
+    if len(snapshots) > len(shown):
+        shown.append(f"{len(snapshots) - len(shown)} more")
+    there_are = f"there are: {', '.join(shown)}" if shown else "the image has none"
+    raise ImageUsageError(f"{path}: no snapshot {id_or_name!r}; {there_are}")
+
+
+async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:
+    """An L1 table of a size that is within the limits. Raises FormatError where it lies outside the file, OSError."""
+    if n_entries and host_offset + n_entries * 8 > storage.size():
+        raise FormatError(
+            "L1 table", host_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
+        )
+    return parse_table(await storage.pread(host_offset, n_entries * 8) if n_entries else b"")
+
+
+async def load_snapshot_l1_table(storage: Storage, header: Qcow2Header, snapshot: Snapshot) -> array[int]:
+    """The L1 table of a snapshot, as long as its entry says. Raises FormatError, OSError."""
+    place = snapshot.l1_table_offset
+    if snapshot.l1_is_too_large or place % (1 << header.cluster_bits):
+        raise FormatError("L1 table of a snapshot", place, f"{snapshot.l1_size} entries; too many, or not aligned")
+    return await load_l1_table(storage, place, snapshot.l1_size)
