@@ -1,4 +1,4 @@
-"""The program qcowfuse-img: look at images, check them and make new ones, without QEMU.
+"""The program qcowfuse-img: look at images, check them, make new ones and handle their snapshots, without QEMU.
 
 1. Output and options are those of qemu-img where it has them; ``--output=json`` has its shape.
 2. Exit codes are qemu-img's too, so 1 is any failure, wrong arguments included: 2 and 3 have a meaning of their own.
@@ -21,7 +21,8 @@ from ..driver.check import check_image
 from ..driver.create import CreateError, CreateOptions, create_image
 from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
-from ..errors import QcowFuseError
+from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
+from ..errors import ImageUsageError, QcowFuseError
 from . import img_output
 from .img_progress import ProgressLine
 
@@ -98,7 +99,38 @@ def _build_parser() -> _Parser:
     create.add_argument("--force", action="store_true", help="overwrite a file that exists")
     create.add_argument("image", metavar="FILE")
     create.add_argument("size", metavar="SIZE", nargs="?", help="bytes, or with a suffix: k, M, G, T, P, E")
+    _add_snapshot_command(commands)
     return parser
+
+
+def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "snapshot",
+        help="list, create, apply and delete internal snapshots",
+        description="List, create, apply and delete the snapshots inside an image that is not in use. Each change "
+        "happens as a whole or not at all, even when the power fails.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_snapshot)
+    action = command.add_mutually_exclusive_group()
+    action.add_argument("-l", "--list", action="store_true", help="what there is; the default")
+    action.add_argument("-c", "--create", metavar="NAME", help="keep what the disk holds now")
+    action.add_argument(
+        "-a",
+        "--apply",
+        metavar="SNAPSHOT",
+        help="give the disk the contents and the size it had then; what it holds now is lost. An id or a name, "
+        "the id goes first",
+    )
+    action.add_argument(
+        "-d", "--delete", metavar="SNAPSHOT", help="forget it. A name or an id, the name goes first, as in qemu-img"
+    )
+    command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    command.add_argument("--output", choices=("human", "json"), default="human", help="of a list; default: human")
+    command.add_argument(
+        "-U", "--force-share", action="store_true", help="list those of an image in use; what is seen may be torn"
+    )
+    command.add_argument("image", metavar="IMAGE")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -197,6 +229,32 @@ def _check(given: argparse.Namespace) -> int:
         if result.corruptions:
             return ImgExit.CORRUPTIONS
         return ImgExit.LEAKS if result.leaks else ImgExit.OK
+
+    return trio.run(run)
+
+
+def _snapshot(given: argparse.Namespace) -> int:
+    image: str = given.image
+
+    async def run() -> int:
+        if given.create is None and given.apply is None and given.delete is None:
+            snapshots = await list_snapshots(image, force_share=given.force_share)
+            if given.output == "json":
+                print(img_output.to_text([img_output.snapshot_json(snapshot) for snapshot in snapshots]))
+            elif snapshots:
+                print("Snapshot list:")
+                _print_lines(list(img_output.snapshot_lines(snapshots)))
+            return ImgExit.OK
+        if given.force_share:
+            raise ImageUsageError(f"{image}: -U goes with -l alone: nobody else may have an image open that changes")
+        with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
+            if given.create is not None:
+                await create_snapshot(image, given.create, progress=progress.show)
+            elif given.apply is not None:
+                await apply_snapshot(image, given.apply, progress=progress.show)
+            else:
+                await delete_snapshot(image, given.delete, progress=progress.show)
+        return ImgExit.OK
 
     return trio.run(run)
 

@@ -46,7 +46,7 @@ def info_json(info: ImageInfo) -> Json:
         if info.backing_format is not None:
             found["backing-filename-format"] = info.backing_format
     if info.snapshots:
-        found["snapshots"] = [_snapshot_json(snapshot) for snapshot in info.snapshots]
+        found["snapshots"] = [snapshot_json(snapshot) for snapshot in info.snapshots]
     if info.format_name == "qcow2":
         found["format-specific"] = {"type": "qcow2", "data": _specific(info)}
     return found
@@ -80,7 +80,8 @@ def _specific(info: ImageInfo) -> Json:
     return data
 
 
-def _snapshot_json(snapshot: Snapshot) -> Json:
+def snapshot_json(snapshot: Snapshot) -> Json:
+    """One of the ``snapshots`` that ``qemu-img info --output=json`` prints."""
     found: Json = {
         "id": snapshot.snapshot_id,
         "name": snapshot.name,

@@ -3,12 +3,13 @@
 Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
 ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
 ``table_cache`` (LRU of L2 slices), ``reading`` and ``decoded`` (fetching extents, compressed clusters),
-``allocation`` (host clusters), ``metadata`` (no data on top of tables), ``claims`` (allocations and operations in
-flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right),
-``usage`` (what ``du`` should say).
+``snapshot_table``, ``allocation`` (host clusters), ``metadata`` (nothing on top of tables), ``claims`` (allocations
+and operations in flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``, ``bitmaps`` (persistent dirty
+bitmaps kept right), ``usage`` (what ``du`` should say).
 
 The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
-``check`` (consistency, report only), ``create`` (empty images).
+``check`` (consistency, report only), ``create`` (empty images), ``snapshot_edit`` with ``shadow_refcounts`` (internal
+snapshots of an image at rest, by one write of the header).
 
 Theory of operation
 -------------------
@@ -37,4 +38,10 @@ Crash points, by the steps of a round in ``ordering``:
     C6  after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
     C7  before the first write, between autoclear bits and data: bits cleared too early are harmless
     C8  from the first write until the last step of closing: bitmaps are marked in use, nobody trusts them
+
+and of a change of snapshots, which does not go through ``ordering`` (see ``snapshot_edit``):
+
+    C9  before the header is written: new tables lie in clusters that are free; the image is what it was
+    C10 between that write and the flush after it: the image is what it was or what it shall be, wholly
+    C11 behind that flush: clusters that are free, and read as zeroes or as what was in them
 """

@@ -23,7 +23,6 @@ from collections.abc import Iterable
 from itertools import pairwise
 
 from ..errors import CorruptImageError, FormatError
-from ..format.bitmap_directory import bitmap_directory_place
 from ..format.entries import OFFSET_MASK
 from ..format.header import Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
@@ -124,7 +123,8 @@ class MetadataClusters:
 async def find_metadata(
     storage: Storage, header: Qcow2Header, *, l1_table: array[int], refcount_table: array[int]
 ) -> MetadataClusters:
-    """The metadata of an image that is about to be written. Raises FormatError (snapshot table), OSError."""
+    """The metadata of an image that is about to be written, but for the bitmap directory, which may be added when it
+    has been looked at. Raises FormatError (snapshot table), OSError."""
     snapshots, snapshots_bytes = await load_snapshots(storage, header)
     bits = header.cluster_bits
     places = [
@@ -134,9 +134,6 @@ async def find_metadata(
         (header.snapshots_offset, snapshots_bytes),
         *_snapshot_l1_places(snapshots, bits),
     ]
-    bitmaps = bitmap_directory_place(header)
-    if bitmaps is not None:
-        places.append(bitmaps[:2])
     others = [cluster for place in places for cluster in _clusters(*place, bits)]
     others += [offset >> bits for entry in refcount_table if (offset := entry & REFCOUNT_TABLE_OFFSET_MASK)]
     others.sort()

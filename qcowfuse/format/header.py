@@ -48,6 +48,8 @@ COMPRESSION_DEFLATE = 0
 COMPRESSION_ZSTD = 1
 
 # Places of the fields that change while an image is in use.
+SWITCH_FIELDS = 24
+"""size and all behind it up to the autoclear features: tables that change together, inside one sector."""
 L1_SIZE_FIELD = 36
 """l1_size (u32) and behind it l1_table_offset (u64): written as one, inside one sector."""
 REFCOUNT_TABLE_FIELD = 48
@@ -86,6 +88,8 @@ _V1 = struct.Struct(">4sIQIIQBBHIQ")
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 _BITMAPS = struct.Struct(">IIQQ")
+_SWITCH_V2 = struct.Struct(">QIIQQIIQ")
+_SWITCH_V3 = struct.Struct(">QQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -555,6 +559,24 @@ def serialise_header(header: Qcow1Header | Qcow2Header) -> bytes:
     if end - len(fixed) >= 8:
         fixed += bytes(8)
     return _append_backing_name(fixed, header)
+
+
+def serialise_switch(header: Qcow2Header) -> bytes:
+    """What stands at :data:`SWITCH_FIELDS`: 48 bytes, in version 3 72. One write of them switches an image from one
+    set of tables to another."""
+    data = _SWITCH_V2.pack(
+        header.size,
+        header.crypt_method,
+        header.l1_size,
+        header.l1_table_offset,
+        header.refcount_table_offset,
+        header.refcount_table_clusters,
+        header.n_snapshots,
+        header.snapshots_offset,
+    )
+    if header.version >= 3:
+        data += _SWITCH_V3.pack(header.incompatible_features, header.compatible_features, header.autoclear_features)
+    return data
 
 
 def _append_backing_name(fixed: bytes, header: Qcow1Header | Qcow2Header) -> bytes:
