@@ -82,10 +82,10 @@ def _dirty(data: bytes | bytearray, table: Sequence[int], cluster_size: int) -> 
         if entry == 1:
             yield from range(base, base + cluster_size * 8)
         elif entry:
-            for index, byte in enumerate(data[entry & _OFFSET : (entry & _OFFSET) + cluster_size]):
-                for bit in range(8):
-                    if byte >> bit & 1:
-                        yield base + index * 8 + bit
+            stored = bytes(data[entry & _OFFSET : (entry & _OFFSET) + cluster_size]).rstrip(b"\0")
+            for index, byte in enumerate(stored):
+                if byte:
+                    yield from (base + index * 8 + bit for bit in range(8) if byte >> bit & 1)
 
 
 def add_bitmap(path: str | Path, name: str, granularity: int, *, enabled: bool = True) -> None:

@@ -1,10 +1,11 @@
 """A consistency check of an image in memory, written from the specification and independent of the package.
 
 1. It counts every reference to every host cluster (tables of the active image and of all snapshots, data,
-   compressed data, refcount structures, the snapshot table) and compares with the stored refcounts.
+   compressed data, refcount structures, the snapshot table, bitmaps that are not stale) and compares with the
+   stored refcounts.
 2. A count that is too high is a leak; too low is an error, as is a COPIED flag that does not tell the truth, a
    table or cluster outside the file and, where it must not be, anything that is used twice.
-3. Persistent bitmaps and encryption are not known here.
+3. Encryption is not known here.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import struct
 from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
+
+from .bitmaps import bitmap_directory, stored_bitmaps
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
@@ -73,6 +76,7 @@ class _Qcow2Check:
             position = (position + 40 + extra + id_size + name_size + 7) // 8 * 8
         if self.n_snapshots:
             self._refer_metadata(self.snapshots_offset, position - self.snapshots_offset, "snapshot table")
+        self._refer_bitmaps()
         self._refer_metadata(self.table_offset, self.table_clusters * size, "refcount table")
         table = _table(self.data, self.table_offset, self.table_clusters * size // 8)
         counts: dict[int, int] = {}
@@ -131,6 +135,19 @@ class _Qcow2Check:
                 words = words[::2]
             for entry in words:
                 self._refer_entry(entry, active=active)
+
+    def _refer_bitmaps(self) -> None:
+        place = bitmap_directory(self.data)
+        if place is None:
+            return
+        self._refer_metadata(*place, "bitmap directory")
+        for bitmap in stored_bitmaps(self.data).values():
+            self._refer_metadata(bitmap.table_offset, 8 * len(bitmap.table), f"table of bitmap {bitmap.name}")
+            for entry in bitmap.table:
+                if entry > 1:
+                    self._refer_metadata(entry, self.cluster_size, f"data of bitmap {bitmap.name}")
+                    if entry >= len(self.data):
+                        self._error(f"bitmap {bitmap.name}: entry {entry:#x} past the end")
 
     def _check_bitmaps(self, words: tuple[int, ...]) -> None:
         for entry, bitmap in zip(words[::2], words[1::2], strict=True):

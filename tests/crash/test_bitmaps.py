@@ -1,0 +1,239 @@
+"""Power cuts and failing operations with persistent bitmaps: one that looks valid never misses a write."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+
+import pytest
+import trio
+
+from qcowfuse.driver.bitmaps import KeptBitmaps
+from qcowfuse.errors import QcowFuseError
+from qcowfuse.format.bitmaps import DirtyBits
+from qcowfuse.storage.base import Storage
+from tests.support.bitmaps import AUTO, bitmap_directory, granules_of, stored_bitmaps, with_bitmaps
+from tests.support.checker import check_image_bytes
+from tests.support.faults import FaultyStorage, fail_at
+from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_check
+from tests.support.memory_storage import MemoryStorage
+from tests.support.powercut import Guest, Recorded, record_workload
+from tests.support.recording import RecordingStorage, cuts
+
+KIB = 1 << 10
+SPECS = {
+    "v3": ImageSpec(size=5 << 20),
+    "refcount-1": ImageSpec(refcount_bits=1, size=1 << 20),
+    "refcount-64": ImageSpec(refcount_bits=64, fill=0.4),
+    "full": ImageSpec(cluster_size=1024, fill=1.0),
+    "4k": ImageSpec(cluster_size=4096, fill=0.3),
+    "64k": ImageSpec(cluster_size=65536, size=512 * KIB, fill=0.3),
+    "snapshot": ImageSpec(fill=0.6, snapshot=True),
+    "extended": ImageSpec(size=512 * KIB, cluster_size=16384, extended_l2=True, zeroes=True, fill=0.4),
+    "backing": ImageSpec(backing="raw", backing_size=150 * KIB),
+}
+# Names so long that entries of the directory lie across sectors.
+BITMAPS = {"fine" + "e" * 460: 512, "k4" * 250: 4096, "k64": 65536, "g": 1 << 31}
+
+
+async def mixed(guest: Guest) -> None:
+    """Writes, zeroes and discards over the disk, with an fsync now and then."""
+    size = guest.image.size
+    for number in range(30):
+        if number % 5 == 4:
+            n_bytes = min(guest.chooser.choice([700, 5 * KIB, 40 * KIB]), size)
+            await guest.zero(guest.chooser.randrange(size - n_bytes + 1), n_bytes, unmap=guest.chooser.random() < 0.6)
+        else:
+            await guest.write_random(0, size, 5000)
+        if number % 10 == 9:
+            await guest.flush()
+
+
+async def all_of_it(guest: Guest) -> None:
+    """A discard of the whole disk, so that parts are all ones, and one write."""
+    await guest.zero(0, guest.image.size, unmap=True)
+    await guest.write(5 * KIB, b"x" * 700)
+
+
+WORKLOADS: dict[str, Callable[[Guest], Awaitable[None]]] = {"mixed": mixed, "all of it": all_of_it}
+
+
+async def image_with_bitmaps(spec: str) -> BuiltImage:
+    """An image whose bitmaps have seen one session already, so that some of their clusters exist."""
+    built = with_bitmaps(build_image(SPECS[spec]), BITMAPS, disabled={"disabled": 4096})
+    memory = MemoryStorage(built.top)
+    image = await open_memory_image({**built.files, TOP: memory})
+    for start in (3 * KIB, 100 * KIB, 200 * KIB):
+        await image.write(start, b"before" * 100)
+    await image.aclose()
+    image = await open_memory_image({**built.files, TOP: bytes(memory.data)}, read_only=True)
+    contents = bytes(await image.read(0, image.size))
+    assert all(bitmap.is_valid for bitmap in stored_bitmaps(memory.data).values())
+    return BuiltImage(built.spec, {**built.files, TOP: bytes(memory.data)}, contents, built.snapshot_contents)
+
+
+async def problem_of(built: BuiltImage, state: bytes | bytearray) -> str | None:
+    """What is wrong with an image that was left behind: damage, or a valid bitmap that misses a change."""
+    report = check_image_bytes(state)
+    if report.errors:
+        return str(report.errors[:3])
+    if bitmap_directory(state) is None:
+        return "the bitmaps were given up"
+    image = await open_memory_image({**built.files, TOP: bytes(state)}, read_only=True)
+    found = bytes(await image.read(0, image.size))
+    await image.aclose()
+    changed = [
+        (start, 512)
+        for start in range(0, len(found), 512)
+        if found[start : start + 512] != built.contents[start : start + 512]
+    ]
+    before = stored_bitmaps(built.top)
+    for name, bitmap in stored_bitmaps(state).items():
+        if not bitmap.flags & AUTO:
+            if bitmap != before[name]:
+                return f"{name}: a disabled bitmap has changed"
+        elif bitmap.is_valid:
+            wanted = granules_of(changed, bitmap.granularity) | before[name].dirty
+            if missing := wanted - bitmap.dirty:
+                return f"{name[:9]}: is valid and misses {sorted(missing)[:5]}"
+    return None
+
+
+async def check_all_cuts(recorded: Recorded, n_states: int, n_qemu: int = 0) -> list[str]:
+    """The problems in the states that power cuts leave, over all moments."""
+    problems = []
+    chooser = random.Random(1)
+    moments = list(cuts(recorded.built.top, recorded.storage))
+    n_seen = 0
+    for cut in moments:
+        for state in cut.states(max(3, n_states // len(moments)), chooser):
+            n_seen += 1
+            problem = await problem_of(recorded.built, state)
+            if problem is None and n_qemu and n_seen % (n_states // n_qemu) == 0:
+                code, output = qemu_check({**recorded.built.files, TOP: state})
+                if code not in (0, 3):
+                    problem = output
+            if problem is not None:
+                problems.append(f"cut at {cut.moment}: {problem}")
+    return problems
+
+
+@pytest.mark.parametrize("workload", WORKLOADS)
+@pytest.mark.parametrize("spec", SPECS)
+async def test_a_power_cut_leaves_no_bitmap_that_lies(spec: str, workload: str) -> None:
+    """Whatever a power cut leaves: leaks at most, and each bitmap is in use or covers all that has changed."""
+    built = await image_with_bitmaps(spec)
+    recorded = await record_workload(built, WORKLOADS[workload], seed=3)
+    problems = await check_all_cuts(recorded, 150, n_qemu=6)
+    assert not problems, "\n".join(problems[:5])
+    assert all(bitmap.is_valid for bitmap in stored_bitmaps(recorded.final).values())
+    assert await problem_of(built, recorded.final) is None
+    assert qemu_check({**built.files, TOP: recorded.final})[0] == 0
+
+
+async def run_with_fault(
+    built: BuiltImage, check: Callable[..., int] | None, *, inline: bool
+) -> tuple[FaultyStorage, RecordingStorage, bytes]:
+    """Open, write, zero, fsync and close on a storage that fails; errors are the guest's to see."""
+    memory = MemoryStorage(built.top, suspend=not inline)
+    recording = RecordingStorage(memory)
+    faulty = FaultyStorage(recording, inline=inline)
+
+    def wrap(_: MemoryStorage) -> Storage:
+        return faulty
+
+    image = await open_memory_image({**built.files, TOP: memory}, wrap=wrap)
+    faulty.operations.clear()
+    faulty.check = check
+    chooser = random.Random(2)
+    with trio.fail_after(30):
+        for number in range(8):
+            start = chooser.randrange(image.size - 9000)
+            try:
+                if number % 4 == 3:
+                    await image.write_zeroes(start, 9000, unmap=True)
+                elif not image.try_write(start, data := chooser.randbytes(4000)):
+                    await image.write(start, data)
+                if number == 5:
+                    await image.flush()
+            except (OSError, QcowFuseError):
+                pass
+        with suppress(OSError, QcowFuseError):
+            await image.aclose()
+    return faulty, recording, bytes(memory.data)
+
+
+@pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
+@pytest.mark.parametrize("inline", [False, True], ids=["awaited", "inline"])
+@pytest.mark.parametrize("spec", ["refcount-64", "full"])
+async def test_every_operation_may_fail(
+    spec: str, inline: bool, for_ever: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whichever operation fails: leaks at most, no bitmap that lies, neither at once nor after a power cut."""
+    caplog.set_level(logging.CRITICAL)
+    built = await image_with_bitmaps(spec)
+    faulty, _, data = await run_with_fault(built, None, inline=inline)
+    assert all(bitmap.is_valid for bitmap in stored_bitmaps(data).values())
+    n_operations = len(faulty.operations)
+    chooser = random.Random(6)
+    n_in_use = 0
+    for number in range(n_operations):
+        code = errno.EIO if for_ever else errno.ENOSPC
+        faulty, recording, data = await run_with_fault(
+            built, fail_at(number, code=code, for_ever=for_ever), inline=inline
+        )
+        assert await problem_of(built, data) is None, f"operation {number}: {faulty.operations[number]}"
+        n_in_use += any(not bitmap.is_valid for bitmap in stored_bitmaps(data).values())
+        for cut in chooser.sample(list(cuts(built.top, recording)), 1):
+            for state in cut.states(2, chooser):
+                problem = await problem_of(built, state)
+                assert problem is None, f"operation {number}, cut at {cut.moment}: {problem}"
+    assert n_in_use > 5
+
+
+async def test_the_harness_catches_a_mark_that_is_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marking bitmaps as in use without a flush before the first write is seen."""
+    original = KeptBitmaps.begin
+
+    async def begin(self: KeptBitmaps, ordering: object) -> None:
+        class WithoutFlush:
+            async def flush_storage(self) -> None:
+                await trio.lowlevel.checkpoint()
+
+        await original(self, WithoutFlush())  # type: ignore[arg-type]
+
+    built = await image_with_bitmaps("full")
+    monkeypatch.setattr(KeptBitmaps, "begin", begin)
+    problems = await check_all_cuts(await record_workload(built, mixed), 200)
+    assert any("misses" in problem for problem in problems)
+
+
+async def test_the_harness_catches_bits_that_are_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A write that sets no bit is seen."""
+    built = await image_with_bitmaps("full")
+    monkeypatch.setattr(DirtyBits, "mark", lambda *_: None)
+    problems = await check_all_cuts(await record_workload(built, mixed), 200)
+    assert any("misses" in problem for problem in problems)
+
+
+async def test_the_harness_catches_a_flag_that_is_cleared_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Storing the contents of bitmaps without a flush before the directory says that they are valid is seen."""
+    built = await image_with_bitmaps("v3")
+
+    async def store(self: KeptBitmaps, ordering: object, size: int) -> None:
+        class Late:
+            def __init__(self, inner: object) -> None:
+                self.inner = inner
+
+            def __getattr__(self, name: str) -> object:
+                return trio.lowlevel.checkpoint if name == "flush_storage" else getattr(self.inner, name)
+
+        await original_store(self, Late(ordering), size)  # type: ignore[arg-type]
+
+    original_store = KeptBitmaps.store
+    monkeypatch.setattr(KeptBitmaps, "store", store)
+    problems = await check_all_cuts(await record_workload(built, all_of_it), 200)
+    assert any("misses" in problem for problem in problems)
