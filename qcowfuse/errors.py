@@ -62,7 +62,7 @@ class ImageLockedError(QcowFuseError):
 
 
 class BackingChainError(QcowFuseError):
-    """A backing file cannot be used (missing, a loop, too deep, not a plain path); ``path`` says which."""
+    """A backing file or data file cannot be used (missing, a loop, too deep, not a plain path); ``path``: whose."""
 
     def __init__(self, path: str, detail: str) -> None:
         self.path = path

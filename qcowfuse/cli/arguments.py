@@ -119,6 +119,9 @@ for its users. SIGUSR1 prints the counters to the log.""",
         metavar="raw|qcow2",
         help="the format of a backing file for which the image names none (raw; refused if it looks like QCOW)",
     )
+    common.add_argument(
+        "--data-file", metavar="PATH", help="the external data file, where it is not the one that the image names"
+    )
     common.add_argument("-n", "--name", metavar="NAME", help="name of the file in the directory (disk.raw)")
     common.add_argument(
         "--allow-other", action="store_true", help="let other users in, as far as file modes let them"
@@ -216,6 +219,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             discard=value("discard", _discards) is not False,
             snapshot=value("snapshot", str),
             backing_format=value("backing-format", _backing_format),
+            data_file=value("data-file", str),
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_delay=value("debug-io-delay", DelayModel.parse),
             image_in_memory=flag("debug-image-in-memory"),

@@ -8,6 +8,7 @@
    mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to a raw
    disk could make it look like QCOW and have a file of the host shown. The user can say which it is
    (``OpenOptions.backing_format``). Version 1 cannot name a format: there, and there only, the content decides.
+   An external data file (:mod:`~qcowfuse.driver.data_file`) is opened with its image, and as it is.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
 6. A snapshot is the same image with another L1 table and size: the top layer's header says so before anything
@@ -26,6 +27,7 @@ from ..errors import BackingChainError, FormatError, ImageUsageError, Unsupporte
 from ..format.entries import entry_format, parse_table
 from ..format.geometry import Geometry
 from ..format.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
@@ -44,6 +46,15 @@ from ..storage.locks import wait_image_lock
 from ..storage.memory import ResidentStorage
 from .allocation import Allocator, AppendAllocator, RefcountAllocator
 from .bitmaps import KeptBitmaps, kept_autoclear_bits, load_kept_bitmaps
+from .data_file import (
+    DataClusters,
+    DataFileMapping,
+    check_length,
+    has_data_file,
+    has_raw_data_file,
+    local_path,
+    open_data_file,
+)
 from .decoded import CompressedSource
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
@@ -89,6 +100,8 @@ class _Opened:
     header: Qcow1Header | Qcow2Header | None
     """None for raw."""
     l1_table: array[int]
+    data: Storage | None = None
+    """The external data file."""
 
 
 async def open_image(
@@ -138,6 +151,20 @@ async def _open_chain(path: str, options: OpenOptions, opener: StorageOpener, st
             if not opened:
                 raise
             raise BackingChainError(next_path, f"backing file of {opened[-1].path}: {error}") from error
+        if isinstance(layer.header, Qcow2Header) and has_data_file(layer.header):
+            override = None if opened else options.data_file
+            layer.data = await open_data_file(
+                next_path,
+                layer.header,
+                override=override,
+                writable=writable,
+                seen=seen,
+                options=options,
+                opener=opener,
+            )
+            stack.push_async_callback(layer.data.aclose)
+        elif not opened and options.data_file is not None:
+            raise ImageUsageError(f"{path}: has no external data file")
         opened.append(layer)
         next_path, next_format = _backing_of(layer, options.backing_format)
     return opened
@@ -169,6 +196,8 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
     header = layer.header
     if not isinstance(header, Qcow2Header):
         raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: images of version 1 have none")
+    if layer.data is not None:
+        raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: an external data file knows none")
     snapshots, _ = await load_snapshots(layer.storage, header)
     snapshot = find_snapshot(layer.path, snapshots, id_or_name)
     l1_table = await load_snapshot_l1_table(layer.storage, header, snapshot)
@@ -188,7 +217,7 @@ def _backing_of(layer: _Opened, unnamed_format: str | None) -> tuple[str | None,
     if header is None or not header.backing_file:
         return None, None
     name = header.backing_file
-    path = _local_path(layer.path, name)
+    path = local_path(layer.path, name, "backing file")
     if isinstance(header, Qcow1Header):
         return path, None
     named = header.backing_format
@@ -207,15 +236,6 @@ def _backing_of(layer: _Opened, unnamed_format: str | None) -> tuple[str | None,
         )
         raise BackingChainError(layer.path, detail)
     return path, "raw"
-
-
-def _local_path(holder: str, name: str) -> str:
-    """The file that ``name``, found inside the image ``holder``, means. Raises BackingChainError."""
-    plain = name.removeprefix("file:")
-    protocol, colon, _ = plain.partition(":")
-    if "\0" in plain or not plain or (colon and "/" not in protocol):
-        raise BackingChainError(holder, f"its backing file {name!r} is not a plain local path")
-    return os.path.join(os.path.dirname(holder), plain)
 
 
 def _looks_like_qcow(path: str) -> bool:
@@ -241,6 +261,9 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
             sources.append(None)
             continue
         mapping = _mapping_of(number, layer, cache)
+        if layer.data is not None and isinstance(layer.header, Qcow2Header):
+            is_written = number == 0 and not options.read_only
+            await check_length(layer.path, layer.header, mapping, writable=is_written)
         layers.append(mapping)
         compression = layer.header.compression_type if isinstance(layer.header, Qcow2Header) else 0
         sources.append(CompressedSource(layer.storage, mapping.entry_format, compression))
@@ -250,6 +273,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     metadata = MetadataClusters(header.cluster_bits)
     allocator: Allocator | None = None
     bitmaps: KeptBitmaps | None = None
+    data_clusters: DataClusters | None = None
     if not options.read_only:
         _refuse_truncated(path, top, top_mapping)
         allocator, metadata = await _allocator_of(top, header)
@@ -257,14 +281,18 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
             bitmaps = await load_kept_bitmaps(
                 top.storage, header, size=top_mapping.size, allocator=allocator, metadata=metadata
             )
+        if top.data is not None:
+            cluster_size = 1 << header.cluster_bits
+            data_clusters = DataClusters(top.data, cluster_size=cluster_size, is_raw=has_raw_data_file(header))
     return QcowImage(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
         mapping=top_mapping,
         reader=ChainReader(layers, sources, cache),
         cache=cache,
-        storages=[layer.storage for layer in opened],
+        storages=[storage for layer in opened for storage in (layer.storage, layer.data) if storage is not None],
         allocator=allocator,
+        data_clusters=data_clusters,
         metadata=metadata,
         l1_table_offset=header.l1_table_offset,
         header_bits=_header_bits_of(top, header, kept_autoclear=kept_autoclear_bits(bitmaps)),
@@ -302,14 +330,18 @@ def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
         entries = entry_format(1, header.cluster_bits)
     else:
         is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
-        entries = entry_format(header.version, header.cluster_bits, is_extended=is_extended)
-    return Mapping(
+        entries = entry_format(
+            header.version, header.cluster_bits, is_extended=is_extended, has_data_file=layer.data is not None
+        )
+    kind = Mapping if layer.data is None else DataFileMapping
+    return kind(
         layer=number,
         geometry=_geometry_of(header),
         entry_format=entries,
         l1_table=layer.l1_table,
         storage=layer.storage,
         cache=cache,
+        data=layer.data,
     )
 
 
@@ -348,7 +380,7 @@ def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_a
         layer.storage,
         incompatible=header.incompatible_features,
         autoclear=header.autoclear_features,
-        kept_autoclear=kept_autoclear,
+        kept_autoclear=kept_autoclear | (AUTOCLEAR_RAW_DATA_FILE if has_raw_data_file(header) else 0),
     )
 
 

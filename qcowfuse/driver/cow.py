@@ -10,6 +10,7 @@ The way of a write that is not in place:
 3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
    complete".
 4. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
+5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.data_file`).
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import trio
 from ..errors import QcowFuseError
 from ..format.cow_plan import Action, CowPlan, plan_write, shortened
 from ..format.entries import ClusterKind
+from ..format.extents import Extent
 from ..format.geometry import MAX_CLUSTER_BITS
 from ..format.subclusters import link_extended, plan_write_extended
 from ..format.zero_plan import can_zero_by_entry, zero_clusters
 from ..storage.base import Buffer
 from .allocation import Allocator, HostRun
 from .claims import Claims
+from .data_file import DataClusters
 from .mapping import Mapping
 from .metadata import MetadataClusters
 from .ordering import Ordering
@@ -51,6 +54,7 @@ class Writer:
         metadata: MetadataClusters,
         ordering: Ordering,
         usage: Usage,
+        data_clusters: DataClusters | None = None,
     ) -> None:
         self.size = mapping.size
         self.cluster_size = mapping.geometry.cluster_size
@@ -63,6 +67,7 @@ class Writer:
         self._usage = usage
         self._storage = mapping.storage
         self._data = mapping.data
+        self._data_clusters = data_clusters
         self._claims = Claims()
         self._table_lock = trio.Lock()
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
@@ -135,7 +140,10 @@ class Writer:
                 len(view),
             )
             if plan.action is not Action.ALLOCATE:
-                self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+                if self._data_clusters is None:
+                    self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+                else:
+                    self._data_clusters.check(guest_offset & ~self._cluster_mask, plan.host_offset)
             if plan.action is Action.IN_PLACE:
                 await self._pwritev(plan.host_offset + (guest_offset & self._cluster_mask), [view[: plan.n_bytes]])
                 return plan.n_bytes
@@ -162,6 +170,8 @@ class Writer:
         in_cluster = guest_offset & self._cluster_mask
         # One slice at a time: a look-up of more would be done again and again.
         n_bytes = min(n_bytes, self._mapping.slice_end(guest_offset) - guest_offset)
+        if self._data_clusters is not None and self._data_clusters.is_raw:
+            return await self._zero_raw(guest_offset, n_bytes, unmap=unmap)
         reaches_end = guest_offset + n_bytes == self.size
         n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
         if in_cluster or not n_clusters or not self._zeroes_by_entry:
@@ -183,6 +193,8 @@ class Writer:
             claim = self._claims.take(first, first + n_clusters)
             try:
                 extents = await self._reader.lookup(guest_offset, n_covered)
+                if unmap and self._data_clusters is not None:
+                    await self._punch(extents)
                 self._zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
             finally:
                 self._claims.release(claim)
@@ -200,6 +212,21 @@ class Writer:
         for entry in let_go:
             self._unlink(entry, 0)
 
+    async def _zero_raw(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> int:
+        """Zero the start of a range in a raw data file; the entries stay as they are."""
+        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
+        if extent.kind == ClusterKind.DATA:
+            zero = self._data.punch_hole if unmap else self._data.write_zeroes
+            await zero(extent.value, extent.n_bytes)
+        return extent.n_bytes
+
+    async def _punch(self, extents: Sequence[Extent]) -> None:
+        """Give back the space of data in the data file, before its entries let go of it."""
+        for extent in extents:
+            if extent.kind == ClusterKind.DATA and extent.layer == 0:
+                with suppress(OSError):  # space that is not given back is no loss
+                    await self._data.punch_hole(extent.value, extent.n_bytes)
+
     async def _write_zeroes(self, guest_offset: int, n_bytes: int) -> int:
         """Zeroes as data, but for what reads as zeroes already."""
         extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
@@ -212,7 +239,10 @@ class Writer:
         run: HostRun | None = None
         host_offset = plan.host_offset
         if plan.action is Action.ALLOCATE:
-            run = await self._allocator.allocate(plan.n_clusters)
+            if self._data_clusters is None:
+                run = await self._allocator.allocate(plan.n_clusters)
+            else:
+                run = self._data_clusters.take(guest_offset & ~self._cluster_mask, plan.n_clusters)
             host_offset = run.host_offset
             if run.n_clusters < plan.n_clusters:
                 plan = shortened(plan, run.n_clusters, guest_offset & self._cluster_mask, self._cluster_bits)
@@ -235,8 +265,11 @@ class Writer:
                 buffers.append(_ZEROES[: plan.tail])
             write_offset = host_offset + (start & self._cluster_mask) + skipped
             await self._pwritev(write_offset, [part for part in buffers if len(part)])
-        except BaseException:
-            if run is not None:
+        except BaseException as error:
+            if self._data_clusters is not None:
+                if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
+                    self._link(slice_, start, host_offset, plan)
+            elif run is not None:
                 await self._give_back(run)
             raise
         self._link(slice_, start, host_offset, plan)
@@ -272,7 +305,7 @@ class Writer:
     def _unlink(self, old: int, new_offset: int) -> None:
         """Note the host clusters that an overwritten entry referred to. Version 1 counts nothing: they are lost."""
         entry_format = self._mapping.entry_format
-        if entry_format.version == 1:
+        if entry_format.version == 1 or entry_format.has_data_file:
             return
         if old & entry_format.compressed:
             where = entry_format.compressed_cluster(old)

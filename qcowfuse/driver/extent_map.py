@@ -155,7 +155,7 @@ class _MapWalk:
         present: bool = True,
         host_offset: int | None = None,
     ) -> MapEntry:
-        path = self.layers[depth].storage.name
+        path = self.layers[depth].data.name
         return MapEntry(position, n_bytes, depth, present, zero, data, False, host_offset, path)
 
     def _data_entries(self, depth: int, position: int, n_bytes: int, host_offset: int) -> Iterator[MapEntry]:
@@ -165,7 +165,7 @@ class _MapWalk:
             return
         end = position + n_bytes
         while position < end:
-            length, is_hole = _host_extent(self.layers[depth].storage, host_offset, end - position)
+            length, is_hole = _host_extent(self.layers[depth].data, host_offset, end - position)
             # In a raw file a hole is no data; in QCOW2 the tables say that it is.
             is_data = not (is_hole and is_raw)
             yield self._entry(depth, position, length, data=is_data, zero=is_hole, host_offset=host_offset)
@@ -184,11 +184,12 @@ class _MapWalk:
         cluster_size = layer.geometry.cluster_size
         end = position + n_bytes
         entries, words = slice_.entries, entry_format.words
+        has_place = entry_format.cluster_mask if entry_format.is_extended else entry_format.offset_mask
         while position < end:
             in_cluster = position % cluster_size
             length = min(cluster_size - in_cluster, end - position)
-            host_offset = entries[words * layer.index(position)] & entry_format.offset_mask
-            place = host_offset + in_cluster if host_offset else None
+            entry = entries[words * layer.index(position)]
+            place = (entry & entry_format.offset_mask) + in_cluster if entry & has_place else None
             yield self._entry(depth, position, length, zero=True, present=is_zero, host_offset=place)
             position += length
 

@@ -24,6 +24,7 @@ class OpenOptions:
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
     ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
+    ``data_file``: the external data file, where it is not the one that the image names.
     ``io_delay`` and ``image_in_memory`` are for measuring."""
 
     read_only: bool = False
@@ -32,5 +33,6 @@ class OpenOptions:
     discard: bool = True
     snapshot: str | None = None
     backing_format: str | None = None
+    data_file: str | None = None
     io_delay: DelayModel | None = None
     image_in_memory: bool = False

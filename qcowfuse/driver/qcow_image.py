@@ -18,12 +18,13 @@ from contextlib import asynccontextmanager, suppress
 import trio
 
 from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
-from ..format.entries import ClusterKind
+from ..format.entries import ALL_BITS, ClusterKind
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
 from .bitmaps import KeptBitmaps
 from .claims import Generations
 from .cow import Writer
+from .data_file import DataClusters
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping
 from .metadata import MetadataClusters
@@ -53,6 +54,7 @@ class QcowImage:
         l1_table_offset: int,
         header_bits: HeaderBits | None,
         bitmaps: KeptBitmaps | None = None,
+        data_clusters: DataClusters | None = None,
         discard: bool = True,
     ) -> None:
         self._discard = discard
@@ -65,7 +67,7 @@ class QcowImage:
         self._cache = cache
         self._storages = tuple(storages)
         self._storage = mapping.storage
-        self._usage = Usage(reader.layers, self._storage)
+        self._usage = Usage(reader.layers, mapping.data)
         self._frozen: Exception | None = None
         self._closed = False
         self._allocator = allocator
@@ -94,6 +96,7 @@ class QcowImage:
                 metadata=metadata,
                 ordering=self._ordering,
                 usage=self._usage,
+                data_clusters=data_clusters,
             )
         # What the hot path asks of the objects above, looked up once.
         self._slices = cache.slices
@@ -101,10 +104,12 @@ class QcowImage:
         self._slice_mask = mapping.slice_mask
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
-        self._not_plain = mapping.entry_format.not_plain
+        # With a data file every look-up has to see whether the data is in its place: not here.
+        is_fast = mapping.data is mapping.storage
+        self._not_plain = mapping.entry_format.not_plain if is_fast else ALL_BITS
         self._offset_mask = mapping.entry_format.offset_mask
-        self._in_place_mask = mapping.entry_format.in_place_mask
-        self._in_place_value = mapping.entry_format.in_place_value
+        self._in_place_mask = mapping.entry_format.in_place_mask if is_fast else 0
+        self._in_place_value = mapping.entry_format.in_place_value if is_fast else 1
         self._metadata_clusters = metadata.clusters
         self._try_pread = mapping.data.try_pread
         self._try_pwritev = mapping.data.try_pwritev
@@ -296,7 +301,7 @@ class QcowImage:
 
     def free_host_bytes(self) -> int:
         """See Image."""
-        return self._storage.free_bytes()
+        return self._mapping.data.free_bytes()
 
     def statistics(self) -> dict[str, int]:
         """See Image."""

@@ -48,10 +48,10 @@ def plan_write(entries: array[int], entry_format: EntryFormat, index: int, in_cl
     cluster_bits = entry_format.cluster_bits
     cluster_size = 1 << cluster_bits
     mask, value = entry_format.in_place_mask, entry_format.in_place_value
-    offset_mask = entry_format.offset_mask
+    offset_mask, cluster_mask = entry_format.offset_mask, entry_format.cluster_mask
     wanted = min((in_cluster + n_bytes + cluster_size - 1) >> cluster_bits, len(entries) - index)
     entry = entries[index]
-    if entry & mask == value and entry & offset_mask:
+    if entry & mask == value and entry & cluster_mask:
         action = Action.IN_PLACE
         entry_format.classify(entry)
     elif entry_format.is_reusable_zero(entry):
@@ -65,7 +65,7 @@ def plan_write(entries: array[int], entry_format: EntryFormat, index: int, in_cl
     while n_clusters < wanted:
         entry = entries[index + n_clusters]
         if action is Action.ALLOCATE:
-            if (entry & mask == value and entry & offset_mask) or entry_format.is_reusable_zero(entry):
+            if (entry & mask == value and entry & cluster_mask) or entry_format.is_reusable_zero(entry):
                 break
             entry_format.classify(entry)
         elif entry & offset_mask != host_offset + (n_clusters << cluster_bits) or not (

@@ -4,6 +4,8 @@
 2. The common questions are single mask tests whose masks are fields here, so that a hot path may ask them
    without a call: an entry is *plain* (readable at its offset) when ``entry & not_plain == 0`` and its offset
    is not 0; it may be written *in place* when ``entry & in_place_mask == in_place_value`` and its offset is not 0.
+   An entry that is not compressed has a host cluster when ``entry & cluster_mask``: that is the offset, and with an
+   external data file, where offset 0 is a cluster like any other, the COPIED flag too.
 3. Whatever is not plain goes through :meth:`EntryFormat.classify`, which refuses impossible entries.
 
 Sources: qcow2 specification, "Cluster mapping"; QEMU's block/qcow.c for version 1.
@@ -51,6 +53,8 @@ class EntryFormat:
     reads_zero: int
     l1_offset_mask: int
     is_extended: bool
+    has_data_file: bool = False
+    cluster_mask: int = field(init=False)
     not_plain: int = field(init=False)
     in_place_mask: int = field(init=False)
     in_place_value: int = field(init=False)
@@ -59,6 +63,7 @@ class EntryFormat:
         misaligned = ((1 << self.cluster_bits) - 1) & self.offset_mask if self.version > 1 else 0
         zero_bit = READS_ZERO if self.version > 1 else 0
         not_plain = self.compressed | zero_bit | misaligned
+        object.__setattr__(self, "cluster_mask", self.offset_mask | (self.copied if self.has_data_file else 0))
         # An extended entry is never told by one word: its tests never succeed.
         object.__setattr__(self, "not_plain", ALL_BITS if self.is_extended else not_plain)
         object.__setattr__(self, "in_place_mask", 0 if self.is_extended else not_plain | self.copied)
@@ -72,6 +77,8 @@ class EntryFormat:
     def classify(self, entry: int) -> ClusterKind:
         """What the entry says. Raises CorruptImageError for what no valid image holds."""
         if entry & self.compressed:
+            if self.has_data_file:
+                raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with an external data file")
             return ClusterKind.COMPRESSED
         host_offset = entry & self.offset_mask
         if self.version > 1 and host_offset & ((1 << self.cluster_bits) - 1):
@@ -82,7 +89,7 @@ class EntryFormat:
             if not self.reads_zero:
                 raise CorruptImageError("L2 entry", None, f"{entry:#018x}: zero flag in a version 2 image")
             return ClusterKind.ZERO
-        return ClusterKind.DATA if host_offset else ClusterKind.UNALLOCATED
+        return ClusterKind.DATA if entry & self.cluster_mask else ClusterKind.UNALLOCATED
 
     def host_offset(self, entry: int) -> int:
         """The host offset in an entry that is not compressed; 0 when there is none."""
@@ -118,9 +125,11 @@ class EntryFormat:
         return host_offset
 
 
-def entry_format(version: int, cluster_bits: int, *, is_extended: bool = False) -> EntryFormat:
+def entry_format(
+    version: int, cluster_bits: int, *, is_extended: bool = False, has_data_file: bool = False
+) -> EntryFormat:
     """The entry bits of a QCOW image of ``version`` 1, 2 or 3 with clusters of ``2**cluster_bits`` bytes.
-    ``is_extended``: with extended L2 entries (version 3 only)."""
+    ``is_extended``: with extended L2 entries, ``has_data_file``: with an external data file (version 3 only)."""
     if version == 1:
         return EntryFormat(
             version=1,
@@ -141,6 +150,7 @@ def entry_format(version: int, cluster_bits: int, *, is_extended: bool = False) 
         reads_zero=READS_ZERO if version >= 3 else 0,
         l1_offset_mask=OFFSET_MASK,
         is_extended=is_extended,
+        has_data_file=has_data_file,
     )
 
 

@@ -65,6 +65,8 @@ def lookup_run(entries: array[int], entry_format: EntryFormat, index: int, in_cl
     kind = entry_format.classify(entry)
     if kind is ClusterKind.COMPRESSED:
         return Run(kind, entry, min(cluster_size, end) - in_cluster)
+    if kind is ClusterKind.DATA:  # host offset 0, with an external data file
+        return Run(kind, in_cluster, min(cluster_size, end) - in_cluster)
     while covered < end:
         index += 1
         if index == n_entries:

@@ -494,8 +494,6 @@ def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
     elif header.crypt_method != CRYPT_NONE:
         names.append(f"encryption method {header.crypt_method}")
     if isinstance(header, Qcow2Header):
-        if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
-            names.append("external data file")
         names += unknown_incompatible(header)
     if names:
         raise UnsupportedFeatureError(names)

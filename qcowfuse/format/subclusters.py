@@ -37,6 +37,8 @@ def check_entry(entry: int, bitmap: int, entry_format: EntryFormat) -> None:
     if entry & entry_format.compressed:
         if bitmap:
             raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with bitmap {bitmap:#018x}")
+        if entry_format.has_data_file:
+            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with an external data file")
         return
     if host_offset & ((1 << entry_format.cluster_bits) - 1) or host_offset >= MAX_HOST_OFFSET:
         raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not cluster aligned")
@@ -44,7 +46,7 @@ def check_entry(entry: int, bitmap: int, entry_format: EntryFormat) -> None:
         raise CorruptImageError("L2 entry", None, f"{entry:#018x}: zero flag in an extended entry")
     if bitmap & bitmap >> 32 & ALL_ALLOCATED:
         raise CorruptImageError("L2 entry", None, f"{bitmap:#018x}: subclusters both allocated and zero")
-    if bitmap & ALL_ALLOCATED and not host_offset:
+    if bitmap & ALL_ALLOCATED and not entry & entry_format.cluster_mask:
         raise CorruptImageError("L2 entry", None, f"{bitmap:#018x}: allocated subclusters without a cluster")
 
 
@@ -107,23 +109,24 @@ def plan_write_extended(
     entry, bitmap = entries[2 * index], entries[2 * index + 1]
     check_entry(entry, bitmap, entry_format)
     host_offset = 0 if entry & entry_format.compressed else entry & entry_format.offset_mask
+    has_cluster = bool(entry & entry_format.cluster_mask and not entry & entry_format.compressed)
     served = min(n_bytes, cluster_size - in_cluster)
     first, last = in_cluster >> shift, (in_cluster + served - 1) >> shift
-    if host_offset and entry & entry_format.copied:
+    if has_cluster and entry & entry_format.copied:
         touched = _mask(first, last + 1)
         if bitmap & touched == touched:
             return _in_place(entries, entry_format, index, in_cluster, n_bytes, host_offset)
         head = 0 if bitmap >> first & 1 else in_cluster & sub_mask
         tail = 0 if bitmap >> last & 1 else -(in_cluster + served) & sub_mask
         return CowPlan(Action.REUSE, 1, host_offset, head, served, tail)
-    if host_offset or entry & entry_format.compressed:
+    if has_cluster or entry & entry_format.compressed:
         return CowPlan(Action.ALLOCATE, 1, 0, in_cluster, served, cluster_size - in_cluster - served)
     wanted = min((in_cluster + n_bytes + cluster_size - 1) >> cluster_bits, len(entries) // 2 - index)
     n_clusters = 1
     while n_clusters < min(wanted, MAX_CLUSTERS_PER_ALLOCATION):
         following = entries[2 * (index + n_clusters)]
         check_entry(following, entries[2 * (index + n_clusters) + 1], entry_format)
-        if following & (entry_format.compressed | entry_format.offset_mask):
+        if following & (entry_format.compressed | entry_format.cluster_mask):
             break
         n_clusters += 1
     served = min(n_bytes, (n_clusters << cluster_bits) - in_cluster)

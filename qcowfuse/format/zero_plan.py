@@ -39,10 +39,10 @@ def zero_clusters(
     for number in range(index, index + n_clusters):
         entry = entries[number]
         keeps = zero and not unmap and not entry & entry_format.compressed
-        if keeps and entry & owned and entry & entry_format.offset_mask:
+        if keeps and entry & owned and entry & entry_format.cluster_mask:
             entries[number] = entry | zero
             continue
-        if entry_format.classify(entry) is ClusterKind.COMPRESSED or entry_format.host_offset(entry):
+        if entry_format.classify(entry) is ClusterKind.COMPRESSED or entry & entry_format.cluster_mask:
             let_go.append(entry)
         entries[number] = zero
     return let_go
@@ -56,7 +56,7 @@ def _zero_extended(
     let_go = []
     for number in range(index, index + n_clusters):
         entry = entries[2 * number]
-        has_cluster = bool(entry & (entry_format.compressed | entry_format.offset_mask))
+        has_cluster = bool(entry & (entry_format.compressed | entry_format.cluster_mask))
         keeps = not unmap and entry & entry_format.copied and not entry & entry_format.compressed
         if has_cluster and not keeps:
             let_go.append(entry)

@@ -41,8 +41,6 @@ def set_bit(path: Path, field: int, bit: int) -> None:
 @pytest.mark.parametrize(
     ("options", "name"),
     [
-        ("data_file={folder}/data.raw", "external data file"),
-        ("data_file={folder}/data.raw,data_file_raw=on", "external data file"),
         ("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10", "LUKS encryption"),
     ],
 )

@@ -28,9 +28,12 @@ def must_be_sound(spec: ImageSpec, built: BuiltImage) -> None:
     assert spec.drops_bitmaps or found.clean, found.text
 
 
-def must_show(built: BuiltImage, model: DiskModel) -> None:
-    """QEMU shows the bytes of the model."""
+def must_show(spec: ImageSpec, built: BuiltImage, model: DiskModel) -> None:
+    """QEMU shows the bytes of the model, and so does a raw data file."""
     assert not first_difference(reference_bytes(built.path, built.format_name), model.data)
+    if spec.has_raw_data_file:
+        assert built.data_path is not None
+        assert not first_difference(built.data_path.read_bytes()[: model.size], model.data)
 
 
 @pytest.mark.parametrize("spec", SMALL, ids=lambda spec: spec.id)
@@ -45,7 +48,7 @@ async def test_qemu_finds_what_we_wrote(spec: ImageSpec, image_folder: Path) -> 
 
     model = await battery.check_image(open_it, expected)
     must_be_sound(spec, built)
-    must_show(built, model)
+    must_show(spec, built, model)
     assert [path.read_bytes() for path in built.backing_paths] == below
 
 
@@ -73,7 +76,7 @@ async def test_writing_in_turn_with_qemu(spec: ImageSpec, image_folder: Path) ->
         if commands:
             qemu.io(built.path, commands, spec.format_name)
         must_be_sound(spec, built)
-        must_show(built, model)
+        must_show(spec, built, model)
 
 
 @pytest.mark.parametrize("spec", LARGE, ids=lambda spec: spec.id)

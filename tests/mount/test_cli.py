@@ -49,17 +49,18 @@ def test_own_options_have_two_ways_in() -> None:
     long = parse(
         *("--read-only", "--name=x.raw", "--l2-cache-size=64M", "--lock-wait=1", "--no-writeback-cache", "-f"),
         *("--debug-io-delay=1ms", "--debug-image-in-memory", "--allow-other", "--log-file=/tmp/l"),
-        "--backing-format=qcow2",
+        *("--backing-format=qcow2", "--data-file=d.raw"),
     )
     short = parse(
         "-o",
         "ro,name=x.raw,l2_cache_size=64M,lock-wait=1,no_writeback_cache,foreground",
         "-o",
-        "debug-io-delay=1ms,debug_image_in_memory,allow_other,log-file=/tmp/l,backing_format=qcow2",
+        "debug-io-delay=1ms,debug_image_in_memory,allow_other,log-file=/tmp/l,backing_format=qcow2,data_file=d.raw",
     )
     assert long == short
     assert long.open_options.read_only
     assert long.open_options.backing_format == "qcow2"
+    assert long.open_options.data_file == "d.raw"
     assert long.mount.fuse_options == {"allow_other"}
 
 

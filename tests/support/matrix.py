@@ -10,7 +10,7 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import qemu
@@ -36,7 +36,8 @@ Step = Callable[[Built], None]
 class Layer:
     """One file of a chain. ``name`` is its path below the image's folder; ``options`` those of qemu-img create.
 
-    ``make`` builds the file instead of qemu-img create where it is given.
+    ``make`` builds the file instead of qemu-img create where it is given. ``data_file`` names an external data file
+    in the same folder; the image names it by its whole path.
     """
 
     format_name: str
@@ -46,6 +47,7 @@ class Layer:
     steps: tuple[Step, ...] = ()
     make: Callable[[Built], None] | None = None
     absolute_backing: bool = False
+    data_file: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,11 @@ class ImageSpec:
         return self.layers[-1].format_name
 
     @property
+    def has_raw_data_file(self) -> bool:
+        """Whether the top layer's data file, as it stands, must be the disk."""
+        return "data_file_raw" in self.layers[-1].options
+
+    @property
     def large(self) -> bool:
         """Whether only windows can be compared."""
         return bool(self.windows)
@@ -75,11 +82,12 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True)
 class BuiltImage:
-    """A built image: the file to open, its format, and the files below it."""
+    """A built image: the file to open, its format, the files below it, and its external data file."""
 
     path: Path
     format_name: str
     backing_paths: tuple[Path, ...]
+    data_path: Path | None = None
 
 
 def build(spec: ImageSpec, folder: Path) -> BuiltImage:
@@ -90,25 +98,30 @@ def build(spec: ImageSpec, folder: Path) -> BuiltImage:
         name = layer.name or f"layer{number}.{layer.format_name}"
         built = Built(folder / name, layer.format_name, layer.size)
         built.path.parent.mkdir(parents=True, exist_ok=True)
+        options = layer.options
+        data_path = built.path.with_name(layer.data_file) if layer.data_file else None
+        if data_path is not None:
+            options = f"data_file={data_path},{options}".removesuffix(",")
         if layer.make is not None:
             layer.make(built)
         elif below is None:
-            qemu.create(built.path, layer.format_name, layer.size, options=layer.options)
+            qemu.create(built.path, layer.format_name, layer.size, options=options)
         else:
             backing = below.path if layer.absolute_backing else _relative(below.path, built.path.parent)
             qemu.create(
                 built.path,
                 layer.format_name,
                 layer.size,
-                options=layer.options,
+                options=options,
                 backing=str(backing),
                 backing_format=below.format_name,
             )
         for step in layer.steps:
             step(built)
-        paths.append(built.path)
+        paths += [built.path] if data_path is None else [data_path, built.path]
         below = built
-    return BuiltImage(paths[-1], spec.format_name, tuple(paths[:-1]))
+    n_own = 1 if data_path is None else 2
+    return BuiltImage(paths[-1], spec.format_name, tuple(paths[:-n_own]), data_path)
 
 
 def _relative(path: Path, folder: Path) -> Path:
@@ -434,6 +447,42 @@ def _extended() -> Iterable[ImageSpec]:
     yield ImageSpec("v3-over-v3-extended", (below, above))
 
 
+def _data_files() -> Iterable[ImageSpec]:
+    """External data files, plain and raw, with standard and extended L2 entries."""
+    plain = io("write -z 64k 300k", "write -z -u 512k 200k", "discard 1M 256k")
+    for cluster_size in (512, 4 * KIB, 64 * KIB, 2 * MIB):
+        for is_extended in (False, True)[: 2 if cluster_size >= 64 * KIB else 1]:
+            size = max(SIZE, 2 * cluster_size + 512)
+            options = f"cluster_size={cluster_size}" + (",extended_l2=on" if is_extended else "")
+            for name, more in (("data-file", ""), ("data-file-raw", ",data_file_raw=on")):
+                label = f"v3-{name}-{'extended-' if is_extended else 'cluster-'}{_size_name(cluster_size)}"
+                layer = Layer("qcow2", size, options + more, steps=(fill(1, 8),), data_file="data.raw")
+                yield ImageSpec(label, (layer,))
+                if cluster_size in (4 * KIB, 64 * KIB):
+                    yield ImageSpec(f"{label}-zeroes", (replace(layer, steps=(fill(1, 8), plain, fill(2, 3))),))
+            if cluster_size == 64 * KIB:
+                for mode in ("metadata", "falloc", "full"):
+                    layer = Layer(
+                        "qcow2", size, f"{options},preallocation={mode}", steps=(fill(1, 8),), data_file="data.raw"
+                    )
+                    yield ImageSpec(f"v3-data-file-{mode}{'-extended' if is_extended else ''}", (layer,))
+    for size in (0, 512, MIB + 512):
+        for name, options in (("data-file", ""), ("data-file-raw", "data_file_raw=on")):
+            steps: tuple[Step, ...] = (fill(1, 8),) if size else ()
+            yield ImageSpec(
+                f"v3-{name}-size-{size}", (Layer("qcow2", size, options, steps=steps, data_file="data.raw"),)
+            )
+    for name, options in (("data-file", ""), ("data-file-raw", "data_file_raw=on")):
+        steps = (fill(1, 8), resize(3 * MIB), fill(2, 4))
+        yield ImageSpec(f"v3-{name}-grown", (Layer("qcow2", MIB + 512, options, steps=steps, data_file="data.raw"),))
+    below = Layer("qcow2", MIB + 512, "cluster_size=4k", steps=(fill(1),), data_file="below.raw")
+    for options in ("cluster_size=64k", "cluster_size=64k,extended_l2=on"):
+        label = "data-file-extended" if "extended" in options else "data-file"
+        above = Layer("qcow2", SIZE, options, steps=(fill(2, 5), plain), data_file="above.raw")
+        yield ImageSpec(f"v3-{label}-over-v3-data-file", (below, above))
+    yield ImageSpec("v3-over-data-file", (below, Layer("qcow2", SIZE, "cluster_size=4k", steps=(fill(2, 5),))))
+
+
 def _version1() -> Iterable[ImageSpec]:
     for size in (512, 65536, MIB + 512, 4 * MIB):
         yield _one(f"v1-size-{size}", size, "", format_name="qcow")
@@ -591,7 +640,19 @@ def _large() -> Iterable[ImageSpec]:
 
 def all_specs() -> tuple[ImageSpec, ...]:
     """Every image of the matrix, in a fixed order; ids are unique."""
-    parts = (_plain, _sizes, _zeroes, _compressed, _extended, _version1, _chains, _snapshots, _features, _large)
+    parts = (
+        _plain,
+        _sizes,
+        _zeroes,
+        _compressed,
+        _extended,
+        _data_files,
+        _version1,
+        _chains,
+        _snapshots,
+        _features,
+        _large,
+    )
     specs = tuple(spec for part in parts for spec in part())
     assert len({spec.id for spec in specs}) == len(specs)
     return specs

@@ -348,7 +348,6 @@ def test_unknown_compression_type_is_unsupported() -> None:
         ({"crypt_method": 1}, ("AES encryption",)),
         ({"crypt_method": 2}, ("LUKS encryption",)),
         ({"crypt_method": 9}, ("encryption method 9",)),
-        ({"incompatible_features": h.INCOMPATIBLE_DATA_FILE}, ("external data file",)),
         ({"incompatible_features": 1 << 5 | 1 << 63}, ("incompatible feature bit 5", "incompatible feature bit 63")),
         ({"crypt_method": 1, "incompatible_features": 1 << 7}, ("AES encryption", "incompatible feature bit 7")),
     ],
