@@ -114,7 +114,8 @@ def _describe(fd: int, conflict: int, writable: bool) -> str:
 def _find_holder(fd: int, byte: int) -> str | None:
     """Who has ``byte`` of the file locked, as ``name (pid N)``; best effort: other users' files can't be seen.
 
-    An OFD lock has no owner's pid, but /proc/PID/fdinfo/FD lists the locks of each descriptor.
+    An OFD lock has no owner's pid, but /proc/PID/fdinfo/FD lists the locks of each descriptor. Only those that may
+    be it are asked for more: a stat of some other file could wait for a dead network or FUSE server.
     """
     status = os.fstat(fd)
     own_pid = os.getpid()
@@ -128,9 +129,9 @@ def _find_holder(fd: int, byte: int) -> str | None:
             if int(pid) == own_pid and int(number) == fd:
                 continue
             try:
-                if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), status):
+                if not _locks_byte(f"/proc/{pid}/fdinfo/{number}", byte, status.st_ino):
                     continue
-                if not _locks_byte(f"/proc/{pid}/fdinfo/{number}", byte):
+                if not os.path.samestat(os.stat(f"/proc/{pid}/fd/{number}"), status):
                     continue
                 with open(f"/proc/{pid}/comm", errors="replace") as comm:
                     name = comm.read().strip()
@@ -140,12 +141,13 @@ def _find_holder(fd: int, byte: int) -> str | None:
     return None
 
 
-def _locks_byte(fdinfo_path: str, byte: int) -> bool:
-    """Whether the descriptor has a lock on ``byte``: ``lock: 1: OFDLCK ADVISORY READ -1 fe:00:42 100 101``."""
+def _locks_byte(fdinfo_path: str, byte: int, inode: int) -> bool:
+    """Whether the descriptor has a lock on ``byte`` of a file with that inode number, on whatever device:
+    ``lock: 1: OFDLCK ADVISORY READ -1 fe:00:42 100 101``."""
     with open(fdinfo_path) as fdinfo:
         for line in fdinfo:
             if line.startswith("lock:"):
-                first, last = line.split()[-2:]
-                if int(first) <= byte and (last == "EOF" or byte <= int(last)):
+                place, first, last = line.split()[-3:]
+                if place.endswith(f":{inode}") and int(first) <= byte and (last == "EOF" or byte <= int(last)):
                     return True
     return False
