@@ -132,6 +132,7 @@ class KeptBitmaps:
         self._kept: list[_Kept] = []
         self._tracked: list[DirtyBits] = []
         self._n_bytes = 0
+        self._lock = trio.Lock()
 
     def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
         """The directory as it is on disk."""
@@ -150,24 +151,24 @@ class KeptBitmaps:
 
     async def begin(self, ordering: Ordering) -> None:
         """Rule 1; may be called again after an error. Raises OSError."""
-        await self._take(ordering, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
+        async with self._lock:
+            await self._take(ordering, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
 
     async def before_growth(self, ordering: Ordering, new_size: int) -> None:
         """To be called after :meth:`begin` and before the disk's size rises to ``new_size`` bytes in the header:
         disabled bitmaps are marked and stored again as well, for QEMU refuses an image with a valid bitmap that is
         too short. Bits of the new part are clear until the guest writes there. Raises OSError."""
-        await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
-        self._size = new_size
-        self._n_bytes = 0
-        for bitmap in list(self._kept):
-            entry = bitmap.entry
-            try:
-                self._n_bytes += self._bytes_needed(entry, new_size)
-            except FormatError as error:
-                self._warn(entry, error)
-                self._kept.remove(bitmap)
-                if bitmap.bits in self._tracked:
-                    self._tracked.remove(bitmap.bits)
+        async with self._lock:
+            await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
+            self._size = max(self._size, new_size)
+            self._n_bytes = 0
+            for bitmap in list(self._kept):
+                try:
+                    self._n_bytes += self._bytes_needed(bitmap.entry, self._size)
+                except FormatError as error:
+                    self._warn(bitmap.entry, error)
+                    self._kept.remove(bitmap)
+                    self._tracked = [bits for bits in self._tracked if bits is not bitmap.bits]
 
     async def _take(self, ordering: Ordering, chosen: list[BitmapEntry]) -> None:
         if not chosen:
@@ -276,6 +277,7 @@ class KeptBitmaps:
             log.error("%s: persistent bitmaps (%s) could not be stored: %s", self._storage.name, names, error)
             return
         for run in freed:
+            self._metadata.discard(run.host_offset, run.n_clusters * self._cluster_size)
             ordering.unlink_cluster(run)
 
     async def _write_entries(self, ordering: Ordering, stored: list[_Kept]) -> None:

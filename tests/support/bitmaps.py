@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from .images import TOP, BuiltImage, run_tool, scratch_folder, write_chain
 from .qemu import run
@@ -133,6 +134,42 @@ def qemu_dirty(path: Path, name: str) -> list[Range]:
             said = server.communicate()[1]
     assert mapped.code == 0, f"{mapped.stderr}{said}"
     return [(extent["start"], extent["length"]) for extent in json.loads(mapped.stdout) if not extent["data"]]
+
+
+def qemu_incremental_backup(path: Path, name: str, target: Path) -> int:
+    """Have QEMU copy what is dirty by the bitmap into ``target``, a raw full copy made earlier; the bitmap is clear
+    then. Returns the bytes that were copied."""
+    server = subprocess.Popen(
+        [
+            "qemu-storage-daemon",
+            *("--blockdev", f"driver=file,node-name=image-file,filename={path}"),
+            *("--blockdev", "driver=qcow2,node-name=image,file=image-file"),
+            *("--blockdev", f"driver=file,node-name=target-file,filename={target}"),
+            *("--blockdev", "driver=raw,node-name=target,file=target-file"),
+            *("--chardev", "stdio,id=qmp", "--monitor", "chardev=qmp"),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdin is not None
+    assert server.stdout is not None
+    backup = {"job-id": "j", "device": "image", "target": "target", "sync": "incremental", "bitmap": name}
+    for command in ({"execute": "qmp_capabilities"}, {"execute": "blockdev-backup", "arguments": backup}):
+        server.stdin.write(json.dumps(command) + "\n")
+    server.stdin.flush()
+    said: dict[str, Any] = {}
+    for line in server.stdout:
+        said = json.loads(line)
+        if said.get("event") == "BLOCK_JOB_COMPLETED" or "error" in said:
+            break
+    server.stdin.write(json.dumps({"execute": "quit"}) + "\n")
+    server.stdin.close()
+    server.stdout.read()
+    server.stdout.close()
+    assert server.wait(30) == 0
+    assert "error" not in said.get("data", {"error": said}), said
+    return int(said["data"]["offset"])
 
 
 def ranges_of(granules: Iterable[int], granularity: int, size: int) -> list[Range]:
