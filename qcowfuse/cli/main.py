@@ -18,6 +18,7 @@ import trio
 from ..driver.chain import open_image
 from ..errors import QcowFuseError
 from ..export.mount import Notices, serve
+from ..export.outside import Outside
 from ..export.process import Starter, leave_session, run_as_daemon
 from . import logs
 from .arguments import Arguments, parse_arguments
@@ -47,6 +48,7 @@ def _run(arguments: Arguments, starter: Starter | None) -> int:
         is_ready = True
         if starter is not None:
             leave_session()
+            outside.leave_session()
             if arguments.log_file is None:
                 logs.log_to_syslog()
             starter.report(ExitCode.OK)
@@ -59,7 +61,8 @@ def _run(arguments: Arguments, starter: Starter | None) -> int:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
         opener = functools.partial(open_image, arguments.image, arguments.open_options)
-        trio.run(serve, opener, arguments.mount, Notices(on_ready, on_stopping))
+        with Outside() as outside:
+            trio.run(serve, opener, arguments.mount, outside, Notices(on_ready, on_stopping))
     except BaseException as exc:
         code, line = exit_code_of(exc), _describe(exc, arguments)
         if is_ready or arguments.log_file is not None:

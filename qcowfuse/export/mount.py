@@ -2,8 +2,8 @@
 
 1. Ready means: mounted, and seen to answer from outside. Whatever fails before that is raised, and leaves nothing.
 2. The size of a root inode (a file mounted over a file) starts as zero in the kernel, and with the write-back
-   cache stays so until a setattr tells it. So the served file is truncated to its own size, in a worker thread:
-   that is at the same time the proof that the mount answers.
+   cache stays so until a setattr tells it. So the served file is truncated to its own size, from outside: that is
+   at the same time the proof that the mount answers.
 3. The end is always an unmount that the kernel has completed: by the user's hand, or by ours after SIGTERM or
    SIGINT (in the foreground also SIGHUP). Requests are answered until the kernel closes the connection, so
    that an unmount can write back all that the page cache holds. Then the image is flushed and closed.
@@ -36,6 +36,7 @@ from . import mountpoint
 from .extra_operations import ExtraOperations
 from .mountpoint import MountBusyError
 from .operations import Operations, Ownership
+from .outside import Outside
 from .poll_first import PollFirstTrio, RequestGate
 from .process import become_io_flusher, captured_stderr
 from .session_hook import SessionHook
@@ -110,7 +111,10 @@ class _Stop:
 
 
 async def serve(
-    open_image: Callable[[], Awaitable[Image]], settings: MountSettings, notices: Notices | None = None
+    open_image: Callable[[], Awaitable[Image]],
+    settings: MountSettings,
+    outside: Outside,
+    notices: Notices | None = None,
 ) -> None:
     """Open, mount and serve until unmounted or told to stop; returns after a clean end.
 
@@ -119,7 +123,7 @@ async def serve(
     """
     stop = _Stop()
     failure: Exception | None = None
-    service = _Service(settings, notices or Notices(), stop)
+    service = _Service(settings, outside, notices or Notices(), stop)
     with trio.open_signal_receiver(*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(service.watch_signals, signals)
@@ -133,8 +137,9 @@ async def serve(
 
 
 class _Service:
-    def __init__(self, settings: MountSettings, notices: Notices, stop: _Stop) -> None:
+    def __init__(self, settings: MountSettings, outside: Outside, notices: Notices, stop: _Stop) -> None:
         self._settings = settings
+        self._outside = outside
         self._notices = notices
         self._stop = stop
         self._image: Image | None = None
@@ -187,7 +192,7 @@ class _Service:
     async def _serve_image(self, image: Image, path: str) -> None:
         if self._stop.reason is not None:
             raise StoppedEarlyError(f"stopped by {self._stop.reason} before the image was mounted")
-        mount = self._mount = _Mount(image, path, self._settings, self._stop)
+        mount = self._mount = _Mount(image, path, self._settings, self._outside, self._stop)
         mount.mount()
         failure: Exception | None = None
         try:
@@ -228,7 +233,7 @@ class _Service:
         while True:
             stop.wake = trio.Event()
             try:
-                await trio.to_thread.run_sync(mountpoint.unmount, mount.device)
+                await self._outside.run(mountpoint.unmount, mount.device)
                 await trio.sleep(_BUSY_RETRY_SECONDS)  # cancelled when the kernel closes the connection
                 users = "whoever held it open when it was detached, or another mount namespace"
             except MountBusyError:
@@ -248,7 +253,7 @@ class _Service:
 class _Mount:
     """The mount itself: the session of pyfuse3 and what keeps it right."""
 
-    def __init__(self, image: Image, path: str, settings: MountSettings, stop: _Stop) -> None:
+    def __init__(self, image: Image, path: str, settings: MountSettings, outside: Outside, stop: _Stop) -> None:
         is_folder = os.path.isdir(path)
         self.path = path
         self.file_path = os.path.join(path, settings.file_name) if is_folder else path
@@ -257,6 +262,7 @@ class _Mount:
         self._failure: Exception | None = None
         self._image = image
         self._settings = settings
+        self._outside = outside
         self._size_is_wrong = trio.Event()
         self._has_discarded = trio.Event()
         self._gate = RequestGate()
@@ -327,20 +333,17 @@ class _Mount:
         problem = f"no answer within {_CHECK_SECONDS:g} seconds"
         with trio.move_on_after(_CHECK_SECONDS):
             try:
-                await trio.to_thread.run_sync(self._check_from_outside, abandon_on_cancel=True)
+                await self._check_from_outside()
                 return
             except OSError as exc:
                 problem = str(exc)
         raise MountError(f"{self.path}: mounted, but does not serve: {problem}")
 
-    def _check_from_outside(self) -> None:
+    async def _check_from_outside(self) -> None:
         if self.device < 0:
             raise OSError("it is not in the table of mounts")
-        if self._operations.enable_writeback_cache:
-            mountpoint.tell_size(self.file_path, self.device, self._image.size)
-        status = os.stat(self.file_path)
-        if (status.st_dev, status.st_size) != (self.device, self._image.size):
-            raise OSError(f"the file shows {status.st_size} bytes instead of {self._image.size}")
+        tells_size = self._operations.enable_writeback_cache
+        await self._outside.run(mountpoint.check_served, self.file_path, self.device, self._image.size, tells_size)
 
     def _ownership(self) -> Ownership:
         settings = self._settings
@@ -364,9 +367,7 @@ class _Mount:
             await self._size_is_wrong.wait()
             self._size_is_wrong = trio.Event()
             try:
-                await trio.to_thread.run_sync(
-                    mountpoint.tell_size, self.file_path, self.device, self._image.size, abandon_on_cancel=True
-                )
+                await self._outside.run(mountpoint.tell_size, self.file_path, self.device, self._image.size)
             except OSError as exc:
                 _log.warning("the size that the kernel shows may be wrong: %s", exc)
 
@@ -394,7 +395,7 @@ class _Mount:
         if self._image.read_only:
             return
         try:
-            await trio.to_thread.run_sync(mountpoint.sync_served, self.file_path, self.device, abandon_on_cancel=True)
+            await self._outside.run(mountpoint.sync_served, self.file_path, self.device)
         except OSError:
             with suppress(Exception):
                 await self._image.flush()
@@ -402,9 +403,7 @@ class _Mount:
     async def users(self) -> str:
         """Who uses the mount, for a message; a look that takes long is given up."""
         with trio.move_on_after(2):
-            return await trio.to_thread.run_sync(
-                mountpoint.users_of, self.file_path, self.device, abandon_on_cancel=True
-            )
+            return await self._outside.run(mountpoint.users_of, self.file_path, self.device)
         return "someone"
 
     def is_mounted(self) -> bool:
@@ -415,7 +414,7 @@ class _Mount:
         """Take a mount away that never became ready."""
         if self.device >= 0 and not self.ended.is_set():
             with trio.move_on_after(5), suppress(MountError):
-                await trio.to_thread.run_sync(mountpoint.unmount, self.device, abandon_on_cancel=True)
+                await self._outside.run(mountpoint.unmount, self.device)
 
     def check_end(self) -> None:
         """After the loop has ended: raise MountError when that was no unmount (rule 5)."""

@@ -1,7 +1,7 @@
 """A mount point: what may be one, whether it is ours, who uses it, and how it is given up.
 
-1. Everything here blocks and belongs in a worker thread once the mount exists: it asks the file system that this
-   very process serves.
+1. Whatever asks the served file system blocks, and must not be called by a thread of the daemon once the mount
+   exists: see :mod:`.outside`, which calls it.
 2. A path is not a mount: something else may have been mounted over it, or the mount may have been detached. So
    whatever acts on the served file by its path checks the device number of what it found first. (Otherwise the
    repair of a size could truncate the plain file below.)
@@ -125,6 +125,16 @@ def tell_size(path: str, device: int, n_bytes: int) -> None:
         os.truncate(f"/proc/self/fd/{fd}", n_bytes)
     finally:
         os.close(fd)
+
+
+def check_served(path: str, device: int, n_bytes: int, tells_size: bool) -> None:
+    """See that the mount answers with a file of ``n_bytes``; first, where asked, tell the kernel that size.
+    Raises OSError."""
+    if tells_size:
+        tell_size(path, device, n_bytes)
+    status = os.stat(path)
+    if (status.st_dev, status.st_size) != (device, n_bytes):
+        raise OSError(f"the file shows {status.st_size} bytes instead of {n_bytes}")
 
 
 def sync_served(path: str, device: int) -> None:

@@ -211,6 +211,22 @@ def test_stop_under_a_loop_device_waits_for_it(image: Path, mount_point: Path) -
         assert_image_begins_with(image, data)
 
 
+def test_kill_while_it_asks_its_own_mount(image: Path, mount_point: Path) -> None:
+    """A daemon that is killed while it waits for the file that it serves is gone at once, and the mount is dead."""
+    slow = ("--debug-io-delay", "500ms")  # each flush takes seconds
+    with Mounted(image, mount_point, *slow) as mount:
+        fd = os.open(mount.file, os.O_RDWR)
+        os.write(fd, os.urandom(1 << 20))
+        mount.send_signal(signal.SIGTERM)
+        time.sleep(1.5)
+        mount.send_signal(signal.SIGKILL)
+        mount.wait_for_end(-signal.SIGKILL)
+        with pytest.raises(OSError) as caught:
+            os.close(fd)
+        assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        subprocess.run(["fusermount3", "-u", mount_point], check=True)
+
+
 def test_lazy_unmount_serves_the_last_user(image: Path, mount_point: Path) -> None:
     """After fusermount3 -u -z whoever has the file open goes on, and the end comes with the close."""
     data = os.urandom(1 << 20)

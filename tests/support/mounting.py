@@ -72,15 +72,19 @@ def is_alive(pid: int) -> bool:
 
 
 def daemon_pid(mount_point: Path) -> int | None:
-    """The process that was started for ``mount_point`` and is not the waiting starter."""
+    """The process that was started for ``mount_point`` and serves it."""
     found = []
     for directory in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             words = (directory / "cmdline").read_bytes().split(b"\0")
             is_ours = any(word.endswith(b"qcowfuse") for word in words)
-            if is_ours and os.fsencode(mount_point) in words:
+            if is_ours and os.fsencode(mount_point) in words and _holds_fuse(directory):
                 found.append(int(directory.name))
     return max(found, default=None)
+
+
+def _holds_fuse(process: Path) -> bool:
+    return any(os.readlink(fd) == "/dev/fuse" for fd in (process / "fd").iterdir())
 
 
 class Mounted:
