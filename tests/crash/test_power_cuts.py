@@ -7,6 +7,7 @@ import trio
 
 from qcowfuse.driver import ordering, table_cache
 from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.storage.base import Storage
 from tests.support.images import BuiltImage, ImageSpec, build_image
 from tests.support.powercut import Guest, Recorded, check_cuts, record_workload
 
@@ -100,6 +101,13 @@ SPECS = {
     "extended-backing": ImageSpec(
         size=512 * KIB, cluster_size=16384, extended_l2=True, backing="raw", backing_size=300 * KIB
     ),
+    "data-file": ImageSpec(fill=0.3, data_file="plain"),
+    "data-file-raw": ImageSpec(fill=0.3, data_file="raw", cluster_size=4096),
+    "data-file-backing": ImageSpec(data_file="plain", backing="raw", backing_size=150 * KIB),
+    "extended-data-file": ImageSpec(
+        size=512 * KIB, cluster_size=16384, extended_l2=True, fill=0.4, zeroes=True, data_file="plain"
+    ),
+    "extended-data-file-raw": ImageSpec(size=512 * KIB, cluster_size=16384, extended_l2=True, data_file="raw"),
     "zlib": ImageSpec(cluster_size=4096, fill=0.8, compression="zlib"),
     "zstd-snapshot": ImageSpec(cluster_size=4096, fill=0.8, compression="zstd", snapshot=True),
 }
@@ -127,7 +135,11 @@ async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None
 
 
 @pytest.mark.parametrize(
-    "spec", ["v3", "v1", "refcount-64", "backing-raw", "snapshot", "zeroes", "zlib", "extended-backing"]
+    "spec",
+    [
+        *("v3", "v1", "refcount-64", "backing-raw", "snapshot", "zeroes", "zlib", "extended-backing"),
+        *("data-file", "data-file-raw", "extended-data-file"),
+    ],
 )
 async def test_a_power_cut_under_concurrent_writers(spec: str) -> None:
     """Writers that share clusters, and fsyncs that overlap them, don't break the order."""
@@ -209,6 +221,23 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(ordering.Ordering, "_run", run)
     assert any("references" in problem or "neither" in problem for problem in await _broken(monkeypatch))
+
+
+@pytest.mark.parametrize("spec", ["data-file", "extended-data-file"])
+async def test_the_harness_catches_links_before_the_data_file(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the flush of the data file before the links a power cut is seen to lose what was promised."""
+    original = ordering.Ordering.flush_storage
+    n_data_flushes = 0
+
+    async def flush_late(self: ordering.Ordering, data: Storage | None = None) -> None:
+        nonlocal n_data_flushes
+        n_data_flushes += data is not None
+        await original(self)
+        if data is not None and n_data_flushes % 2:
+            await original(self, data)
+
+    monkeypatch.setattr(ordering.Ordering, "flush_storage", flush_late)
+    assert any("neither" in problem for problem in await _broken(monkeypatch, spec))
 
 
 async def test_the_harness_catches_links_written_first(monkeypatch: pytest.MonkeyPatch) -> None:

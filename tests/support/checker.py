@@ -58,6 +58,7 @@ class _Qcow2Check:
         self.order = struct.unpack_from(">I", data, 96)[0] if self.version >= 3 else 4
         incompatible = struct.unpack_from(">Q", data, 72)[0] if self.version >= 3 else 0
         self.is_extended = bool(incompatible & 1 << 4)
+        self.has_data_file = bool(incompatible & 1 << 2)
         self.cluster_size = 1 << self.cluster_bits
         self.references: Counter[int] = Counter()
         self.metadata: Counter[int] = Counter()
@@ -119,7 +120,7 @@ class _Qcow2Check:
     def _walk(self, l1_offset: int, l1_size: int, *, active: bool) -> None:
         if l1_size:
             self._refer_metadata(l1_offset, 8 * l1_size, "L1 table")
-        for l1_entry in _table(self.data, l1_offset, l1_size):
+        for l1_index, l1_entry in enumerate(_table(self.data, l1_offset, l1_size)):
             l2_offset = l1_entry & _OFFSET
             if not l2_offset:
                 continue
@@ -133,8 +134,17 @@ class _Qcow2Check:
             if self.is_extended:
                 self._check_bitmaps(words)
                 words = words[::2]
+            if self.has_data_file:
+                self._check_places(words, l1_index * len(words))
+                continue
             for entry in words:
                 self._refer_entry(entry, active=active)
+
+    def _check_places(self, words: tuple[int, ...], first_cluster: int) -> None:
+        """With an external data file: data lies where it lies in the disk, nothing is counted."""
+        for number, entry in enumerate(words, first_cluster):
+            if entry and (entry & ~_COPIED & ~1 != number << self.cluster_bits or not entry & _COPIED) and entry != 1:
+                self._error(f"L2 entry {entry:#x} of guest cluster {number:#x} with an external data file")
 
     def _refer_bitmaps(self) -> None:
         place = bitmap_directory(self.data)
@@ -152,8 +162,11 @@ class _Qcow2Check:
     def _check_bitmaps(self, words: tuple[int, ...]) -> None:
         for entry, bitmap in zip(words[::2], words[1::2], strict=True):
             allocated, zero = bitmap & 0xFFFF_FFFF, bitmap >> 32
-            if allocated & zero or (allocated and not entry & _OFFSET) or (bitmap and entry & _COMPRESSED):
+            if allocated & zero or (allocated and not self._has_cluster(entry)) or (bitmap and entry & _COMPRESSED):
                 self._error(f"L2 entry {entry:#x} has bitmap {bitmap:#x}")
+
+    def _has_cluster(self, entry: int) -> bool:
+        return bool(entry & _OFFSET or (self.has_data_file and entry & _COPIED))
 
     def _refer_entry(self, entry: int, *, active: bool) -> None:
         if entry & _COMPRESSED:

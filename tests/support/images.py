@@ -27,6 +27,7 @@ from .memory_storage import MemoryStorage
 FOLDER = "/qcowfuse-test-images"
 TOP = f"{FOLDER}/top.img"
 BASE = f"{FOLDER}/base.img"
+DATA = f"{FOLDER}/data.img"
 
 Backing = Literal["raw", "qcow", "qcow2"]
 
@@ -36,7 +37,7 @@ class ImageSpec:
     """What to build; sizes in bytes. ``version`` 1 takes ``l2_bits`` and any cluster size QEMU reads.
 
     ``fill`` is the share of 4 KiB guest blocks that hold data. ``zeroes`` puts plain and preallocated zero
-    clusters over the second half. ``backing_size`` may be smaller than ``size``.
+    clusters over the second half. ``backing_size`` may be smaller than ``size``. ``data_file``: an external one.
     """
 
     version: int = 3
@@ -51,6 +52,7 @@ class ImageSpec:
     backing: Backing | None = None
     backing_size: int = 0
     l2_bits: int = 6
+    data_file: Literal["plain", "raw"] | None = None
     seed: int = 1
 
 
@@ -130,6 +132,8 @@ def build_image(spec: ImageSpec) -> BuiltImage:
                 contents[start:end] = bytes(end - start)
                 zero_ranges.append((start, end))
         files[TOP] = _read(folder, "top.img")
+        if spec.data_file:
+            files[DATA] = _read(folder, "data.img")
     return BuiltImage(spec, files, bytes(contents), snapshot_contents, tuple(zero_ranges))
 
 
@@ -164,6 +168,8 @@ def _create(folder: str, spec: ImageSpec) -> None:
     options = f"compat={compat},cluster_size={spec.cluster_size},refcount_bits={spec.refcount_bits}"
     if spec.extended_l2:
         options += ",extended_l2=on"
+    if spec.data_file:
+        options += f",data_file=data.img,data_file_raw={'on' if spec.data_file == 'raw' else 'off'}"
     if spec.compression:
         options += f",compression_type={spec.compression}"
     arguments = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options]
@@ -224,12 +230,13 @@ async def open_memory_image(
     *,
     suspend: bool = False,
     wrap: Wrapper | None = None,
+    wrap_data: Wrapper | None = None,
     cache: L2CacheSize | None = None,
     read_only: bool = False,
     storages: dict[str, Storage] | None = None,
 ) -> QcowImage:
-    """Open the chain of ``files`` from memory. ``wrap`` is put around the top storage; all storages that were
-    made are noted in ``storages``. A MemoryStorage among ``files`` is used as it is."""
+    """Open the chain of ``files`` from memory. ``wrap`` is put around the top storage, ``wrap_data`` around its data
+    file; all storages that were made are noted in ``storages``. A MemoryStorage among ``files`` is used as it is."""
 
     async def opener(path: str, writable: bool, options: OpenOptions) -> Storage:
         data = files.get(path)
@@ -240,7 +247,8 @@ async def open_memory_image(
             if isinstance(data, MemoryStorage)
             else MemoryStorage(data, writable=writable, suspend=suspend, name=path)
         )
-        storage: Storage = wrap(memory) if wrap is not None and path == TOP else memory
+        around = {TOP: wrap, DATA: wrap_data}.get(path)
+        storage: Storage = memory if around is None else around(memory)
         if storages is not None:
             storages[path] = storage
         return storage
@@ -261,7 +269,7 @@ def qemu_check(files: Mapping[str, bytes | bytearray]) -> tuple[int, str]:
     with scratch_folder() as folder:
         path = write_chain(folder, files)
         result = subprocess.run(
-            ["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True, check=False
+            ["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True, check=False, cwd=folder
         )
     return result.returncode, result.stdout + result.stderr
 
@@ -274,12 +282,13 @@ def qemu_read(
         path = write_chain(folder, files)
         extra = ["-l", snapshot] if snapshot else []
         out = os.path.join(folder, "out.raw")
-        run_tool("qemu-img", "convert", "-f", format_name, "-O", "raw", *extra, path, out)
+        run_tool("qemu-img", "convert", "-f", format_name, "-O", "raw", *extra, path, out, cwd=folder)
         return _read(folder, "out.raw")
 
 
 __all__ = [
     "BASE",
+    "DATA",
     "TOP",
     "BuiltImage",
     "ImageSpec",

@@ -3,12 +3,15 @@
 After each cut: the image opens, its consistency check finds leaks at most, every byte that an fsync had promised
 is there, and other bytes are what they were or what was written. On a sample QEMU checks too, and the image
 is written on.
+
+An image and its data file are cut together: a flush makes durable what its own file has, so that any state of one may
+meet any state of the other. A raw data file must keep the promises as it stands, too.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import trio
@@ -18,9 +21,9 @@ from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage.base import Storage
 
 from .checker import check_image_bytes
-from .images import TOP, BuiltImage, open_memory_image, qemu_check, qemu_read
+from .images import DATA, TOP, BuiltImage, open_memory_image, qemu_check, qemu_read
 from .memory_storage import MemoryStorage
-from .recording import Cut, Expectation, GuestRecord, RecordingStorage, cuts
+from .recording import Cut, Expectation, GuestRecord, RecordingStorage, cuts, moments_of
 
 
 class Guest:
@@ -80,12 +83,13 @@ Workload = Callable[[Guest], Awaitable[None]]
 
 @dataclass
 class Recorded:
-    """A run of a workload."""
+    """A run of a workload; ``data``: what reached the data file."""
 
     built: BuiltImage
     storage: RecordingStorage
     record: GuestRecord
     final: bytes
+    data: RecordingStorage | None = None
 
 
 @dataclass
@@ -117,7 +121,15 @@ async def record_workload(
 
     files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
     record = GuestRecord(built.contents, recording.clock)
-    image = await open_memory_image(files, wrap=wrap, cache=cache)
+    data: RecordingStorage | None = None
+
+    def wrap_data(inner: MemoryStorage) -> Storage:
+        nonlocal data
+        inner.suspend = suspend
+        data = RecordingStorage(inner, recording.clock)
+        return data
+
+    image = await open_memory_image(files, wrap=wrap, wrap_data=wrap_data, cache=cache)
     with trio.fail_after(60):
         await workload(Guest(image, record, random.Random(seed)))
         assert await read_whole(image) == bytes(record.contents)
@@ -125,20 +137,25 @@ async def record_workload(
             begun = record.begin_flush()
             await image.aclose()
             record.end_flush(begun)
-    return Recorded(built, recording, record, bytes(memory.data))
+    return Recorded(built, recording, record, bytes(memory.data), data)
 
 
 async def check_cuts(recorded: Recorded, *, n_states: int = 200, n_qemu: int = 20, seed: int = 0) -> CutSummary:
     """Check ``n_states`` states (a few more) spread over all moments, ``n_qemu`` of them with QEMU as well."""
     summary = CutSummary()
     chooser = random.Random(seed)
-    moments = list(cuts(recorded.built.top, recorded.storage))
+    recordings = [recorded.storage] if recorded.data is None else [recorded.storage, recorded.data]
+    moments = moments_of(*recordings)
     per_cut = max(3, n_states // len(moments))
     every = max(1, n_states // max(n_qemu, 1))
-    for cut in moments:
+    image_cuts = cuts(recorded.built.top, recorded.storage, moments)
+    data_cuts: Iterable[Cut | None] = [None] * len(moments)
+    if recorded.data is not None:
+        data_cuts = cuts(recorded.built.files[DATA], recorded.data, moments)
+    for cut, data_cut in zip(image_cuts, data_cuts, strict=True):
         expected = recorded.record.expected_at(cut.moment)
         summary.n_cuts += 1
-        for state in cut.states(per_cut, chooser):
+        for state in joint_states(cut, data_cut, per_cut, chooser):
             summary.n_states += 1
             use_qemu = summary.n_states % every == 0
             summary.n_qemu += use_qemu
@@ -146,6 +163,24 @@ async def check_cuts(recorded: Recorded, *, n_states: int = 200, n_qemu: int = 2
             if len(summary.problems) > 20:
                 return summary
     return summary
+
+
+def joint_states(
+    cut: Cut, data_cut: Cut | None, n_random: int, chooser: random.Random
+) -> Iterator[dict[str, bytearray]]:
+    """States of the image after a cut, with those of its data file where there is one: first the extremes of both."""
+    if data_cut is None:
+        yield from ({TOP: state} for state in cut.states(n_random, chooser))
+        return
+    for state in cut.extremes():
+        yield from ({TOP: state, DATA: data} for data in data_cut.extremes())
+    image_states, data_states = list(cut.states(n_random, chooser)), list(data_cut.states(n_random, chooser))
+    for number in range(max(len(image_states), len(data_states))):
+        state, data = (
+            states[number] if number < len(states) else chooser.choice(states)
+            for states in (image_states, data_states)
+        )
+        yield {TOP: state, DATA: data}
 
 
 def recorded_bits(built: BuiltImage) -> bytes:
@@ -157,24 +192,27 @@ def recorded_bits(built: BuiltImage) -> bytes:
 async def _check_state(
     built: BuiltImage,
     cut: Cut,
-    state: bytearray,
+    changed: dict[str, bytearray],
     expected: Expectation,
     summary: CutSummary,
     *,
     use_qemu: bool,
 ) -> None:
     where = f"cut at {cut.moment}, state {summary.n_states}"
+    state = changed[TOP]
     report = check_image_bytes(state)
     summary.n_leaky += report.leaks > 0
     if report.errors:
         summary.problems.append(f"{where}: {'; '.join(report.errors[:3])}")
         return
-    files: dict[str, bytes | bytearray] = {**built.files, TOP: state}
+    files: dict[str, bytes | bytearray] = {**built.files, **changed}
     image = await open_memory_image(files, read_only=True)
     found = await read_whole(image)
     await image.aclose()
     if wrong := expected.mismatches(found):
         summary.problems.append(f"{where}: sectors {wrong[:8]} are neither what was promised nor written later")
+    if built.spec.data_file == "raw" and (wrong := expected.mismatches(bytes(changed[DATA][: len(found)]))):
+        summary.problems.append(f"{where}: sectors {wrong[:8]} of the raw data file are not what was promised")
     if state[88:96] == recorded_bits(built) != bytes(8) and found != built.contents:
         summary.problems.append(f"{where}: autoclear bits are set, and the disk has changed")
     if not use_qemu:
@@ -185,13 +223,16 @@ async def _check_state(
             summary.problems.append(f"{where}: qemu-img check exits {code}, own checker {report.exit_code}: {output}")
     if built.snapshot_contents is not None and qemu_read(files, snapshot="s1") != built.snapshot_contents:
         summary.problems.append(f"{where}: the snapshot has changed")
-    await _write_on(built, state, found, where, summary)
+    await _write_on(built, changed, found, where, summary)
 
 
-async def _write_on(built: BuiltImage, state: bytearray, found: bytes, where: str, summary: CutSummary) -> None:
-    """The image of ``state`` takes writes, and QEMU reads them."""
-    memory = MemoryStorage(state)
-    files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
+async def _write_on(
+    built: BuiltImage, changed: dict[str, bytearray], found: bytes, where: str, summary: CutSummary
+) -> None:
+    """The image of a state takes writes, and QEMU reads them."""
+    memories = {path: MemoryStorage(state, name=path) for path, state in changed.items()}
+    memory = memories[TOP]
+    files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, **memories}
     image = await open_memory_image(files)
     contents = bytearray(found)
     chooser = random.Random(summary.n_states)
@@ -206,5 +247,6 @@ async def _write_on(built: BuiltImage, state: bytearray, found: bytes, where: st
         summary.problems.append(f"{where}: writing on damaged it: {report.errors[:3]}")
         return
     format_name = "qcow" if built.spec.version == 1 else "qcow2"
-    if qemu_read({**built.files, TOP: memory.data}, format_name=format_name) != contents:
+    written = {path: written.data for path, written in memories.items()}
+    if qemu_read({**built.files, **written}, format_name=format_name) != contents:
         summary.problems.append(f"{where}: QEMU reads something else after writing on")

@@ -210,6 +210,10 @@ class Cut:
         self._writes = volatile
         self.n_pieces = sum(len(pieces) for pieces in self._writes)
 
+    def extremes(self) -> tuple[bytearray, bytearray]:
+        """Nothing that is volatile is there, and all of it is."""
+        return self._state([]), self._state([piece for pieces in self._writes for piece in pieces])
+
     def states(self, n_random: int, chooser: random.Random) -> Iterator[bytearray]:
         """Images after the cut: all of them where there are no more than ``n_random`` or so; else those in which
         one write is there, one is missing or one is torn, and random ones of several densities."""
@@ -250,10 +254,15 @@ class Cut:
         return image
 
 
-def cuts(initial: bytes, recording: RecordingStorage) -> Iterator[Cut]:
-    """The moments at which the power may go, see rule 3 of the module."""
-    moments = [flush.ended for flush in recording.flushes] + [recording.clock.now + 1]
-    for moment in moments:
+def moments_of(*recordings: RecordingStorage) -> list[int]:
+    """The moments at which the power may go, see rule 3 of the module; of several files that share a clock."""
+    ended = {flush.ended for recording in recordings for flush in recording.flushes}
+    return sorted(ended | {recordings[0].clock.now + 1})
+
+
+def cuts(initial: bytes, recording: RecordingStorage, moments: Sequence[int] | None = None) -> Iterator[Cut]:
+    """The cuts at ``moments``, by default all that there are for the one file."""
+    for moment in moments_of(recording) if moments is None else moments:
         safe_from = max((flush.begun for flush in recording.flushes if flush.ended < moment), default=0)
         durable, now = bytearray(initial), bytearray(initial)
         volatile = []
