@@ -104,6 +104,8 @@ class Writer:
         table_size = mapping.geometry.l2_table_size
         self._ordering.check_link(l1_index)
         old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
+        if old:
+            self._metadata.check_own(old, table_size, "L2 table")
         run = await self._allocate_table(-(-table_size // self.cluster_size))
         try:
             self._metadata.add(run.host_offset, table_size)

@@ -10,8 +10,8 @@
 4. Version 1 has neither refcounts nor aligned tables: its allocator only ever appends, and nothing is checked.
 
 Memory: a set costs 60 to 90 bytes a table, so that beyond :data:`MAX_IN_SET` of them there is a sorted array
-instead: 8 bytes a table and half a microsecond more a look-up. A 1 TiB disk is kept in a set with 64 KiB clusters
-(2 MiB), in an array with 4 KiB clusters (5 MiB, where a set has 55).
+instead: 8 bytes a table, and 0.4 microseconds more a look-up. A 1 TiB disk is kept in a set with 64 KiB clusters
+(2 MiB), in an array with 4 KiB clusters (5 MiB, where a set has 50; making it takes 0.2 s and 25 MiB more).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import logging
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
+from heapq import merge
 from itertools import pairwise
 
 from ..errors import CorruptImageError, FormatError
@@ -42,7 +43,7 @@ class SortedClusters:
     __slots__ = ("_added", "_removed", "_sorted")
 
     def __init__(self, clusters: array[int]) -> None:
-        """``clusters`` in ascending order."""
+        """``clusters`` in ascending order; the same one may be there more than once."""
         self._sorted = clusters
         self._added: set[int] = set()
         self._removed: set[int] = set()
@@ -137,7 +138,7 @@ async def find_metadata(
     others = [cluster for place in places for cluster in _clusters(*place, bits)]
     others += [offset >> bits for entry in refcount_table if (offset := entry & REFCOUNT_TABLE_OFFSET_MASK)]
     others.sort()
-    tables = array("Q", sorted({offset >> bits for entry in l1_table if (offset := entry & OFFSET_MASK)}))
+    tables = array("Q", sorted(offset >> bits for entry in l1_table if (offset := entry & OFFSET_MASK)))
     shared = {cluster for cluster, following in pairwise(others) if cluster == following}
     shared.update(cluster for cluster in others if _contains(tables, cluster))
     if shared:
@@ -149,8 +150,7 @@ async def find_metadata(
         )
     clusters: set[int] | SortedClusters
     if len(others) + len(tables) > MAX_IN_SET:
-        tables.extend(others)
-        clusters = SortedClusters(array("Q", sorted(tables)))
+        clusters = SortedClusters(array("Q", merge(tables, others)))
     else:
         clusters = {*others, *tables}
     return MetadataClusters(bits, clusters, frozenset(shared))

@@ -1,0 +1,62 @@
+"""The set of clusters that hold metadata: both ways to keep it are one set; what two structures share stays in."""
+
+from __future__ import annotations
+
+import random
+from array import array
+
+import pytest
+
+from qcowfuse.driver import metadata
+from qcowfuse.driver.metadata import MetadataClusters, SortedClusters
+from qcowfuse.errors import CorruptImageError
+from tests.support.images import ImageSpec, build_image, open_memory_image
+
+
+def test_a_sorted_array_is_a_set() -> None:
+    """Random additions, removals and questions: the same answers as from a set."""
+    chooser = random.Random(2)
+    known = set(chooser.sample(range(1000), 300))
+    tested = SortedClusters(array("Q", sorted(known)))
+    for _ in range(3000):
+        start = chooser.randrange(1000)
+        clusters = range(start, start + chooser.choice([1, 1, 1, 2, 7]))
+        match chooser.randrange(3):
+            case 0:
+                known.update(clusters)
+                tested.update(clusters)
+            case 1:
+                known.difference_update(clusters)
+                tested.difference_update(clusters)
+        question = range(start - 1, start + chooser.randrange(1, 5))
+        assert tested.isdisjoint(question) == known.isdisjoint(question)
+
+
+def test_shared_clusters_stay() -> None:
+    """A cluster of two structures is guarded when one of them has gone, and neither may be written."""
+    clusters = MetadataClusters(9, {1, 2, 3}, frozenset({2}))
+    clusters.discard(512, 3 * 512)
+    clusters.check(512, 512, "data")
+    clusters.check(3 * 512, 512, "data")
+    with pytest.raises(CorruptImageError, match="data at offset 0x400: would overwrite metadata"):
+        clusters.check(1024, 512, "data")
+    with pytest.raises(CorruptImageError, match="L2 table at offset 0x200: lies on top of other metadata"):
+        clusters.check_own(512, 1024, "L2 table")
+    clusters.check_own(512, 512, "L2 table")
+
+
+async def test_many_tables_are_kept_in_an_array(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a number of tables the array takes over, for as long as the image is open, and it knows the same."""
+    built = build_image(ImageSpec(fill=0.5, snapshot=True))
+    plain = await open_memory_image(built.files)
+    monkeypatch.setattr(metadata, "MAX_IN_SET", 5)
+    image = await open_memory_image(built.files)
+    in_set, in_array = plain._metadata_clusters, image._metadata_clusters
+    assert isinstance(in_set, set)
+    assert isinstance(in_array, SortedClusters)
+    for cluster in range(len(built.top) // 512 + 10):
+        assert in_array.isdisjoint(range(cluster, cluster + 1)) == (cluster not in in_set)
+    for opened in (plain, image):
+        for start in range(0, opened.size - 1000, 3000):
+            await opened.write(start, b"x" * 1000)
+        await opened.aclose()
