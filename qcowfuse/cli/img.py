@@ -18,6 +18,7 @@ import trio
 
 from .._version import __version__
 from ..driver.check import check_image
+from ..driver.check_result import Fix
 from ..driver.create import CreateError, CreateOptions, create_image
 from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
@@ -49,6 +50,9 @@ _EXPLANATIONS = {
 }
 
 
+_REPAIRS = {"leaks": Fix.LEAKS, "all": Fix.ALL}
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(ImgExit.FAILED, f"{self.prog}: {message} (--help says more)\n")
@@ -68,7 +72,7 @@ def _build_parser() -> _Parser:
     for name, run, text in (
         ("info", _info, "what an image says about itself"),
         ("map", _map, "where the bytes of the virtual disk are"),
-        ("check", _check, "whether the image is consistent; repairs nothing"),
+        ("check", _check, "whether the image is consistent, and mending it"),
     ):
         command = commands.add_parser(name, help=text, description=text.capitalize() + ".", allow_abbrev=False)
         command.add_argument("image", metavar="IMAGE")
@@ -79,6 +83,12 @@ def _build_parser() -> _Parser:
         command.set_defaults(run=run)
         if name == "check":
             command.add_argument("-q", "--quiet", action="store_true", help="print nothing but failures")
+            command.add_argument(
+                "-r",
+                "--repair",
+                choices=tuple(_REPAIRS),
+                help="mend leaked clusters, or all that can be mended; nobody else may use the image meanwhile",
+            )
     create = commands.add_parser(
         "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
     )
@@ -202,6 +212,11 @@ def _map(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> int:
+    fix = _REPAIRS.get(given.repair, Fix.NOTHING)
+    if fix and given.force_share:
+        print("qcowfuse-img check: -r needs the image for itself: not with -U", file=sys.stderr)
+        return ImgExit.FAILED
+
     async def run() -> int:
         if await is_version_1(given.image, force_share=given.force_share):
             print("qcowfuse-img: This image format does not support checks", file=sys.stderr)
@@ -216,7 +231,7 @@ def _check(given: argparse.Namespace) -> int:
                     progress.print_above(img_output.printable(finding))
 
             result = await check_image(
-                given.image, report=report, progress=progress.show, force_share=given.force_share
+                given.image, report=report, progress=progress.show, force_share=given.force_share, fix=fix
             )
         if n_findings > MAX_FINDINGS and not given.quiet:
             print(f"... and {n_findings - MAX_FINDINGS} more", file=sys.stderr)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from datetime import datetime
 from typing import Any
 
-from ..driver.check import CheckResult
+from ..driver.check_result import CheckResult
 from ..driver.extent_map import MapEntry
 from ..driver.inspect import AUTO, IN_USE, ImageInfo, Snapshot
 
@@ -119,6 +119,8 @@ def check_json(path: str, result: CheckResult) -> Json:
         "image-end-offset": result.image_end_offset,
         "corruptions": result.corruptions,
         "leaks": result.leaks,
+        "leaks-fixed": result.leaks_fixed,
+        "corruptions-fixed": result.corruptions_fixed,
         "total-clusters": result.total_clusters,
         "allocated-clusters": result.allocated_clusters,
         "fragmented-clusters": result.fragmented_clusters,
@@ -223,6 +225,8 @@ def map_line(entry: MapEntry) -> str:
 
 def check_lines(result: CheckResult) -> Iterable[str]:
     """The text of ``check``, after the findings."""
+    if result.leaks_fixed or result.corruptions_fixed:
+        yield f"Repaired: {result.leaks_fixed} leaked clusters, {result.corruptions_fixed} errors. Checked again:"
     if not (result.corruptions or result.leaks or result.check_errors):
         yield "No errors were found on the image."
     if result.corruptions:

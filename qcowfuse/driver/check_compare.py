@@ -1,0 +1,204 @@
+"""Comparing what a walk has counted with the stored refcounts, and both with the COPIED flags; mending the flags.
+
+1. A count that is too high is a leak: space is lost. One that is too low is a corruption, and where it is 0 the
+   refcount structure must be rebuilt: there may be no block to correct it in.
+2. The COPIED flag says "refcount is 1", in both directions, in the active tables. A table in which all entries have
+   it, and whose refcounts were found to be as counted and not above 1, needs no second look.
+3. Flags are mended after the counts; a table is written from its first wrong entry to its last.
+
+Source: QEMU's compare_refcounts(), check_oflag_copied().
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator
+
+from ..errors import FormatError
+from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, parse_table, serialise_table
+from ..format.header import Qcow2Header
+from ..storage.base import Storage
+from .check_result import CheckResult, Progress, Report
+from .check_snapshots import load_snapshot_table
+from .check_walk import DUBIOUS, Walk
+from .reference_counts import is_zero_or_one
+
+
+async def check_storage(
+    storage: Storage, header: Qcow2Header, report: Report, progress: Progress | None = None
+) -> CheckResult:
+    """Check an open image and change nothing. Raises FormatError for what cannot be understood at all, OSError."""
+    snapshots = await load_snapshot_table(storage, header)
+    walk = Walk(storage, header, snapshots, report, progress)
+    for number in snapshots.incomplete(header.version):
+        walk.corrupt(f"snapshot table entry {number} is incomplete")
+    await walk.run()
+    comparison = Comparison(walk)
+    await comparison.run()
+    await comparison.check_copied()
+    if progress is not None:
+        progress(1, 1)
+    return walk.result
+
+
+class Comparison:
+    """``wrong_blocks``: those with at least one count that is too low or too high."""
+
+    def __init__(self, walk: Walk) -> None:
+        self._walk = walk
+        self._unequal: set[int] = set()
+        """Blocks in which a count is not 0 or 1, or not what it should be."""
+        self.wrong_blocks: list[int] = []
+        self.needs_rebuild = False
+
+    async def run(self, *, quiet: bool = False) -> None:
+        """The stored refcounts against the counted ones, block by block. ``quiet``: no report, no sums."""
+        walk = self._walk
+        self._unequal.clear()
+        self.wrong_blocks.clear()
+        highest = 0
+        block_bits, empty = walk.stored.block_bits, walk.counts.empty
+        for number in self._block_numbers():
+            first = number << block_bits
+            n_here = min(len(empty), walk.n_clusters - first)
+            if n_here <= 0:
+                continue
+            counted = walk.counts.blocks.get(number, empty)
+            try:
+                stored = await walk.stored.block(number)
+            except FormatError as error:
+                self._unequal.add(number)
+                if not quiet:
+                    walk.result.check_errors += n_here
+                    walk.report(f"ERROR {error}")
+                continue
+            stored = empty if stored is None else stored
+            if n_here < len(empty):
+                counted, stored = counted[:n_here], stored[:n_here]
+            last = _last_in_use(stored, counted)
+            highest = max(highest, first + last if last >= 0 else 0)
+            if stored.tobytes() != counted.tobytes():
+                self._unequal.add(number)
+                self.wrong_blocks.append(number)
+                self._judge_block(first, stored, counted, quiet=quiet)
+            elif not is_zero_or_one(stored):
+                self._unequal.add(number)
+            if not quiet:
+                await walk.step()
+        walk.result.image_end_offset = (highest + 1) << walk.header.cluster_bits
+
+    def _block_numbers(self) -> Iterator[int]:
+        walk = self._walk
+        return iter(sorted({*(n for n, entry in enumerate(walk.stored.table) if entry), *walk.counts.blocks}))
+
+    def _judge_block(self, first: int, stored: array[int], counted: array[int], *, quiet: bool) -> None:
+        result, report = self._walk.result, self._walk.report
+        for index, (has, needs) in enumerate(zip(stored, counted, strict=True)):
+            if has == needs:
+                continue
+            self.needs_rebuild |= has == 0
+            if quiet:
+                continue
+            where = f"cluster {first + index:#x}: refcount {has}, {needs} references"
+            if has < needs:
+                result.corruptions += 1
+                report(f"ERROR {where}")
+            else:
+                result.leaks += 1
+                report(f"Leaked {where}")
+
+    # COPIED flags
+
+    async def check_copied(self, *, mend: bool = False) -> None:
+        """Every COPIED flag in the active tables; with ``mend`` it is set right."""
+        walk, header = self._walk, self._walk.header
+        if not header.l1_size:
+            return
+        table = parse_table(await walk.read(header.l1_table_offset, header.l1_size * 8))
+        wrong: list[int] = []
+        for index, entry in enumerate(table):
+            l2_offset = entry & OFFSET_MASK
+            if not l2_offset:
+                walk.skip_step()
+                continue
+            refcount = await self._refcount(l2_offset)
+            if refcount is None:
+                continue
+            if (refcount == 1) != bool(entry & COPIED):
+                self._note(f"L1 entry {entry:#018x}", refcount, mended=mend)
+                table[index] ^= COPIED
+                wrong.append(index)
+            if not self._is_known_good(index):
+                await self._check_copied_l2(l2_offset, mend=mend)
+            await walk.step()
+        if mend and wrong:
+            data = serialise_table(table, wrong[0], wrong[-1] + 1)
+            await walk.storage.pwritev(header.l1_table_offset + 8 * wrong[0], [data])
+
+    def _is_known_good(self, index: int) -> bool:
+        first, last = self._walk.first_blocks[index], self._walk.last_blocks[index]
+        if first == DUBIOUS:
+            return False
+        return not self._unequal or self._unequal.isdisjoint(range(first, last + 1))
+
+    async def _check_copied_l2(self, l2_offset: int, *, mend: bool) -> None:
+        walk = self._walk
+        words = parse_table(await walk.read(l2_offset, walk.cluster_size))
+        mend = mend and walk.may_write_l2(l2_offset)
+        wrong: list[int] = []
+        block_bits, cluster_bits = walk.stored.block_bits, walk.header.cluster_bits
+        mask = (1 << block_bits) - 1
+        has_data_file = walk.has_data_file
+        known, block = -1, walk.counts.empty
+        for index in range(0, len(words), 2 if walk.is_extended else 1):
+            entry = words[index]
+            if not entry or entry & COMPRESSED:
+                continue
+            cluster = (entry & OFFSET_MASK) >> cluster_bits
+            if has_data_file:
+                if not (entry & OFFSET_MASK or entry & COPIED):
+                    continue
+                refcount = 1
+            else:
+                if not entry & OFFSET_MASK:
+                    continue
+                if cluster >> block_bits != known:
+                    known = cluster >> block_bits
+                    try:
+                        block = await walk.stored.block(known) or walk.counts.empty
+                    except FormatError:
+                        known = -1
+                        continue
+                refcount = block[cluster & mask]
+            if (refcount == 1) != (entry >> 63):
+                self._note(f"L2 entry {entry:#018x}", refcount, mended=mend)
+                words[index] ^= COPIED
+                wrong.append(index)
+        if mend and wrong:
+            data = serialise_table(words, wrong[0], wrong[-1] + 1)
+            await walk.storage.pwritev(l2_offset + 8 * wrong[0], [data])
+
+    def _note(self, what: str, refcount: int, *, mended: bool) -> None:
+        result = self._walk.result
+        if mended:
+            result.corruptions_fixed += 1
+        else:
+            result.corruptions += 1
+        done = "Repaired" if mended else "ERROR"
+        self._walk.report(f"{done} COPIED flag of {what} is wrong: refcount {refcount}")
+
+    async def _refcount(self, host_offset: int) -> int | None:
+        """The stored refcount of a cluster, None where it cannot be told (reported already)."""
+        stored = self._walk.stored
+        cluster = host_offset >> self._walk.header.cluster_bits
+        try:
+            block = await stored.block(cluster >> stored.block_bits)
+        except FormatError:
+            return None
+        return 0 if block is None else block[cluster & (stored.n_per_block - 1)]
+
+
+def _last_in_use(stored: array[int], counted: array[int]) -> int:
+    """The last index at which either is not 0; -1 for none."""
+    n_used = max(len(part.tobytes().rstrip(b"\0")) for part in (stored, counted))
+    return -(-n_used // stored.itemsize) - 1 if n_used else -1

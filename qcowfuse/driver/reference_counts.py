@@ -1,0 +1,203 @@
+"""The refcounts of an image twice over: as its tables have them, and as counted from the references to each cluster.
+
+1. Both are kept per refcount block, in arrays of the refcounts' own width, and only where something refers to a
+   cluster: memory follows what the image uses, not the length of the file, and has a limit.
+2. Stored blocks are read when asked for, and the latest ones kept. A block that lies past the end of the file is
+   empty, as QEMU reads it.
+3. A count stops at the largest value that its width holds; what goes beyond is said to the caller, not counted.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections import OrderedDict
+
+from ..errors import FormatError
+from ..format.entries import OFFSET_MASK, parse_table
+from ..format.header import OFFSET_LIMIT, Qcow2Header
+from ..format.refcounts import (
+    REFCOUNT_TABLE_OFFSET_MASK,
+    empty_refcounts,
+    entries_per_block,
+    max_refcount,
+    parse_refcounts,
+)
+from ..storage.base import Storage
+
+MAX_COUNTS_BYTES = 1 << 30
+"""Memory for counts; 32 TiB of data in clusters of 64 KiB with 16 bits each."""
+_BLOCK_CACHE_BYTES = 16 << 20
+
+
+class StoredRefcounts:
+    """The refcounts as the image has them."""
+
+    def __init__(self, storage: Storage, header: Qcow2Header) -> None:
+        self._storage = storage
+        self._header = header
+        self.order = header.refcount_order
+        self.n_per_block = entries_per_block(header.cluster_bits, header.refcount_order)
+        self.block_bits = self.n_per_block.bit_length() - 1
+        self.table: array[int] = array("Q")
+        self._blocks: OrderedDict[int, array[int]] = OrderedDict()
+        self._empty = empty_refcounts(header.cluster_bits, header.refcount_order)
+        self._max_blocks = max(_BLOCK_CACHE_BYTES // (len(self._empty) * self._empty.itemsize), 1)
+
+    async def load_table(self) -> None:
+        """Read the refcount table. Raises OSError."""
+        n_bytes = self._header.refcount_table_clusters << self._header.cluster_bits
+        self.table = parse_table(await self._storage.pread(self._header.refcount_table_offset, n_bytes))
+
+    async def block(self, number: int) -> array[int] | None:
+        """The counts of a block, None where there is none (all zero). Raises FormatError for a place that no block
+        can have, OSError."""
+        if number >= len(self.table):
+            return None
+        host_offset = self.table[number] & REFCOUNT_TABLE_OFFSET_MASK
+        if not host_offset:
+            return None
+        block = self._blocks.get(number)
+        if block is not None:
+            self._blocks.move_to_end(number)
+            return block
+        cluster_size = 1 << self._header.cluster_bits
+        if host_offset % cluster_size or host_offset >= OFFSET_LIMIT - cluster_size:
+            raise FormatError("refcount table entry", None, f"block {number} at {host_offset:#x}: impossible place")
+        if host_offset >= self._storage.size():
+            block = self._empty
+        else:
+            block = parse_refcounts(await self._storage.pread(host_offset, cluster_size), self.order)
+        self._blocks[number] = block
+        if len(self._blocks) > self._max_blocks:
+            self._blocks.popitem(last=False)
+        return block
+
+    def forget(self, number: int) -> None:
+        """A block was written: read it again when it is asked for."""
+        self._blocks.pop(number, None)
+
+
+class ReferenceCounts:
+    """The references counted so far: ``blocks`` by the number of the refcount block that should hold them."""
+
+    def __init__(self, cluster_bits: int, refcount_order: int) -> None:
+        self.blocks: dict[int, array[int]] = {}
+        self.empty = empty_refcounts(cluster_bits, refcount_order)
+        self.max_count = max_refcount(refcount_order)
+        self.block_bits = len(self.empty).bit_length() - 1
+        self._cluster_bits = cluster_bits
+        self._n_bytes = 0
+        ones = array(self.empty.typecode, [1]) * len(self.empty)
+        self._zero_bytes, self._one_bytes = self.empty.tobytes(), ones.tobytes()
+
+    def block(self, number: int) -> array[int]:
+        """The counts of a block, made if need be. Raises FormatError when there are too many."""
+        counts = self.blocks.get(number)
+        if counts is None:
+            self._n_bytes += len(self._zero_bytes)
+            if self._n_bytes > MAX_COUNTS_BYTES:
+                raise FormatError(
+                    "image", None, f"needs more than {MAX_COUNTS_BYTES >> 20} MiB of memory to be checked"
+                )
+            counts = self.blocks[number] = self.empty[:]
+        return counts
+
+    def get(self, cluster: int) -> int:
+        """The references to a cluster."""
+        counts = self.blocks.get(cluster >> self.block_bits)
+        return counts[cluster & len(self.empty) - 1] if counts is not None else 0
+
+    def add(self, cluster: int) -> bool:
+        """One reference more; False where the count cannot rise. Raises FormatError, as :meth:`block`."""
+        counts = self.block(cluster >> self.block_bits)
+        index = cluster & len(self.empty) - 1
+        if counts[index] >= self.max_count:
+            return False
+        counts[index] += 1
+        return True
+
+    def add_run(self, cluster: int, n_clusters: int) -> list[int]:
+        """One reference more to each cluster of a run; those whose count cannot rise. Raises FormatError."""
+        failed: list[int] = []
+        end = cluster + n_clusters
+        itemsize = self.empty.itemsize
+        while cluster < end:
+            counts = self.block(cluster >> self.block_bits)
+            index = cluster & len(self.empty) - 1
+            n_here = min(len(self.empty) - index, end - cluster)
+            part = slice(index, index + n_here)
+            if n_here > 1 and counts[part].tobytes() == self._zero_bytes[: n_here * itemsize]:
+                counts[part] = array(counts.typecode, self._one_bytes[: n_here * itemsize])
+            else:
+                failed += [number for number in range(cluster, cluster + n_here) if not self.add(number)]
+            cluster += n_here
+        return failed
+
+    def add_plain(self, words: array[int], limit: int) -> PlainTable:
+        """Count the clusters of an L2 table whose entries have an aligned offset, the COPIED flag, and nothing else.
+
+        Those at or past cluster ``limit`` are only listed. Raises FormatError, as :meth:`block`.
+        """
+        cluster_bits, block_bits, max_count = self._cluster_bits, self.block_bits, self.max_count
+        mask = len(self.empty) - 1
+        found = PlainTable()
+        counts, known, following = self.empty, -1, -1
+        for entry in words:
+            if not entry:
+                continue
+            cluster = (entry & OFFSET_MASK) >> cluster_bits
+            if cluster != following:
+                if not cluster:
+                    found.is_dubious = True
+                    continue
+                if following > 0:
+                    found.n_fragmented += 1
+            following = cluster + 1
+            found.n_allocated += 1
+            if cluster >= limit:
+                found.beyond.append(cluster)
+                continue
+            if cluster >> block_bits != known:
+                known = cluster >> block_bits
+                counts = self.block(known)
+                found.first_block = min(found.first_block, known)
+                found.last_block = max(found.last_block, known)
+            count = counts[cluster & mask]
+            if count < max_count:
+                counts[cluster & mask] = count + 1
+            else:
+                found.overflowed.append(cluster)
+        return found
+
+
+class PlainTable:
+    """What :meth:`ReferenceCounts.add_plain` found. ``is_dubious``: an entry has the COPIED flag and no cluster."""
+
+    __slots__ = (
+        "beyond",
+        "first_block",
+        "is_dubious",
+        "last_block",
+        "n_allocated",
+        "n_fragmented",
+        "overflowed",
+    )
+
+    def __init__(self) -> None:
+        self.n_allocated = 0
+        self.n_fragmented = 0
+        self.first_block = 1 << 62
+        self.last_block = -1
+        self.overflowed: list[int] = []
+        self.beyond: list[int] = []
+        self.is_dubious = False
+
+
+def is_zero_or_one(counts: array[int]) -> bool:
+    """Whether no count is larger than 1."""
+    raw, size, n_counts = counts.tobytes(), counts.itemsize, len(counts)
+    if raw.translate(None, b"\0\1"):
+        return False
+    low = 0 if sys.byteorder == "little" else size - 1
+    return all(raw[place::size].count(0) == n_counts for place in range(size) if place != low)

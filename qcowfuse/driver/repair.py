@@ -1,0 +1,349 @@
+"""Mending an image: what a check finds wrong is set right, in an order that survives a power cut at any moment.
+
+1. In place, where every cluster in use has a refcount to correct: too low counts are raised, flush; too high ones
+   lowered, flush; wrong COPIED flags set right, flush. Counts are never lower than they were as long as a reference
+   to their cluster may still be on disk.
+2. Rebuilt, where counts are missing or refcount blocks cannot be used, or the snapshot table must be written anew:
+   new blocks, table and snapshot table are written behind the end of the file (inside it, into clusters that nothing
+   refers to, where it cannot grow), flush; then the header points at them, with one write inside its first sector,
+   flush. A new walk finds the old structures leaked, and they are freed as in rule 1.
+3. Nothing else is given up for lost: entries that QEMU leaves alone (data at an impossible place, reserved bits) are
+   left alone here, and stay corruptions. The one kind that is mended is rule 4 of ``check_walk``.
+4. The dirty and corrupt bits go when all the rest is durable and nothing is left to mend.
+5. Freed space goes back to the file system only in an image with nothing else wrong: elsewhere what looks free may be
+   all that is left of somebody's data.
+
+Crash points, by these rules:
+
+    P1  a count raised, not all of them: no worse than before
+    P2  new structures written, header unchanged: clusters behind the end that nothing refers to
+    P3  header changed: the old structures are leaks
+    P4  counts lowered in part: fewer leaks than before
+    P5  flags set in part: the count of each cluster is right, a wrong flag costs a copy or was wrong before
+    P6  all mended, the dirty bit still set: the next repair finds nothing to do
+
+Source: QEMU's qcow2_check_refcounts(), rebuild_refcount_structure(), qcow2_check_fix_snapshot_table().
+"""
+
+from __future__ import annotations
+
+import errno
+import struct
+from array import array
+from dataclasses import replace
+
+from ..errors import FormatError, ImageUsageError, UnsupportedFeatureError
+from ..format.entries import serialise_table
+from ..format.header import (
+    AUTOCLEAR_FIELD,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_DIRTY,
+    INCOMPATIBLE_FIELD,
+    KNOWN_AUTOCLEAR,
+    MAX_REFCOUNT_TABLE_SIZE,
+    MAX_SNAPSHOTS,
+    REFCOUNT_TABLE_FIELD,
+    SNAPSHOTS_FIELD,
+    Qcow2Header,
+    header_length_needed,
+    parse_header,
+    unknown_incompatible,
+)
+from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, serialise_refcounts
+from ..storage.base import Storage
+from .check_compare import Comparison, check_storage
+from .check_result import CheckResult, Fix, Progress, Report
+from .check_snapshots import SnapshotTable, load_snapshot_table
+from .check_walk import Walk
+from .reference_counts import ReferenceCounts
+
+_NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EPERM)
+_MAX_FREED_RUNS = 1 << 16
+
+
+async def repair_storage(
+    storage: Storage, fix: Fix, *, report: Report, progress: Progress | None = None, verify: bool = True
+) -> CheckResult:
+    """Mend an open, writable image. The result is that of a second check (with ``verify``, and if anything was
+    mended), and says how much was mended.
+
+    Raises UnsupportedFeatureError for version 1 and unknown features, ImageUsageError where ``fix`` does not include
+    what has to be done first, FormatError for what cannot be understood or mended, OSError.
+    """
+    header, n_overhanging = await _load_header(storage, fix)
+    repair = _Repair(storage, header, fix, report, progress)
+    result = await repair.run(n_overhanging)
+    if verify and (result.leaks_fixed or result.corruptions_fixed):
+        again = await check_storage(storage, repair.header, report, progress)
+        again.leaks_fixed, again.corruptions_fixed = result.leaks_fixed, result.corruptions_fixed
+        return again
+    return result
+
+
+async def _load_header(storage: Storage, fix: Fix) -> tuple[Qcow2Header, int]:
+    """The header, and how many snapshots there are beyond the limit (which it then does not count)."""
+    start = bytes(await storage.pread(0, min(512, storage.size())))
+    data = bytes(await storage.pread(0, min(header_length_needed(start), storage.size())))
+    n_overhanging = 0
+    if fix & Fix.ERRORS and len(data) >= SNAPSHOTS_FIELD + 12 and start[4:8] != b"\0\0\0\1":
+        (n_snapshots,) = struct.unpack_from(">I", data, SNAPSHOTS_FIELD)
+        if n_snapshots > MAX_SNAPSHOTS:
+            n_overhanging = n_snapshots - MAX_SNAPSHOTS
+            data = data[:SNAPSHOTS_FIELD] + struct.pack(">I", MAX_SNAPSHOTS) + data[SNAPSHOTS_FIELD + 4 :]
+    header = parse_header(data, storage.size())
+    if not isinstance(header, Qcow2Header):
+        raise UnsupportedFeatureError(["checks of version 1 images"])
+    if names := unknown_incompatible(header):
+        raise UnsupportedFeatureError(names)
+    return header, n_overhanging
+
+
+class _Repair:
+    def __init__(
+        self, storage: Storage, header: Qcow2Header, fix: Fix, report: Report, progress: Progress | None
+    ) -> None:
+        self._storage = storage
+        self.header = header
+        self._fix = fix
+        self._report = report
+        self._progress = progress
+        self._cluster_bits = header.cluster_bits
+        self._freed: list[tuple[int, int]] = []
+
+    async def run(self, n_overhanging: int) -> CheckResult:
+        fix_errors = bool(self._fix & Fix.ERRORS)
+        await self._clear_unknown_bits()
+        if n_overhanging:
+            self._report(f"Repaired header: {n_overhanging} snapshots beyond the limit of {MAX_SNAPSHOTS} dropped")
+            await self._write_header(SNAPSHOTS_FIELD, struct.pack(">I", MAX_SNAPSHOTS))
+        snapshots = await load_snapshot_table(self._storage, self.header, repair=fix_errors)
+        walk, comparison = await self._look(snapshots, fix_entries=fix_errors)
+        incomplete = snapshots.incomplete(self.header.version)
+        must_rebuild = walk.needs_rebuild or comparison.needs_rebuild
+        if must_rebuild and not fix_errors:
+            raise ImageUsageError("the refcount structure has to be rebuilt, which takes -r all; nothing was changed")
+        if fix_errors and (must_rebuild or walk.has_block_outside or snapshots.must_be_written(self.header.version)):
+            walk, comparison = await self._rebuild(walk, snapshots)
+        elif comparison.wrong_blocks:
+            await self._mend_counts(walk, comparison, count=True)
+            await comparison.run(quiet=True)
+        # With leaks alone to mend, flags are set right only where the refcounts are known to be.
+        await comparison.check_copied(mend=fix_errors or walk.result.is_clean)
+        n_snapshot_faults = snapshots.n_cut + snapshots.n_dropped + len(incomplete)
+        if fix_errors:
+            walk.result.corruptions_fixed += n_overhanging + n_snapshot_faults
+        else:
+            walk.result.corruptions += n_snapshot_faults
+        result = walk.result
+        await self._storage.flush()
+        if self._progress is not None:
+            self._progress(1, 1)
+        if result.is_clean:
+            await self._clear_marks()
+            await self._give_back()
+        return result
+
+    async def _look(
+        self, snapshots: SnapshotTable, *, fix_entries: bool, quiet: bool = False
+    ) -> tuple[Walk, Comparison]:
+        walk = Walk(
+            self._storage,
+            self.header,
+            snapshots,
+            _ignore if quiet else self._report,
+            self._progress,
+            fix_entries=fix_entries,
+        )
+        await walk.run()
+        comparison = Comparison(walk)
+        await comparison.run(quiet=quiet)
+        return walk, comparison
+
+    # Rule 1
+
+    async def _mend_counts(self, walk: Walk, comparison: Comparison, *, count: bool) -> None:
+        """Raise, then lower. ``count``: in the sums of the result as well."""
+        result = walk.result
+        if self._fix & Fix.ERRORS:
+            for number in comparison.wrong_blocks:
+                n_mended = await self._write_block(walk, number, raise_them=True)
+                if count:
+                    result.corruptions -= n_mended
+                    result.corruptions_fixed += n_mended
+        await self._storage.flush()
+        if self._fix & Fix.LEAKS:
+            for number in comparison.wrong_blocks:
+                n_mended = await self._write_block(walk, number, raise_them=False)
+                if count:
+                    result.leaks -= n_mended
+                    result.leaks_fixed += n_mended
+            await self._storage.flush()
+
+    async def _write_block(self, walk: Walk, number: int, *, raise_them: bool) -> int:
+        """Set the counts of one block that are too low (or too high) to what they should be; how many there were."""
+        stored = await walk.stored.block(number)
+        host_offset = walk.stored.table[number] & REFCOUNT_TABLE_OFFSET_MASK if stored is not None else 0
+        if stored is None or not host_offset:
+            return 0
+        counted = walk.counts.blocks.get(number, walk.counts.empty)
+        first = number << walk.stored.block_bits
+        n_here = min(len(stored), walk.n_clusters - first)
+        mended = stored[:]
+        n_mended = 0
+        for index in range(n_here):
+            has, needs = stored[index], counted[index]
+            if has < needs if raise_them else has > needs:
+                mended[index] = needs
+                n_mended += 1
+                if not needs:
+                    self._note_freed(first + index)
+        if n_mended:
+            data = serialise_refcounts(mended, walk.stored.order, 0, len(mended))
+            await self._storage.pwritev(host_offset, [data])
+            walk.stored.forget(number)
+        return n_mended
+
+    # Rule 2
+
+    async def _rebuild(self, walk: Walk, snapshots: SnapshotTable) -> tuple[Walk, Comparison]:
+        """New refcount structure (and snapshot table, where that has to be new), and a second look."""
+        before = walk.result
+        self._report("Rebuilding the refcount structure")
+        table = b""
+        if snapshots.must_be_written(self.header.version):
+            table = snapshots.serialise(self.header.virtual_size)
+        n_table_clusters = -(-len(table) >> self._cluster_bits)
+        start = max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters)
+        plan = _plan(walk.counts, start, n_table_clusters, self._cluster_bits)
+        try:
+            await self._write_structure(walk.counts, plan, table)
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            self._withdraw(walk.counts, plan)
+            found = _find_room(walk.counts, self._storage.size() >> self._cluster_bits, plan.n_clusters + 8)
+            if found is None:
+                raise
+            plan = _plan(walk.counts, found, n_table_clusters, self._cluster_bits)
+            if plan.n_clusters > _room_at(walk.counts, found, self._storage.size() >> self._cluster_bits):
+                raise
+            await self._write_structure(walk.counts, plan, table)
+        await self._storage.flush()
+        fields = struct.pack(">QI", plan.table_cluster << self._cluster_bits, plan.n_table_clusters)
+        self.header = replace(
+            self.header,
+            refcount_table_offset=plan.table_cluster << self._cluster_bits,
+            refcount_table_clusters=plan.n_table_clusters,
+        )
+        if table:
+            offset = plan.table_cluster + plan.n_table_clusters << self._cluster_bits
+            fields += struct.pack(">IQ", len(snapshots.snapshots), offset)
+            self.header = replace(self.header, n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
+        await self._write_header(REFCOUNT_TABLE_FIELD, fields)
+        snapshots = await load_snapshot_table(self._storage, self.header)
+        walk, comparison = await self._look(snapshots, fix_entries=False, quiet=True)
+        if comparison.needs_rebuild or walk.needs_rebuild:
+            raise FormatError(
+                "image", None, "the rebuilt refcount structure is still wrong; the image is beyond repair"
+            )
+        await self._mend_counts(walk, comparison, count=False)
+        await comparison.run(quiet=True)
+        after = walk.result
+        after.corruptions_fixed = before.corruptions_fixed + max(before.corruptions - after.corruptions, 0)
+        after.leaks_fixed = before.leaks_fixed + before.leaks
+        return walk, comparison
+
+    async def _write_structure(self, counts: ReferenceCounts, plan: _Plan, snapshot_table: bytes) -> None:
+        """The new clusters, each counted once, and everything that goes into them."""
+        for cluster in range(plan.start, plan.start + plan.n_clusters):
+            counts.add(cluster)
+        table = array("Q", bytes(plan.n_table_clusters << self._cluster_bits))
+        for place, number in enumerate(plan.blocks, plan.start):
+            table[number] = place << self._cluster_bits
+            block = counts.block(number)
+            data = serialise_refcounts(block, self.header.refcount_order, 0, len(block))
+            await self._storage.pwritev(place << self._cluster_bits, [data])
+        parts = [serialise_table(table, 0, len(table)), snapshot_table]
+        parts.append(bytes(-len(snapshot_table) % (1 << self._cluster_bits)))
+        await self._storage.pwritev(plan.table_cluster << self._cluster_bits, [part for part in parts if part])
+
+    def _withdraw(self, counts: ReferenceCounts, plan: _Plan) -> None:
+        for cluster in range(plan.start, plan.start + plan.n_clusters):
+            counts.blocks[cluster >> counts.block_bits][cluster & len(counts.empty) - 1] -= 1
+
+    # The header, and freed space
+
+    async def _write_header(self, place: int, data: bytes) -> None:
+        await self._storage.pwritev(place, [data])
+        await self._storage.flush()
+
+    async def _clear_unknown_bits(self) -> None:
+        autoclear = self.header.autoclear_features
+        if autoclear & ~KNOWN_AUTOCLEAR:
+            await self._write_header(AUTOCLEAR_FIELD, (autoclear & KNOWN_AUTOCLEAR).to_bytes(8, "big"))
+            self.header = replace(self.header, autoclear_features=autoclear & KNOWN_AUTOCLEAR)
+
+    async def _clear_marks(self) -> None:
+        features = self.header.incompatible_features
+        if marks := features & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT):
+            await self._write_header(INCOMPATIBLE_FIELD, (features & ~marks).to_bytes(8, "big"))
+            self.header = replace(self.header, incompatible_features=features & ~marks)
+
+    def _note_freed(self, cluster: int) -> None:
+        if self._freed and sum(self._freed[-1]) == cluster:
+            self._freed[-1] = (self._freed[-1][0], self._freed[-1][1] + 1)
+        elif len(self._freed) < _MAX_FREED_RUNS:
+            self._freed.append((cluster, 1))
+
+    async def _give_back(self) -> None:
+        for cluster, n_clusters in self._freed:
+            await self._storage.punch_hole(cluster << self._cluster_bits, n_clusters << self._cluster_bits)
+
+
+class _Plan:
+    """Where a new structure goes: blocks from cluster ``start`` on, then the table, then the snapshot table."""
+
+    def __init__(self, start: int, blocks: list[int], n_table_clusters: int, n_more: int) -> None:
+        self.start = start
+        self.blocks = blocks
+        self.table_cluster = start + len(blocks)
+        self.n_table_clusters = n_table_clusters
+        self.n_clusters = len(blocks) + n_table_clusters + n_more
+
+
+def _plan(counts: ReferenceCounts, start: int, n_more: int, cluster_bits: int) -> _Plan:
+    """The blocks that are needed, those that describe the new clusters among them. Raises FormatError."""
+    needed = {number for number, block in counts.blocks.items() if any(block)}
+    while True:
+        n_table_clusters = -(-(max(needed) + 1) * 8 >> cluster_bits)
+        plan = _Plan(start, sorted(needed), n_table_clusters, n_more)
+        own = range(start >> counts.block_bits, (start + plan.n_clusters - 1 >> counts.block_bits) + 1)
+        if needed.issuperset(own):
+            break
+        needed.update(own)
+    if n_table_clusters << cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
+        raise FormatError("image", None, "its refcount table would be larger than QEMU allows: cannot be rebuilt")
+    return plan
+
+
+def _room_at(counts: ReferenceCounts, cluster: int, end: int) -> int:
+    """How many clusters in a row nothing refers to."""
+    first = cluster
+    while cluster < end and not counts.get(cluster):
+        cluster += 1
+    return cluster - first
+
+
+def _find_room(counts: ReferenceCounts, end: int, n_clusters: int) -> int | None:
+    """The first place inside the file with ``n_clusters`` in a row that nothing refers to."""
+    cluster = 0
+    while cluster + n_clusters <= end:
+        n_free = _room_at(counts, cluster, min(end, cluster + n_clusters))
+        if n_free == n_clusters:
+            return cluster
+        cluster += n_free + 1
+    return None
+
+
+def _ignore(_: str) -> None:
+    pass
