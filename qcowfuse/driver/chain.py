@@ -62,6 +62,7 @@ from .metadata import MetadataClusters, find_metadata
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading import ChainReader
+from .repair import repair_dirty
 from .snapshot_table import find_snapshot, load_l1_table, load_snapshot_l1_table
 from .snapshot_table import load_snapshots as load_snapshots
 from .table_cache import TableCache
@@ -110,7 +111,8 @@ async def open_image(
     """Open a QCOW image and its backing chain.
 
     Raises FormatError (not QCOW, damaged), UnsupportedFeatureError, ImageLockedError, BackingChainError,
-    ImageUsageError (needs repair before it may be written, has no such snapshot), OSError.
+    ImageUsageError (cannot be repaired, has no such snapshot), OSError. A writable image with the dirty bit is
+    repaired first, which may take a while, and the log says so.
     """
     options = options or OpenOptions()
     if options.snapshot is not None:
@@ -119,6 +121,8 @@ async def open_image(
         layers = await _open_chain(path, options, opener, stack)
         if options.snapshot is not None:
             layers[0] = await _at_snapshot(layers[0], options.snapshot)
+        if not options.read_only:
+            layers[0] = await _ready_to_write(path, layers[0])
         image = await _assemble(path, layers, options)
         stack.pop_all()
     return image
@@ -250,8 +254,6 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     top = opened[0]
     header = top.header
     assert header is not None
-    if isinstance(header, Qcow2Header) and not options.read_only:
-        _refuse_damaged(path, header)
     cache = TableCache(0)
     layers: list[Layer] = []
     sources: list[CompressedSource | None] = []
@@ -301,16 +303,19 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     )
 
 
-def _refuse_damaged(path: str, header: Qcow2Header) -> None:
+async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
+    """A writable image that was not closed cleanly is repaired before anything builds on it, as QEMU does."""
+    header = layer.header
+    if not isinstance(header, Qcow2Header):
+        return layer
     if header.incompatible_features & INCOMPATIBLE_CORRUPT:
         raise ImageUsageError(
-            f"{path}: marked as corrupt; mount it read-only (-r), or repair it: qemu-img check -r all {path}"
+            f"{path}: marked as corrupt; mount it read-only (-r), or repair it: qcowfuse-img check -r all {path}"
         )
-    if header.incompatible_features & INCOMPATIBLE_DIRTY:
-        raise ImageUsageError(
-            f"{path}: was not closed cleanly and its refcounts may be wrong; mount it read-only (-r), "
-            f"or repair it: qemu-img check -r all {path}"
-        )
+    if not header.incompatible_features & INCOMPATIBLE_DIRTY:
+        return layer
+    await repair_dirty(path, layer.storage)
+    return replace(await _open_layer(path, layer.storage, "qcow"), data=layer.data)
 
 
 def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:

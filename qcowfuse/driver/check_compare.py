@@ -1,7 +1,7 @@
 """Comparing what a walk has counted with the stored refcounts, and both with the COPIED flags; mending the flags.
 
-1. A count that is too high is a leak: space is lost. One that is too low is a corruption, and where it is 0 the
-   refcount structure must be rebuilt: there may be no block to correct it in.
+1. A count that is too high is a leak: space is lost. One that is too low is a corruption, and where there is no block
+   to correct it in, the refcount structure must be rebuilt.
 2. The COPIED flag says "refcount is 1", in both directions, in the active tables. A table in which all entries have
    it, and whose refcounts were found to be as counted and not above 1, needs no second look.
 3. Flags are mended after the counts; a table is written from its first wrong entry to its last.
@@ -42,14 +42,16 @@ async def check_storage(
 
 
 class Comparison:
-    """``wrong_blocks``: those with at least one count that is too low or too high."""
+    """``wrong_blocks``: those with at least one count that is too low or too high; ``has_zero``: a cluster in use has
+    refcount 0; ``lacks_blocks``: and there is no block to correct it in."""
 
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         self._unequal: set[int] = set()
         """Blocks in which a count is not 0 or 1, or not what it should be."""
         self.wrong_blocks: list[int] = []
-        self.needs_rebuild = False
+        self.has_zero = False
+        self.lacks_blocks = False
 
     async def run(self, *, quiet: bool = False) -> None:
         """The stored refcounts against the counted ones, block by block. ``quiet``: no report, no sums."""
@@ -72,7 +74,9 @@ class Comparison:
                     walk.result.check_errors += n_here
                     walk.report(f"ERROR {error}")
                 continue
-            stored = empty if stored is None else stored
+            if stored is None or stored is walk.stored.empty:
+                self.lacks_blocks |= any(counted)
+                stored = empty
             if n_here < len(empty):
                 counted, stored = counted[:n_here], stored[:n_here]
             last = _last_in_use(stored, counted)
@@ -96,7 +100,7 @@ class Comparison:
         for index, (has, needs) in enumerate(zip(stored, counted, strict=True)):
             if has == needs:
                 continue
-            self.needs_rebuild |= has == 0
+            self.has_zero |= has == 0
             if quiet:
                 continue
             where = f"cluster {first + index:#x}: refcount {has}, {needs} references"

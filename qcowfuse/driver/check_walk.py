@@ -53,7 +53,8 @@ class Walk:
     """One walk. ``fix_entries``: mend the L2 entries of rule 4.
 
     Afterwards ``counts`` has the references; ``needs_rebuild`` says that refcount blocks cannot be used as they are,
-    ``has_block_outside`` that one lies past the end of the file. ``first_blocks`` and ``last_blocks`` say, by active
+    ``has_block_outside`` that one lies past the end of the file; ``beyond`` are the first and last clusters of
+    whatever else was found to lie there. ``first_blocks`` and ``last_blocks`` say, by active
     L1 entry, which refcount blocks describe the clusters of a table in which all entries are COPIED.
     """
 
@@ -78,6 +79,7 @@ class Walk:
         self.is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
         self.needs_rebuild = False
         self.has_block_outside = False
+        self.beyond: list[tuple[int, int]] = []
         self.first_blocks = array("I")
         self.last_blocks = array("I")
         self.report = report
@@ -157,6 +159,8 @@ class Walk:
         # The last cluster of an image need not be there to its end.
         if host_offset + n_bytes - self._file_size >= self.cluster_size:
             self.corrupt(f"{what} at {host_offset:#x} ({n_bytes:#x} bytes) lies past the end of the file")
+            last = host_offset + n_bytes - 1 >> self._cluster_bits
+            self.beyond.append((host_offset >> self._cluster_bits, last))
             return
         first = host_offset >> self._cluster_bits
         last = host_offset + n_bytes - 1 >> self._cluster_bits
@@ -264,6 +268,7 @@ class Walk:
             self._overflow("cluster", cluster)
         for cluster in found.beyond:
             self.corrupt(f"cluster at {cluster << self._cluster_bits:#x} lies past the end of the file")
+            self.beyond.append((cluster, cluster))
         if not is_active:
             return
         self.result.allocated_clusters += found.n_allocated

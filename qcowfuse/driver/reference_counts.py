@@ -41,8 +41,8 @@ class StoredRefcounts:
         self.block_bits = self.n_per_block.bit_length() - 1
         self.table: array[int] = array("Q")
         self._blocks: OrderedDict[int, array[int]] = OrderedDict()
-        self._empty = empty_refcounts(header.cluster_bits, header.refcount_order)
-        self._max_blocks = max(_BLOCK_CACHE_BYTES // (len(self._empty) * self._empty.itemsize), 1)
+        self.empty = empty_refcounts(header.cluster_bits, header.refcount_order)
+        self._max_blocks = max(_BLOCK_CACHE_BYTES // (len(self.empty) * self.empty.itemsize), 1)
 
     async def load_table(self) -> None:
         """Read the refcount table. Raises OSError."""
@@ -65,7 +65,7 @@ class StoredRefcounts:
         if host_offset % cluster_size or host_offset >= OFFSET_LIMIT - cluster_size:
             raise FormatError("refcount table entry", None, f"block {number} at {host_offset:#x}: impossible place")
         if host_offset >= self._storage.size():
-            block = self._empty
+            block = self.empty
         else:
             block = parse_refcounts(await self._storage.pread(host_offset, cluster_size), self.order)
         self._blocks[number] = block

@@ -1,11 +1,11 @@
 """Mending an image: what a check finds wrong is set right, in an order that survives a power cut at any moment.
 
-1. In place, where every cluster in use has a refcount to correct: too low counts are raised, flush; too high ones
-   lowered, flush; wrong COPIED flags set right, flush. Counts are never lower than they were as long as a reference
-   to their cluster may still be on disk.
-2. Rebuilt, where counts are missing or refcount blocks cannot be used, or the snapshot table must be written anew:
-   new blocks, table and snapshot table are written behind the end of the file (inside it, into clusters that nothing
-   refers to, where it cannot grow), flush; then the header points at them, with one write inside its first sector,
+1. In place, where every cluster in use has a refcount block to correct its count in: too low counts are raised,
+   flush; too high ones lowered, flush; wrong COPIED flags set right, flush. Counts are never lower than they were as
+   long as a reference to their cluster may still be on disk.
+2. Rebuilt, where blocks are missing or cannot be used, or the snapshot table must be written anew: new blocks, table
+   and snapshot table are written behind the end of the file (inside it, into clusters that nothing refers to, where
+   it cannot grow), flush; then the header points at them, with one write inside its first sector,
    flush. A new walk finds the old structures leaked, and they are freed as in rule 1.
 3. Nothing else is given up for lost: entries that QEMU leaves alone (data at an impossible place, reserved bits) are
    left alone here, and stay corruptions. The one kind that is mended is rule 4 of ``check_walk``.
@@ -28,7 +28,9 @@ Source: QEMU's qcow2_check_refcounts(), rebuild_refcount_structure(), qcow2_chec
 from __future__ import annotations
 
 import errno
+import logging
 import struct
+import time
 from array import array
 from dataclasses import replace
 
@@ -59,6 +61,10 @@ from .reference_counts import ReferenceCounts
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EPERM)
 _MAX_FREED_RUNS = 1 << 16
+_MAX_REBUILDS = 4
+_LOG_INTERVAL = 10.0
+
+log = logging.getLogger(__name__)
 
 
 async def repair_storage(
@@ -78,6 +84,42 @@ async def repair_storage(
         again.leaks_fixed, again.corruptions_fixed = result.leaks_fixed, result.corruptions_fixed
         return again
     return result
+
+
+async def repair_dirty(path: str, storage: Storage) -> None:
+    """Mend an image that was not closed cleanly, before it is written; the log has the progress and the outcome.
+
+    Raises ImageUsageError where that leaves it damaged, OSError.
+    """
+    began = time.monotonic()
+    next_word = began + _LOG_INTERVAL
+
+    def progress(n_done: int, n_all: int) -> None:
+        nonlocal next_word
+        if time.monotonic() >= next_word:
+            next_word = time.monotonic() + _LOG_INTERVAL
+            log.warning("%s: repairing, %d %% of this pass", path, 100 * n_done // max(n_all, 1))
+
+    log.warning("%s: was not closed cleanly: repairing it", path)
+    advice = f"mount it read-only (-r), or see what is wrong: qcowfuse-img check {path}"
+    try:
+        result = await repair_storage(
+            storage, Fix.ALL, report=lambda finding: log.debug("%s", finding), progress=progress, verify=False
+        )
+    except FormatError as error:
+        raise ImageUsageError(f"{path}: was not closed cleanly and cannot be repaired ({error}); {advice}") from error
+    if not result.is_clean:
+        raise ImageUsageError(
+            f"{path}: was not closed cleanly, and {result.corruptions + result.check_errors} errors are beyond "
+            f"repair; {advice}"
+        )
+    log.warning(
+        "%s: repaired in %.1f s: %d leaked clusters and %d errors mended",
+        path,
+        time.monotonic() - began,
+        result.leaks_fixed,
+        result.corruptions_fixed,
+    )
 
 
 async def _load_header(storage: Storage, fix: Fix) -> tuple[Qcow2Header, int]:
@@ -119,10 +161,14 @@ class _Repair:
         snapshots = await load_snapshot_table(self._storage, self.header, repair=fix_errors)
         walk, comparison = await self._look(snapshots, fix_entries=fix_errors)
         incomplete = snapshots.incomplete(self.header.version)
-        must_rebuild = walk.needs_rebuild or comparison.needs_rebuild
-        if must_rebuild and not fix_errors:
-            raise ImageUsageError("the refcount structure has to be rebuilt, which takes -r all; nothing was changed")
-        if fix_errors and (must_rebuild or walk.has_block_outside or snapshots.must_be_written(self.header.version)):
+        if (walk.needs_rebuild or comparison.has_zero) and not fix_errors:
+            raise ImageUsageError("clusters in use have no refcount, which takes -r all to mend; nothing was changed")
+        if fix_errors and (
+            walk.needs_rebuild
+            or walk.has_block_outside
+            or comparison.lacks_blocks
+            or snapshots.must_be_written(self.header.version)
+        ):
             walk, comparison = await self._rebuild(walk, snapshots)
         elif comparison.wrong_blocks:
             await self._mend_counts(walk, comparison, count=True)
@@ -208,29 +254,46 @@ class _Repair:
     async def _rebuild(self, walk: Walk, snapshots: SnapshotTable) -> tuple[Walk, Comparison]:
         """New refcount structure (and snapshot table, where that has to be new), and a second look."""
         before = walk.result
-        self._report("Rebuilding the refcount structure")
+        for _ in range(_MAX_REBUILDS):
+            self._report("Rebuilding the refcount structure")
+            await self._write_new_structure(walk, snapshots)
+            snapshots = await load_snapshot_table(self._storage, self.header)
+            walk, comparison = await self._look(snapshots, fix_entries=False, quiet=True)
+            # The file has grown: what pointed just past its end may now be inside, and count.
+            if not (comparison.lacks_blocks or walk.needs_rebuild):
+                break
+        else:
+            raise FormatError("image", None, "the rebuilt refcount structure is still wrong: beyond repair")
+        await self._mend_counts(walk, comparison, count=False)
+        await comparison.run(quiet=True)
+        after = walk.result
+        after.corruptions_fixed = before.corruptions_fixed + max(before.corruptions - after.corruptions, 0)
+        after.leaks_fixed = before.leaks_fixed + before.leaks
+        return walk, comparison
+
+    async def _write_new_structure(self, walk: Walk, snapshots: SnapshotTable) -> None:
         table = b""
         if snapshots.must_be_written(self.header.version):
             table = snapshots.serialise(self.header.virtual_size)
-        n_table_clusters = -(-len(table) >> self._cluster_bits)
-        start = max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters)
-        plan = _plan(walk.counts, start, n_table_clusters, self._cluster_bits)
+        n_more = -(-len(table) >> self._cluster_bits)
+        n_in_file = self._storage.size() >> self._cluster_bits
+        plan = _plan_behind(walk, max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters), n_more)
         try:
             await self._write_structure(walk.counts, plan, table)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
             self._withdraw(walk.counts, plan)
-            found = _find_room(walk.counts, self._storage.size() >> self._cluster_bits, plan.n_clusters + 8)
+            found = _find_room(walk.counts, n_in_file, plan.n_clusters + 2)
             if found is None:
                 raise
-            plan = _plan(walk.counts, found, n_table_clusters, self._cluster_bits)
-            if plan.n_clusters > _room_at(walk.counts, found, self._storage.size() >> self._cluster_bits):
+            plan = _plan(walk.counts, found, n_more, self._cluster_bits)
+            if plan.n_clusters > _room_at(walk.counts, found, n_in_file):
                 raise
             await self._write_structure(walk.counts, plan, table)
         await self._storage.flush()
         fields = struct.pack(">QI", plan.table_cluster << self._cluster_bits, plan.n_table_clusters)
-        self.header = replace(
+        header = replace(
             self.header,
             refcount_table_offset=plan.table_cluster << self._cluster_bits,
             refcount_table_clusters=plan.n_table_clusters,
@@ -238,20 +301,9 @@ class _Repair:
         if table:
             offset = plan.table_cluster + plan.n_table_clusters << self._cluster_bits
             fields += struct.pack(">IQ", len(snapshots.snapshots), offset)
-            self.header = replace(self.header, n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
+            header = replace(header, n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
         await self._write_header(REFCOUNT_TABLE_FIELD, fields)
-        snapshots = await load_snapshot_table(self._storage, self.header)
-        walk, comparison = await self._look(snapshots, fix_entries=False, quiet=True)
-        if comparison.needs_rebuild or walk.needs_rebuild:
-            raise FormatError(
-                "image", None, "the rebuilt refcount structure is still wrong; the image is beyond repair"
-            )
-        await self._mend_counts(walk, comparison, count=False)
-        await comparison.run(quiet=True)
-        after = walk.result
-        after.corruptions_fixed = before.corruptions_fixed + max(before.corruptions - after.corruptions, 0)
-        after.leaks_fixed = before.leaks_fixed + before.leaks
-        return walk, comparison
+        self.header = header
 
     async def _write_structure(self, counts: ReferenceCounts, plan: _Plan, snapshot_table: bytes) -> None:
         """The new clusters, each counted once, and everything that goes into them."""
@@ -323,6 +375,17 @@ def _plan(counts: ReferenceCounts, start: int, n_more: int, cluster_bits: int) -
         needed.update(own)
     if n_table_clusters << cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
         raise FormatError("image", None, "its refcount table would be larger than QEMU allows: cannot be rebuilt")
+    return plan
+
+
+def _plan_behind(walk: Walk, start: int, n_more: int) -> _Plan:
+    """The first place at or behind cluster ``start`` that nothing points at, not even by mistake."""
+    plan = _plan(walk.counts, start, n_more, walk.header.cluster_bits)
+    for first, last in sorted(walk.beyond):
+        if first >= plan.start + plan.n_clusters:
+            break
+        if last >= plan.start:
+            plan = _plan(walk.counts, last + 1, n_more, walk.header.cluster_bits)
     return plan
 
 
