@@ -153,7 +153,7 @@ def _refuse(path: str, header: Qcow2Header) -> None:
         raise UnsupportedFeatureError(["snapshots of images with an external data file"])
     if header.corrupt or header.dirty:
         why = "marked as corrupt" if header.corrupt else "not closed cleanly, and its refcounts may be wrong"
-        raise ImageUsageError(f"{path}: {why}; repair it first: qemu-img check -r all {path}")
+        raise ImageUsageError(f"{path}: {why}; repair it first: qcowfuse-img check -r all {path}")
 
 
 class _Editor:

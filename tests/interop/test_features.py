@@ -138,13 +138,14 @@ async def test_a_write_makes_bitmaps_invalid(image_folder: Path) -> None:
     assert "bitmaps" not in qemu.info(path)["format-specific"]["data"]
 
 
-@pytest.mark.parametrize(("bit", "word"), [(0, "not closed cleanly"), (1, "corrupt")])
-async def test_damaged_images_are_read_only(bit: int, word: str, image_folder: Path) -> None:
-    """A dirty or corrupt image is refused for writing with what to do about it, and read like any other."""
+@pytest.mark.parametrize("bits", [(1,), (0, 1)])
+async def test_corrupt_images_are_read_only(bits: tuple[int, ...], image_folder: Path) -> None:
+    """A corrupt image is refused for writing with what to do about it, and read like any other."""
     path = make(image_folder)
-    set_bit(path, INCOMPATIBLE, bit)
+    for bit in bits:
+        set_bit(path, INCOMPATIBLE, bit)
     before = path.read_bytes()
-    with pytest.raises(ImageUsageError, match=word):
+    with pytest.raises(ImageUsageError, match=r"corrupt.*qcowfuse-img check -r all"):
         await open_image(str(path))
     image = await open_image(str(path), READ_ONLY)
     assert await battery.read(image, 64 * 1024, 1000) == bytes([17]) * 1000
