@@ -317,6 +317,8 @@ class QcowImage:
             "decoded_clusters.hits": decoded.hits,
             "decoded_clusters.misses": decoded.misses,
             "image.read_only": int(self.read_only),
+            "image.flush_failed": int(self._ordering is not None and self._ordering.failure is not None),
+            "image.corrupt": int(self._frozen is not None),
         }
         for storage in self._storages:
             for name, value in storage.counters.as_dict().items():
