@@ -34,6 +34,7 @@ class Arguments:
     foreground: bool
     debug: bool
     log_file: str | None
+    key_file: str | None
 
 
 class _Parser(argparse.ArgumentParser):
@@ -121,6 +122,12 @@ for its users. SIGUSR1 prints the counters to the log.""",
     )
     common.add_argument(
         "--data-file", metavar="PATH", help="the external data file, where it is not the one that the image names"
+    )
+    common.add_argument(
+        "--key-file",
+        metavar="PATH",
+        help="the passphrase of an encrypted image, the whole file (a newline counts); "
+        "default: systemd's credential qcowfuse.key, else a prompt",
     )
     common.add_argument("-n", "--name", metavar="NAME", help="name of the file in the directory (disk.raw)")
     common.add_argument(
@@ -240,4 +247,5 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         foreground=foreground,
         debug=flag("debug"),
         log_file=value("log-file", str),
+        key_file=value("key-file", str),
     )

@@ -11,18 +11,20 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 import sdnotify
 import trio
 
 from ..driver.chain import open_image
-from ..errors import QcowFuseError
+from ..errors import ImageUsageError, QcowFuseError
 from ..export.mount import Notices, serve
 from ..export.outside import Outside
 from ..export.process import Starter, leave_session, run_as_daemon
 from . import logs
 from .arguments import Arguments, parse_arguments
 from .exit_codes import ExitCode, exit_code_of
+from .passphrase import KeySource
 
 _log = logging.getLogger("qcowfuse")
 
@@ -34,12 +36,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else ExitCode.USAGE
     logs.log_to_stderr(debug=arguments.debug)
-    if arguments.foreground:
-        return _run(arguments, None)
-    return run_as_daemon(functools.partial(_run, arguments))
+    key = KeySource(arguments.key_file, os.environ)
+    try:
+        key.prepare(arguments.image, arguments.open_options)
+        if arguments.foreground:
+            return _run(arguments, key, None)
+        return run_as_daemon(functools.partial(_run, arguments, key))
+    except ImageUsageError as exc:
+        print(f"qcowfuse: {_describe(exc, arguments)}", file=sys.stderr)
+        return exit_code_of(exc)
+    except KeyboardInterrupt:
+        return 128 + 2
+    finally:
+        key.wipe()
 
 
-def _run(arguments: Arguments, starter: Starter | None) -> int:
+def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     notifier = sdnotify.SystemdNotifier()
     is_ready = False
 
@@ -60,7 +72,7 @@ def _run(arguments: Arguments, starter: Starter | None) -> int:
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
-        opener = functools.partial(open_image, arguments.image, arguments.open_options)
+        opener = functools.partial(open_image, arguments.image, replace(arguments.open_options, passphrase=key))
         with Outside() as outside:
             trio.run(serve, opener, arguments.mount, outside, Notices(on_ready, on_stopping))
     except BaseException as exc:

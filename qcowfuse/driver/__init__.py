@@ -3,9 +3,10 @@
 Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
 ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
 ``table_cache`` (LRU of L2 slices), ``reading`` and ``decoded`` (fetching extents, compressed clusters),
-``snapshot_table``, ``allocation`` (host clusters), ``data_file`` (external data files), ``metadata`` (nothing on top
-of tables), ``claims`` (allocations and operations in flight), ``ordering`` (rules R1 to R5, flush), ``header_bits``,
-``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du`` should say).
+``snapshot_table``, ``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest
+data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
+``ordering`` (rules R1 to R5, flush), ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage``
+(what ``du`` should say).
 
 The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
 ``create`` (empty images), ``snapshot_edit`` with ``shadow_refcounts`` (internal snapshots of an image at rest, by one

@@ -11,7 +11,8 @@
    An external data file (:mod:`~qcowfuse.driver.data_file`) is opened with its image, and as it is.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
-6. A snapshot is the same image with another L1 table and size: the top layer's header says so before anything
+6. Encrypted layers are unlocked when all of the chain is open, all with the same passphrase.
+7. A snapshot is the same image with another L1 table and size: the top layer's header says so before anything
    else looks at it. The table of snapshots is not read unless one is asked for.
 """
 
@@ -28,6 +29,7 @@ from ..format.entries import entry_format, parse_table
 from ..format.geometry import Geometry
 from ..format.header import (
     AUTOCLEAR_RAW_DATA_FILE,
+    CRYPT_NONE,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
@@ -56,6 +58,7 @@ from .data_file import (
     open_data_file,
 )
 from .decoded import CompressedSource
+from .encryption import EncryptedData, Passphrase, locked, unlock
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
 from .metadata import MetadataClusters, find_metadata
@@ -103,6 +106,7 @@ class _Opened:
     l1_table: array[int]
     data: Storage | None = None
     """The external data file."""
+    encrypted: EncryptedData | None = None
 
 
 async def open_image(
@@ -111,8 +115,8 @@ async def open_image(
     """Open a QCOW image and its backing chain.
 
     Raises FormatError (not QCOW, damaged), UnsupportedFeatureError, ImageLockedError, BackingChainError,
-    ImageUsageError (cannot be repaired, has no such snapshot), OSError. A writable image with the dirty bit is
-    repaired first, which may take a while, and the log says so.
+    ImageUsageError (cannot be repaired, has no such snapshot, wants a key), OSError. A writable image with the dirty
+    bit is repaired first, which may take a while, and the log says so.
     """
     options = options or OpenOptions()
     if options.snapshot is not None:
@@ -121,11 +125,49 @@ async def open_image(
         layers = await _open_chain(path, options, opener, stack)
         if options.snapshot is not None:
             layers[0] = await _at_snapshot(layers[0], options.snapshot)
+        await _unlock_layers(layers, options)
         if not options.read_only:
             layers[0] = await _ready_to_write(path, layers[0])
         image = await _assemble(path, layers, options)
         stack.pop_all()
     return image
+
+
+async def first_encrypted_layer(path: str, options: OpenOptions, *, opener: StorageOpener) -> str | None:
+    """The path of the first layer of a chain that needs a key, None when no layer does.
+
+    Raises what :func:`open_image` raises.
+    """
+    async with AsyncExitStack() as stack:
+        for layer in await _open_chain(path, replace(options, read_only=True), opener, stack):
+            if _is_encrypted(layer):
+                return layer.path
+    return None
+
+
+def _is_encrypted(layer: _Opened) -> bool:
+    return layer.header is not None and layer.header.crypt_method != CRYPT_NONE
+
+
+async def _unlock_layers(layers: list[_Opened], options: OpenOptions) -> None:
+    """One passphrase is tried on every encrypted layer. Raises WrongKeyError for the one that it does not open."""
+    passphrase = Passphrase(options.passphrase)
+    try:
+        for layer in layers:
+            if layer.header is None or not _is_encrypted(layer):
+                continue
+            if options.tables_only:
+                layer.encrypted = locked(layer.path, layer.data or layer.storage)
+                continue
+            try:
+                data = layer.data or layer.storage
+                layer.encrypted = await unlock(layer.path, layer.storage, data, layer.header, passphrase)
+            except FormatError as error:
+                if layer is layers[0]:
+                    raise
+                raise BackingChainError(layer.path, f"backing file of {layers[0].path}: {error}") from error
+    finally:
+        passphrase.wipe()
 
 
 async def _open_chain(path: str, options: OpenOptions, opener: StorageOpener, stack: AsyncExitStack) -> list[_Opened]:
@@ -315,7 +357,7 @@ async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
     if not header.incompatible_features & INCOMPATIBLE_DIRTY:
         return layer
     await repair_dirty(path, layer.storage)
-    return replace(await _open_layer(path, layer.storage, "qcow"), data=layer.data)
+    return replace(await _open_layer(path, layer.storage, "qcow"), data=layer.data, encrypted=layer.encrypted)
 
 
 def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:
@@ -347,6 +389,7 @@ def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
         storage=layer.storage,
         cache=cache,
         data=layer.data,
+        encrypted=layer.encrypted,
     )
 
 

@@ -11,6 +11,7 @@ The way of a write that is not in place:
    complete".
 4. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.data_file`).
+6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ class Writer:
         self._storage = mapping.storage
         self._data = mapping.data
         self._data_clusters = data_clusters
+        self._holes_are_zeroes = mapping.encrypted is None
+        self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
         self._claims = Claims()
         self._table_lock = trio.Lock()
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
@@ -147,7 +150,8 @@ class Writer:
                 else:
                     self._data_clusters.check(guest_offset & ~self._cluster_mask, plan.host_offset)
             if plan.action is Action.IN_PLACE:
-                await self._pwritev(plan.host_offset + (guest_offset & self._cluster_mask), [view[: plan.n_bytes]])
+                host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
+                await self._write_data(host_offset, guest_offset, [view[: plan.n_bytes]])
                 return plan.n_bytes
             first = guest_offset >> self._cluster_bits
             conflict = self._claims.first_conflict(first, first + plan.n_clusters)
@@ -225,7 +229,7 @@ class Writer:
     async def _punch(self, extents: Sequence[Extent]) -> None:
         """Give back the space of data in the data file, before its entries let go of it."""
         for extent in extents:
-            if extent.kind == ClusterKind.DATA and extent.layer == 0:
+            if extent.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED) and extent.layer == 0:
                 with suppress(OSError):  # space that is not given back is no loss
                     await self._data.punch_hole(extent.value, extent.n_bytes)
 
@@ -257,16 +261,16 @@ class Writer:
             skipped = 0
             if head is not None:
                 buffers.insert(0, head)
-            elif run is not None and run.is_fresh:
+            elif run is not None and run.is_fresh and self._holes_are_zeroes:
                 skipped = plan.head
             else:
                 buffers.insert(0, _ZEROES[: plan.head])
             if tail is not None:
                 buffers.append(tail)
-            elif run is None or not run.is_fresh:
+            elif run is None or not run.is_fresh or not self._holes_are_zeroes:
                 buffers.append(_ZEROES[: plan.tail])
             write_offset = host_offset + (start & self._cluster_mask) + skipped
-            await self._pwritev(write_offset, [part for part in buffers if len(part)])
+            await self._write_data(write_offset, start + skipped, [part for part in buffers if len(part)])
         except BaseException as error:
             if self._data_clusters is not None:
                 if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
@@ -328,8 +332,8 @@ class Writer:
         old = await self._reader.read(guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 
-    async def _pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
-        """Write guest data."""
+    async def _write_plain(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write guest data as it is."""
         if not self._try_pwritev(host_offset, buffers):
             await self._data.pwritev(host_offset, buffers)
 

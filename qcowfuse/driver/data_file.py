@@ -10,7 +10,7 @@
    filled it again.
 4. Raw external data (autoclear bit 1): the file as it stands is the virtual disk. Zeroes are written into it and the
    entries stay, so there is one truth whatever fails or races; where a write of a new cluster fails halfway, the
-   cluster is linked all the same. Over a backing file the bit can't be true and means nothing.
+   cluster is linked all the same. Over a backing file or with encryption the bit can't be true and means nothing.
 
 Source: QEMU's do_alloc_cluster_offset(), qcow2_get_host_offset(), qcow2_subcluster_zeroize().
 """
@@ -25,7 +25,7 @@ from ..errors import BackingChainError, CorruptImageError, FormatError, ImageUsa
 from ..format.entries import COMPRESSED, READS_ZERO, ClusterKind
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
 from ..format.extents import Run
-from ..format.header import AUTOCLEAR_RAW_DATA_FILE, INCOMPATIBLE_DATA_FILE, Qcow1Header, Qcow2Header
+from ..format.header import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE, Qcow1Header, Qcow2Header
 from ..format.subclusters import ALL_ALLOCATED
 from ..storage.base import Storage
 from .allocation import HostRun
@@ -48,6 +48,7 @@ def has_raw_data_file(header: Qcow1Header | Qcow2Header | None) -> bool:
         and has_data_file(header)
         and bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE)
         and not header.backing_file
+        and header.crypt_method == CRYPT_NONE
     )
 
 
@@ -160,7 +161,7 @@ class DataFileMapping(Mapping):
     def lookup(self, guest_offset: int, n_bytes: int) -> Run:
         """See Layer. Raises CorruptImageError for data that is not in its place, too."""
         run = super().lookup(guest_offset, n_bytes)
-        if run.kind == ClusterKind.DATA and run.value != guest_offset:
+        if run.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED) and run.value != guest_offset:
             raise _misplaced(guest_offset, run.value)
         return run
 

@@ -53,7 +53,8 @@ async def map_image(path: str, *, force_share: bool = False) -> AsyncIterator[As
 
     Raises what :func:`~qcowfuse.driver.chain.open_image` raises, CorruptImageError, OSError.
     """
-    image = await open_image(path, OpenOptions(read_only=True), opener=opener_for(force_share=force_share))
+    options = OpenOptions(read_only=True, tables_only=True)
+    image = await open_image(path, options, opener=opener_for(force_share=force_share))
     try:
         walk = _MapWalk(image.layers)
         await walk.find_holes()
@@ -137,6 +138,8 @@ class _MapWalk:
         if run.kind == ClusterKind.COMPRESSED:
             entry = self._entry(depth, position, n_bytes, data=True)
             return [replace(entry, compressed=True)]
+        if run.kind == ClusterKind.ENCRYPTED:  # its bytes are nowhere as they are: QEMU gives no place either
+            return [self._entry(depth, position, n_bytes, data=True)]
         if run.kind == ClusterKind.DATA:
             return list(self._data_entries(depth, position, n_bytes, run.value))
         return list(self._empty_entries(depth, position, n_bytes, is_zero=run.kind == ClusterKind.ZERO))

@@ -4,12 +4,13 @@
 2. ``load`` is the only part that waits. It pins what it loads; the caller unpins after it has looked again.
 3. The L1 table is in memory as long as the image is open. A missing L2 table is one run of unallocated clusters.
 4. A layer ends where its virtual disk ends: beyond it the guest sees zeroes, not the next layer.
+5. The data of an encrypted layer has a kind of its own, so that only who knows how to decrypt it reads it.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Protocol
 
@@ -19,9 +20,24 @@ from ..format.extents import MISS, Extent, Run, lookup_run
 from ..format.geometry import Geometry
 from ..format.subclusters import lookup_run_extended
 from ..storage.base import Storage
+from .encryption import EncryptedData
 from .table_cache import LAYER_BITS, L2Slice, TableCache
 
 _MAX_L1_SCAN = 4096
+_CONTIGUOUS = (ClusterKind.DATA, ClusterKind.ENCRYPTED)
+
+LookupRun = Callable[["array[int]", EntryFormat, int, int, int], Run]
+"""See :func:`~qcowfuse.format.extents.lookup_run`."""
+
+
+def _encrypted_lookup(lookup: LookupRun) -> LookupRun:
+    def lookup_encrypted(
+        entries: array[int], entry_format: EntryFormat, index: int, in_cluster: int, n_bytes: int
+    ) -> Run:
+        run = lookup(entries, entry_format, index, in_cluster, n_bytes)
+        return run._replace(kind=ClusterKind.ENCRYPTED) if run.kind == ClusterKind.DATA else run
+
+    return lookup_encrypted
 
 
 class Layer(Protocol):
@@ -36,6 +52,10 @@ class Layer(Protocol):
         """Where guest data lies, at the host offsets of DATA runs; the image file unless there is a data file."""
 
     @property
+    def encrypted(self) -> EncryptedData | None:
+        """What reads and writes runs of kind ENCRYPTED; None where there are none."""
+
+    @property
     def size(self) -> int:
         """Virtual size in bytes."""
 
@@ -48,6 +68,8 @@ class Layer(Protocol):
 
 class RawLayer:
     """A raw image at the bottom of a chain: guest offset and host offset are the same."""
+
+    encrypted: EncryptedData | None = None
 
     def __init__(self, storage: Storage) -> None:
         self.storage = self.data = storage
@@ -75,6 +97,7 @@ class Mapping:
         storage: Storage,
         cache: TableCache,
         data: Storage | None = None,
+        encrypted: EncryptedData | None = None,
     ) -> None:
         self.layer = layer
         self.geometry = geometry
@@ -84,7 +107,10 @@ class Mapping:
         self.storage = storage
         self.data = storage if data is None else data
         self.cache = cache
-        self.lookup_run = lookup_run_extended if entry_format.is_extended else lookup_run
+        self.encrypted = encrypted
+        self.lookup_run: LookupRun = lookup_run_extended if entry_format.is_extended else lookup_run
+        if encrypted is not None:
+            self.lookup_run = _encrypted_lookup(self.lookup_run)
         self.slice_bits = geometry.slice_bits
         self.slice_mask = (1 << self.slice_bits) - 1
         self.slice_shift = geometry.cluster_bits + self.slice_bits
@@ -212,7 +238,7 @@ def lookup_chain(layers: Sequence[Layer], guest_offset: int, n_bytes: int, *, fi
             last = extents[-1]
             if last.kind == kind and (
                 kind == ClusterKind.ZERO
-                or (kind == ClusterKind.DATA and last.layer == number and last.value + last.n_bytes == value)
+                or (kind in _CONTIGUOUS and last.layer == number and last.value + last.n_bytes == value)
             ):
                 extents[-1] = last._replace(n_bytes=last.n_bytes + remaining)
                 position += remaining

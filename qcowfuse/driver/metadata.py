@@ -1,7 +1,7 @@
 """Which host clusters hold live metadata, so that nothing is written on top of it.
 
 1. Known are the header, the active L1 and L2 tables, the refcount table and its blocks, the snapshot table, the L1
-   tables of the snapshots and the bitmap directory: what QEMU's default overlap check ("cached") knows.
+   tables of the snapshots, the bitmap directory (all that QEMU's default overlap check knows) and the LUKS area.
 2. A cluster is added before anything is written to it as metadata, and taken out when memory no longer refers to it;
    its refcount keeps it from being used again until that is durable.
 3. Two structures on one cluster, as damaged images have them, are found when the image is opened. Such a cluster
@@ -25,7 +25,8 @@ from itertools import pairwise
 
 from ..errors import CorruptImageError, FormatError
 from ..format.entries import OFFSET_MASK
-from ..format.header import Qcow2Header
+from ..format.header import CRYPT_LUKS, Qcow2Header
+from ..format.luks import luks_area
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.snapshots import Snapshot
 from ..storage.base import Storage
@@ -135,6 +136,8 @@ async def find_metadata(
         (header.snapshots_offset, snapshots_bytes),
         *_snapshot_l1_places(snapshots, bits),
     ]
+    if header.crypt_method == CRYPT_LUKS:
+        places.append(luks_area(header.extensions))
     others = [cluster for place in places for cluster in _clusters(*place, bits)]
     others += [offset >> bits for entry in refcount_table if (offset := entry & REFCOUNT_TABLE_OFFSET_MASK)]
     others.sort()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from ..storage.latency import DelayModel as DelayModel  # cli takes it from here
 
 MAX_BACKING_DEPTH = 200
 """Layers below the top one. QEMU has no limit of its own; beyond this a chain is taken for hostile."""
+
+
+PassphraseSource = Callable[[str], bytearray]
+"""Path of an encrypted layer to the passphrase, which the caller overwrites. Raises ImageUsageError, OSError."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +30,8 @@ class OpenOptions:
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
     ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
     ``data_file``: the external data file, where it is not the one that the image names.
+    ``passphrase`` is asked once when a layer is encrypted; ``tables_only``: encrypted layers stay locked, and their
+    data cannot be read.
     ``io_delay`` and ``image_in_memory`` are for measuring."""
 
     read_only: bool = False
@@ -34,5 +41,7 @@ class OpenOptions:
     snapshot: str | None = None
     backing_format: str | None = None
     data_file: str | None = None
+    passphrase: PassphraseSource | None = field(default=None, repr=False, compare=False)
+    tables_only: bool = False
     io_delay: DelayModel | None = None
     image_in_memory: bool = False

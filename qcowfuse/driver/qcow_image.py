@@ -104,8 +104,9 @@ class QcowImage:
         self._slice_mask = mapping.slice_mask
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
-        # With a data file every look-up has to see whether the data is in its place: not here.
-        is_fast = mapping.data is mapping.storage
+        # With a data file every look-up has to see whether the data is in its place, and encrypted data is never
+        # read or written as it is: not here.
+        is_fast = mapping.data is mapping.storage and mapping.encrypted is None
         self._not_plain = mapping.entry_format.not_plain if is_fast else ALL_BITS
         self._offset_mask = mapping.entry_format.offset_mask
         self._in_place_mask = mapping.entry_format.in_place_mask if is_fast else 0

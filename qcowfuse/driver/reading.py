@@ -36,6 +36,7 @@ class ChainReader:
         self._sources = tuple(sources)
         self._cache = cache
         self._data = tuple(layer.data for layer in layers)
+        self._encrypted = tuple(layer.encrypted for layer in layers)
 
     async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
         """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
@@ -134,11 +135,20 @@ class ChainReader:
             if cluster is None:
                 return False
             _copy_part(cluster, extent, part)
+        elif extent.kind == ClusterKind.ENCRYPTED:
+            encrypted = self._encrypted[extent.layer]
+            assert encrypted is not None
+            return encrypted.try_read_into(extent.value, extent.guest_offset, part)
         return True
 
     async def _fetch(self, extent: Extent, part: memoryview, *, alone: bool = False) -> None:
         if extent.kind == ClusterKind.DATA:
             await self._data[extent.layer].pread_into(extent.value, part)
+            return
+        if extent.kind == ClusterKind.ENCRYPTED:
+            encrypted = self._encrypted[extent.layer]
+            assert encrypted is not None
+            await encrypted.read_into(extent.value, extent.guest_offset, part)
             return
         source = self._sources[extent.layer]
         assert source is not None

@@ -33,12 +33,14 @@ MAX_HOST_OFFSET = 1 << 56
 
 
 class ClusterKind(IntEnum):
-    """What an L2 entry says. ``ZERO`` may have a host cluster (preallocated) or none."""
+    """What an L2 entry says. ``ZERO`` may have a host cluster (preallocated) or none. ``ENCRYPTED`` is what look-ups
+    of an encrypted layer call its ``DATA``: nobody can take it for bytes to be read as they are."""
 
     UNALLOCATED = 0
     ZERO = 1
     DATA = 2
     COMPRESSED = 3
+    ENCRYPTED = 4
 
 
 @dataclass(frozen=True, slots=True)

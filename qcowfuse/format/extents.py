@@ -18,7 +18,7 @@ MISS = -1
 class Run(NamedTuple):
     """``n_bytes`` of guest bytes of one ``kind`` (a ClusterKind, or MISS).
 
-    ``value`` is the host offset of the first byte for DATA, the L2 entry for COMPRESSED, else 0.
+    ``value`` is the host offset of the first byte for DATA and ENCRYPTED, the L2 entry for COMPRESSED, else 0.
     """
 
     kind: int

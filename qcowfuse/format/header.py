@@ -487,11 +487,7 @@ def unknown_incompatible(header: Qcow2Header) -> tuple[str, ...]:
 def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
     """Raise UnsupportedFeatureError with the name of everything that this image needs and nobody here serves."""
     names: list[str] = []
-    if header.crypt_method == CRYPT_AES:
-        names.append("AES encryption")
-    elif header.crypt_method == CRYPT_LUKS:
-        names.append("LUKS encryption")
-    elif header.crypt_method != CRYPT_NONE:
+    if header.crypt_method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
         names.append(f"encryption method {header.crypt_method}")
     if isinstance(header, Qcow2Header):
         names += unknown_incompatible(header)

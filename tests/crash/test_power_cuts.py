@@ -108,6 +108,10 @@ SPECS = {
         size=512 * KIB, cluster_size=16384, extended_l2=True, fill=0.4, zeroes=True, data_file="plain"
     ),
     "extended-data-file-raw": ImageSpec(size=512 * KIB, cluster_size=16384, extended_l2=True, data_file="raw"),
+    "aes": ImageSpec(version=2, fill=0.3, encryption="aes"),
+    "aes-v1-backing": ImageSpec(
+        version=1, cluster_size=4096, size=512 * KIB, encryption="aes", backing="raw", backing_size=300 * KIB
+    ),
     "zlib": ImageSpec(cluster_size=4096, fill=0.8, compression="zlib"),
     "zstd-snapshot": ImageSpec(cluster_size=4096, fill=0.8, compression="zstd", snapshot=True),
 }
@@ -132,6 +136,15 @@ async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None
     summary = await check_cuts(recorded, n_states=120, n_qemu=8)
     assert not summary.problems, summarise(summary.problems)
     assert summary.n_states >= 100
+
+
+@pytest.mark.parametrize("workload", ["scattered", "discarding"])
+async def test_a_power_cut_of_an_encrypted_image(workload: str) -> None:
+    """LUKS, opened with its key after every cut: an fsynced write of part of a sector is there, as is the rest."""
+    spec = ImageSpec(cluster_size=4096, encryption="luks", fill=0.3, zeroes=True)
+    recorded = await record_workload(build_image(spec), WORKLOADS[workload], seed=3)
+    summary = await check_cuts(recorded, n_states=60, n_qemu=4)
+    assert not summary.problems, summarise(summary.problems)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@
    stored refcounts.
 2. A count that is too high is a leak; too low is an error, as is a COPIED flag that does not tell the truth, a
    table or cluster outside the file and, where it must not be, anything that is used twice.
-3. Encryption is not known here.
+3. Of encryption, only the place of the LUKS area is known here.
 """
 
 from __future__ import annotations
@@ -46,6 +46,19 @@ def _table(data: bytes | bytearray, offset: int, n_entries: int) -> tuple[int, .
     return struct.unpack(f">{n_entries}Q", part)
 
 
+def _luks_area(data: bytes | bytearray) -> tuple[int, int]:
+    """Offset and length, from the header extensions."""
+    (version,) = struct.unpack_from(">I", data, 4)
+    position = struct.unpack_from(">I", data, 100)[0] if version >= 3 else 72
+    while True:
+        magic, length = struct.unpack_from(">II", data, position)
+        if magic == 0x0537BE77:
+            offset, n_bytes = struct.unpack_from(">QQ", data, position + 8)
+            return offset, n_bytes
+        assert magic, "no LUKS header pointer"
+        position += 8 + (length + 7) // 8 * 8
+
+
 class _Qcow2Check:
     def __init__(self, data: bytes | bytearray) -> None:
         self.data = data
@@ -78,6 +91,8 @@ class _Qcow2Check:
         if self.n_snapshots:
             self._refer_metadata(self.snapshots_offset, position - self.snapshots_offset, "snapshot table")
         self._refer_bitmaps()
+        if struct.unpack_from(">I", self.data, 32) == (2,):
+            self._refer_metadata(*_luks_area(self.data), "LUKS area")
         self._refer_metadata(self.table_offset, self.table_clusters * size, "refcount table")
         table = _table(self.data, self.table_offset, self.table_clusters * size // 8)
         counts: dict[int, int] = {}

@@ -28,6 +28,8 @@ FOLDER = "/qcowfuse-test-images"
 TOP = f"{FOLDER}/top.img"
 BASE = f"{FOLDER}/base.img"
 DATA = f"{FOLDER}/data.img"
+PASSPHRASE = b"correct horse"
+"""Of every encrypted image here."""
 
 Backing = Literal["raw", "qcow", "qcow2"]
 
@@ -49,6 +51,7 @@ class ImageSpec:
     snapshot: bool = False
     zeroes: bool = False
     extended_l2: bool = False
+    encryption: Literal["luks", "aes"] | None = None
     backing: Backing | None = None
     backing_size: int = 0
     l2_bits: int = 6
@@ -154,7 +157,7 @@ def empty_v1(spec: ImageSpec, backing_name: str | None) -> bytes:
         cluster_bits,
         spec.l2_bits,
         0,
-        0,
+        1 if spec.encryption else 0,
         l1_offset,
     )
     return (header + name).ljust(l1_offset, b"\0") + bytes(8 * n_l1)
@@ -172,7 +175,12 @@ def _create(folder: str, spec: ImageSpec) -> None:
         options += f",data_file=data.img,data_file_raw={'on' if spec.data_file == 'raw' else 'off'}"
     if spec.compression:
         options += f",compression_type={spec.compression}"
-    arguments = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", options]
+    arguments = ["qemu-img", "create", "-q", "-f", "qcow2"]
+    if spec.encryption:
+        arguments += secret_arguments()
+        options += f",encrypt.format={spec.encryption},encrypt.key-secret=key"
+        options += ",encrypt.iter-time=1" if spec.encryption == "luks" else ""
+    arguments += ["-o", options]
     if spec.backing:
         arguments += ["-b", "base.img", "-F", spec.backing]
     run_tool(*arguments, "top.img", str(spec.size), cwd=folder)
@@ -184,7 +192,25 @@ def _format_name(spec: ImageSpec) -> str:
 
 def _qemu_io(folder: str, spec: ImageSpec, *commands: str) -> None:
     arguments = [part for command in commands for part in ("-c", command)]
-    run_tool("qemu-io", "-f", _format_name(spec), *arguments, "top.img", cwd=folder)
+    run_tool(
+        "qemu-io",
+        *image_arguments(_format_name(spec), "top.img", encrypted=bool(spec.encryption)),
+        *arguments,
+        cwd=folder,
+    )
+
+
+def secret_arguments() -> list[str]:
+    """What gives a QEMU tool the passphrase, as the secret ``key``."""
+    return ["--object", f"secret,id=key,data={PASSPHRASE.decode()}"]
+
+
+def image_arguments(format_name: str, path: str, *, encrypted: bool = False) -> list[str]:
+    """What names an image to a QEMU tool."""
+    if not encrypted:
+        return ["-f", format_name, path]
+    options = f"driver={format_name},file.filename={path},encrypt.key-secret=key"
+    return [*secret_arguments(), "--image-opts", options]
 
 
 def _put(folder: str, spec: ImageSpec, own: bytes, contents: bytearray) -> None:
@@ -253,7 +279,13 @@ async def open_memory_image(
             storages[path] = storage
         return storage
 
-    return await open_image(TOP, OpenOptions(read_only=read_only, l2_cache_size=cache), opener=opener)
+    options = OpenOptions(read_only=read_only, l2_cache_size=cache, passphrase=passphrase)
+    return await open_image(TOP, options, opener=opener)
+
+
+def passphrase(_path: str) -> bytearray:
+    """For ``OpenOptions``."""
+    return bytearray(PASSPHRASE)
 
 
 def write_chain(folder: str, files: Mapping[str, bytes | bytearray]) -> str:
@@ -264,13 +296,17 @@ def write_chain(folder: str, files: Mapping[str, bytes | bytearray]) -> str:
     return os.path.join(folder, os.path.basename(TOP))
 
 
+def is_encrypted(image: bytes | bytearray) -> bool:
+    """Whether the header says so."""
+    return any(image[36:40] if image[4:8] == b"\0\0\0\1" else image[32:36])
+
+
 def qemu_check(files: Mapping[str, bytes | bytearray]) -> tuple[int, str]:
     """Exit code and output of ``qemu-img check`` for a QCOW2 image: 0 clean, 3 leaks only, 2 corrupt."""
     with scratch_folder() as folder:
         path = write_chain(folder, files)
-        result = subprocess.run(
-            ["qemu-img", "check", "-f", "qcow2", path], capture_output=True, text=True, check=False, cwd=folder
-        )
+        arguments = ["qemu-img", "check", *image_arguments("qcow2", path, encrypted=is_encrypted(files[TOP]))]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False, cwd=folder)
     return result.returncode, result.stdout + result.stderr
 
 
@@ -282,23 +318,28 @@ def qemu_read(
         path = write_chain(folder, files)
         extra = ["-l", snapshot] if snapshot else []
         out = os.path.join(folder, "out.raw")
-        run_tool("qemu-img", "convert", "-f", format_name, "-O", "raw", *extra, path, out, cwd=folder)
+        source = image_arguments(format_name, path, encrypted=is_encrypted(files[TOP]))
+        run_tool("qemu-img", "convert", *extra, "-O", "raw", *source, out, cwd=folder)
         return _read(folder, "out.raw")
 
 
 __all__ = [
     "BASE",
     "DATA",
+    "PASSPHRASE",
     "TOP",
     "BuiltImage",
     "ImageSpec",
     "build_image",
+    "image_arguments",
     "open_memory_image",
+    "passphrase",
     "pattern",
     "qemu_check",
     "qemu_read",
     "replace",
     "run_tool",
     "scratch_folder",
+    "secret_arguments",
     "write_chain",
 ]

@@ -1,0 +1,104 @@
+"""Where the passphrase of an encrypted image comes from: a file, a credential of systemd's, or a prompt.
+
+1. A file is taken as a whole, a newline at its end included, as QEMU takes the file of a secret.
+2. The prompt comes before the process goes into the background, and only when the image is seen to need it.
+3. Whoever gets the passphrase overwrites it; nothing is kept here, printed or logged.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+import stat
+from collections.abc import Mapping
+
+import trio
+
+from ..driver.chain import first_encrypted_layer
+from ..driver.inspect import open_shared_storage
+from ..driver.options import OpenOptions
+from ..errors import ImageUsageError, QcowFuseError
+
+CREDENTIAL_NAME = "qcowfuse.key"
+"""The credential (``LoadCredential=``) that is used where no file is given."""
+MAX_KEY_BYTES = 1 << 20
+
+
+class KeySource:
+    """Gives the passphrase when it is called with the path of an encrypted layer, once; for ``OpenOptions``."""
+
+    def __init__(self, key_file: str | None, environment: Mapping[str, str]) -> None:
+        credentials = environment.get("CREDENTIALS_DIRECTORY")
+        if key_file is None and credentials is not None:
+            credential = os.path.join(credentials, CREDENTIAL_NAME)
+            key_file = credential if os.path.exists(credential) else None
+        self._key_file = key_file
+        self._typed: bytearray | None = None
+
+    def prepare(self, image: str, options: OpenOptions) -> None:
+        """Ask on the terminal if the image needs a passphrase and no file has it.
+
+        What else is wrong with the image is left to whoever opens it. Raises ImageUsageError.
+        """
+        if self._key_file is not None:
+            return
+        try:
+            layer = trio.run(lambda: first_encrypted_layer(image, options, opener=open_shared_storage))
+        except (QcowFuseError, OSError):
+            return
+        if layer is not None:
+            self._typed = ask(layer)
+
+    def __call__(self, path: str) -> bytearray:
+        """The passphrase. Raises ImageUsageError, OSError."""
+        if self._key_file is not None:
+            return read_key_file(self._key_file)
+        typed, self._typed = self._typed, None
+        if typed is None:
+            raise _no_key(path)
+        return typed
+
+    def wipe(self) -> None:
+        """Overwrite what nobody has asked for."""
+        if self._typed is not None:
+            self._typed[:] = bytes(len(self._typed))
+            self._typed = None
+
+
+def read_key_file(path: str) -> bytearray:
+    """All of a file. Raises OSError, ImageUsageError where it is too long to be a passphrase."""
+    key = bytearray()
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise ImageUsageError(f"key file {path}: is a directory")
+        while part := os.read(fd, MAX_KEY_BYTES + 1 - len(key)):
+            key += part
+    finally:
+        os.close(fd)
+    if len(key) > MAX_KEY_BYTES:
+        raise ImageUsageError(f"key file {path}: longer than {MAX_KEY_BYTES} bytes")
+    return key
+
+
+def ask(image: str, *, twice: bool = False) -> bytearray:
+    """The passphrase for ``image``, as it was typed. Raises ImageUsageError where there is no terminal."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
+    except OSError:
+        raise _no_key(image) from None
+    shown = "".join(character if character.isprintable() else "?" for character in image)
+    try:
+        typed = getpass.getpass(f"Passphrase of {shown}: ")
+        if twice and typed != getpass.getpass("Once more: "):
+            raise ImageUsageError(f"{image}: the passphrases differ")
+    except EOFError:
+        raise ImageUsageError(f"{image}: no passphrase was given") from None
+    return bytearray(os.fsencode(typed))
+
+
+def _no_key(image: str) -> ImageUsageError:
+    return ImageUsageError(
+        f"{image}: is encrypted, and there is no terminal to ask for the passphrase: give --key-file PATH "
+        f"(-o key-file=PATH), or the systemd credential {CREDENTIAL_NAME}"
+    )

@@ -1,0 +1,200 @@
+"""Encrypted images: what QEMU made we read and write, what we wrote QEMU reads, with the ciphers that both have."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.encryption import WrongKeyError
+from qcowfuse.driver.options import OpenOptions
+from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.errors import BackingChainError, FormatError, ImageUsageError
+from tests.support import qemu
+from tests.support.images import image_arguments, passphrase, secret_arguments
+
+MIB = 1 << 20
+SIZE = MIB + 512 * 3
+LUKS = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1"
+AES = "encrypt.format=aes,encrypt.key-secret=key"
+WITH_KEY = OpenOptions(passphrase=passphrase)
+
+
+def create(path: Path, format_name: str, options: str, *, backing: str | None = None, size: int = SIZE) -> None:
+    """An empty encrypted image by QEMU."""
+    words = ["qemu-img", "create", "-q", *secret_arguments(), "-f", format_name, "-o", options]
+    words += ["-b", backing, "-F", "qcow2"] if backing else []
+    # Without a look into the backing file, which would take its secret.
+    qemu.must_run(*words, *(["-u"] if backing else []), path, str(size))
+
+
+def opts(path: Path, format_name: str = "qcow2", *, backing: bool = False) -> list[str]:
+    """What names the image to a QEMU tool; ``backing``: it has an encrypted backing file."""
+    words = image_arguments(format_name, str(path), encrypted=True)
+    return [*words[:-1], words[-1] + ",backing.encrypt.key-secret=key"] if backing else words
+
+
+def read_by_qemu(path: Path, format_name: str = "qcow2", *, backing: bool = False) -> bytes:
+    """The guest's bytes."""
+    raw = path.with_suffix(".raw")
+    qemu.must_run("qemu-img", "convert", "-O", "raw", *opts(path, format_name, backing=backing), raw)
+    return raw.read_bytes()
+
+
+def write_by_qemu(path: Path, format_name: str = "qcow2", *, backing: bool = False) -> None:
+    """Data over cluster borders, and zeroes."""
+    commands = ["write -P 0x41 1000 130k", "write -P 0x42 700k 64k", "write -z 64k 64k"]
+    words = [word for command in commands for word in ("-c", command)]
+    qemu.must_run("qemu-io", "-t", "unsafe", *words, *opts(path, format_name, backing=backing))
+
+
+async def read(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
+    """As the mount reads."""
+    data = image.try_read(guest_offset, n_bytes)
+    return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
+
+
+async def exercise(image: QcowImage, model: bytearray, seed: int, n_steps: int = 50) -> None:
+    """Random writes, zeroes and reads of any alignment, compared with the model."""
+    chooser = random.Random(seed)
+    for step in range(n_steps):
+        n_bytes = chooser.choice([1, 100, 512, 4096, 70_000, 200_000])
+        start = chooser.randrange(len(model) - n_bytes)
+        data = chooser.randbytes(n_bytes)
+        if step % 5 == 4:
+            await image.write_zeroes(start, n_bytes, unmap=chooser.random() < 0.5)
+            data = bytes(n_bytes)
+        elif not image.try_write(start, data):
+            await image.write(start, data)
+        model[start : start + n_bytes] = data
+        start = chooser.randrange(len(model) - n_bytes)
+        assert await read(image, start, n_bytes) == model[start : start + n_bytes]
+        if step % 16 == 9:
+            await image.flush()
+
+
+def check_by_qemu(path: Path, *, backing: bool = False) -> None:
+    """Neither leaks nor corruption."""
+    qemu.must_run("qemu-img", "check", *opts(path, backing=backing))
+
+
+@pytest.mark.parametrize(
+    ("format_name", "options"),
+    [
+        ("qcow2", LUKS),
+        ("qcow2", f"{LUKS},compat=0.10,cluster_size=512,encrypt.cipher-alg=aes-192"),
+        ("qcow2", f"{LUKS},extended_l2=on,cluster_size=16k,encrypt.cipher-mode=cbc,encrypt.ivgen-alg=essiv"),
+        ("qcow2", AES),
+        ("qcow2", f"{AES},compat=0.10,cluster_size=1k"),
+        ("qcow2", f"{AES},extended_l2=on,cluster_size=16k"),
+        ("qcow", AES),
+    ],
+)
+async def test_both_read_what_the_other_wrote(format_name: str, options: str, image_folder: Path) -> None:
+    """QEMU writes and we read, we write at random and QEMU reads, and checks: the same bytes, nothing leaked."""
+    path = image_folder / "image"
+    create(path, format_name, options)
+    write_by_qemu(path, format_name)
+    model = bytearray(read_by_qemu(path, format_name))
+    image = await open_image(str(path), WITH_KEY)
+    assert await read(image, 0, len(model)) == model
+    await exercise(image, model, seed=1)
+    await image.aclose()
+    assert read_by_qemu(path, format_name) == model
+    if format_name == "qcow2":
+        check_by_qemu(path)
+    assert b"A" * 64 not in path.read_bytes(), "the guest's bytes lie in the image as they are"
+
+
+@pytest.mark.parametrize("raw", ["", ",data_file_raw=on"])
+@pytest.mark.parametrize("method", [LUKS, AES], ids=["luks", "aes"])
+async def test_with_an_external_data_file(method: str, raw: str, image_folder: Path) -> None:
+    """The data file holds what is encrypted, at the sector numbers of its own offsets."""
+    path = image_folder / "image"
+    create(path, "qcow2", f"{method},data_file={image_folder}/data{raw}")
+    write_by_qemu(path)
+    model = bytearray(read_by_qemu(path))
+    image = await open_image(str(path), WITH_KEY)
+    await exercise(image, model, seed=2)
+    await image.aclose()
+    assert read_by_qemu(path) == model
+    check_by_qemu(path)
+
+
+async def test_a_chain_of_encrypted_images(image_folder: Path) -> None:
+    """AES over LUKS over a plain file, one passphrase: what is below is decrypted, copied up and encrypted anew."""
+    plain, middle, top = (image_folder / name for name in ("plain", "middle", "top"))
+    qemu.create(plain, "qcow2", SIZE, options="cluster_size=4k")
+    qemu.io(plain, ["write -P 0x50 0 1M"])
+    create(middle, "qcow2", LUKS, backing="plain")
+    qemu.must_run("qemu-io", "-c", "write -P 0x51 100k 200k", *opts(middle))
+    create(top, "qcow2", AES, backing="middle")
+    model = bytearray(read_by_qemu(top, backing=True))
+    assert model[150_000] == 0x51
+    image = await open_image(str(top), WITH_KEY)
+    assert await read(image, 0, len(model)) == model
+    await exercise(image, model, seed=3)
+    await image.aclose()
+    assert read_by_qemu(top, backing=True) == model
+    check_by_qemu(top, backing=True)
+    middle.write_bytes(middle.read_bytes().replace(b"LUKS\xba\xbe", b"LUKSOFF", 1)[: middle.stat().st_size])
+    with pytest.raises(BackingChainError, match=f"{middle}: .*LUKS header"):
+        await open_image(str(top), WITH_KEY)
+
+
+async def test_snapshots_of_an_encrypted_image(image_folder: Path) -> None:
+    """A snapshot is read through the cipher, and stays as it is when the disk is written."""
+    path = image_folder / "image"
+    create(path, "qcow2", LUKS)
+    write_by_qemu(path)
+    old = read_by_qemu(path)
+    qemu.must_run("qemu-img", "snapshot", *secret_arguments(), "-c", "s1", "--image-opts", opts(path)[-1])
+    model = bytearray(old)
+    image = await open_image(str(path), WITH_KEY)
+    await exercise(image, model, seed=4)
+    await image.aclose()
+    image = await open_image(str(path), OpenOptions(passphrase=passphrase, snapshot="s1"))
+    assert await read(image, 0, len(old)) == old
+    await image.aclose()
+    assert read_by_qemu(path) == model
+    check_by_qemu(path)
+
+
+async def test_wrong_key_no_key_and_damage(image_folder: Path) -> None:
+    """A wrong key and no key are told apart, damage of the LUKS header is named, and nothing is written."""
+    path = image_folder / "image"
+    create(path, "qcow2", LUKS)
+    before = path.read_bytes()
+    asked: list[str] = []
+
+    def wrong(layer: str) -> bytearray:
+        asked.append(layer)
+        return bytearray(b"wrong")
+
+    with pytest.raises(WrongKeyError, match=f"{path}: this is not the key"):
+        await open_image(str(path), OpenOptions(passphrase=wrong))
+    assert asked == [str(path)]
+    with pytest.raises(ImageUsageError, match="is encrypted and needs a key"):
+        await open_image(str(path))
+    assert path.read_bytes() == before
+    place = before.index(b"LUKS\xba\xbe")
+    path.write_bytes(before[: place + 6] + b"\0\x07" + before[place + 8 :])
+    with pytest.raises(FormatError, match="LUKS version 7"):
+        await open_image(str(path), WITH_KEY)
+    path.write_bytes(before[: place + 164] + b"\xff\xff\xff\xff" + before[place + 168 :])
+    with pytest.raises(FormatError, match="LUKS header: byte 164: 4294967295 iterations"):
+        await open_image(str(path), WITH_KEY)
+
+
+async def test_the_passphrase_is_overwritten(image_folder: Path) -> None:
+    """The bytes that held the passphrase are zeroes once the image is open, and are in no repr."""
+    path = image_folder / "image"
+    create(path, "qcow2", AES)
+    secret = bytearray(b"correct horse")
+    options = OpenOptions(passphrase=lambda _: secret)
+    image = await open_image(str(path), options)
+    assert secret == bytes(len(secret))
+    assert "passphrase" not in repr(options)
+    await image.aclose()
