@@ -101,7 +101,8 @@ def _build_parser() -> _Parser:
         action="append",
         default=[],
         help="cluster_size (64k), compat (1.1 or 0.10), refcount_bits (16), extended_l2, lazy_refcounts (off), "
-        "compression_type (zlib or zstd), preallocation (off), backing_file, backing_fmt, size",
+        "compression_type (zlib or zstd), preallocation (off, metadata, falloc, full), data_file, "
+        "data_file_raw (off), backing_file, backing_fmt, size",
     )
     create.add_argument("-b", "--backing", metavar="FILE", help="backing file, as seen from the new image's folder")
     create.add_argument("-F", "--backing-format", metavar="FMT", help="its format: raw, qcow or qcow2")
@@ -285,7 +286,8 @@ def _create(given: argparse.Namespace) -> int:
         )
     except CreateError as exc:
         return _fail(exc, given.image)
-    created = trio.run(lambda: create_image(given.image, options, overwrite=given.force))
+    with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
+        created = trio.run(lambda: create_image(given.image, options, overwrite=given.force, progress=progress.show))
     if not given.quiet:
         print(img_output.printable(f"{given.image}: {given.format} image of {img_output.size_text(created)}"))
     return ImgExit.OK

@@ -1,4 +1,4 @@
-"""A line that says how far a long check has come, where standard error is a terminal; nothing elsewhere."""
+"""A line that says how far something long has come, where standard error is a terminal; nothing elsewhere."""
 
 from __future__ import annotations
 

@@ -1,40 +1,47 @@
 """Making an empty image: QCOW2 of version 2 or 3, or QCOW version 1, optionally over a backing file.
 
 1. Options have qemu-img's names, values and defaults; whatever is not known is refused by name, never ignored.
-2. The layout is header, refcount table, refcount blocks, L1 table, without gaps; only what is not zero is written.
-3. The file is locked as a writer locks it before it is emptied, a file that exists is only overwritten when asked
-   for, and a new one that could not be finished is removed again.
+2. The layout is header, refcount table, refcount blocks, L1 table and, with preallocation, L2 tables and data,
+   without gaps; only what is not zero is written.
+3. The rules of :mod:`~qcowfuse.driver.new_file` hold, for an external data file too. Its name is relative to the
+   image's folder.
+4. Raw external data means that the metadata is preallocated: QEMU trusts the tables, not the file, to tell what is
+   there. With extended L2 entries preallocated clusters have no subcluster yet, so that a backing file shows.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 from array import array
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import trio
 
-from ..errors import BackingChainError, ImageUsageError
-from ..format.entries import serialise_table
+from ..errors import BackingChainError
+from ..format.entries import COPIED, serialise_table
 from ..format.extensions import (
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     FEATURE_KIND_AUTOCLEAR,
     FEATURE_KIND_COMPATIBLE,
     FEATURE_KIND_INCOMPATIBLE,
     HeaderExtension,
+    serialise_extensions,
 )
 from ..format.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SECTOR_SIZE, WORD_SIZE, divide_up, round_up
 from ..format.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_DEFLATE,
     COMPRESSION_ZSTD,
     EXTENDED_L2_MIN_CLUSTER_BITS,
     INCOMPATIBLE_COMPRESSION,
+    INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_NAME,
     MAX_L1_SIZE,
@@ -48,8 +55,10 @@ from ..format.header import (
     serialise_header,
 )
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
-from ..storage.locks import acquire_image_lock
+from .data_file import local_path
 from .inspect import describe_image
+from .new_file import CreateError as CreateError
+from .new_file import NewFile, Preallocation, Progress, open_new_file
 
 _FEATURE_NAMES = (
     (FEATURE_KIND_INCOMPATIBLE, 0, "dirty bit"),
@@ -65,13 +74,12 @@ _MIN_CLUSTER_SIZE_FOR_NAMES = 8192
 _SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate(("", "k", "m", "g", "t", "p", "e"))}
 _BACKING_FORMATS = ("raw", "qcow", "qcow2")
 _QCOW2_OPTIONS = frozenset(
-    str.split("cluster_size compat refcount_bits extended_l2 lazy_refcounts compression_type preallocation")
+    str.split(
+        "cluster_size compat refcount_bits extended_l2 lazy_refcounts compression_type preallocation data_file "
+        "data_file_raw"
+    )
 )
 _COMMON_OPTIONS = frozenset({"backing_file", "backing_fmt", "size"})
-
-
-class CreateError(ImageUsageError):
-    """An option that cannot be, or that does not go with another one."""
 
 
 def parse_size(text: str) -> int:
@@ -105,6 +113,9 @@ class CreateOptions:
     compression_type: int = COMPRESSION_DEFLATE
     backing_file: str | None = None
     backing_format: str | None = None
+    preallocation: Preallocation = Preallocation.OFF
+    data_file: str | None = None
+    data_file_raw: bool = False
 
     def __post_init__(self) -> None:
         if self.backing_file is None:
@@ -127,12 +138,28 @@ class CreateOptions:
                 (self.extended_l2, "extended_l2"),
                 (self.lazy_refcounts, "lazy_refcounts"),
                 (self.compression_type != COMPRESSION_DEFLATE, "compression_type zstd"),
+                (self.data_file is not None, "data_file"),
             ):
                 _require(not is_wanted, f"{name} needs compat=1.1")
         if self.extended_l2:
             _require(
                 self.cluster_bits >= EXTENDED_L2_MIN_CLUSTER_BITS, "extended_l2 needs a cluster_size of 16k at least"
             )
+
+        _require(self.data_file is not None or not self.data_file_raw, "data_file_raw needs a data_file")
+        if self.backing_file is not None:
+            _require(not self.data_file_raw, "data_file_raw does not go with a backing file")
+            _require(
+                self.preallocation is Preallocation.OFF or self.extended_l2,
+                "preallocation over a backing file needs extended_l2",
+            )
+
+    @property
+    def effective_preallocation(self) -> Preallocation:
+        """What is preallocated, asked for or not."""
+        if self.data_file_raw and self.preallocation is Preallocation.OFF:
+            return Preallocation.METADATA
+        return self.preallocation
 
     @classmethod
     def parse(
@@ -162,7 +189,8 @@ class CreateOptions:
         compression = given.get("compression_type", "zlib")
         _require(compression in ("zlib", "zstd"), f"compression_type={compression}: expected zlib or zstd")
         preallocation = given.get("preallocation", "off")
-        _require(preallocation == "off", f"preallocation={preallocation}: expected off")
+        modes = [mode.value for mode in Preallocation]
+        _require(preallocation in modes, f"preallocation={preallocation}: expected {', '.join(modes)}")
         assert version is not None
         return cls(
             format_name=format_name,
@@ -175,10 +203,28 @@ class CreateOptions:
             compression_type=COMPRESSION_ZSTD if compression == "zstd" else COMPRESSION_DEFLATE,
             backing_file=backing_file if backing_file is not None else given.get("backing_file"),
             backing_format=backing_format if backing_format is not None else given.get("backing_fmt"),
+            preallocation=Preallocation(preallocation),
+            data_file=given.get("data_file"),
+            data_file_raw=_switch("data_file_raw", given.get("data_file_raw", "off")),
         )
 
 
-async def create_image(path: str, options: CreateOptions, *, overwrite: bool = False) -> int:
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """``parts``: what of the image is not zero, about ``n_bytes``; ``length`` of the file."""
+
+    parts: Iterable[tuple[int, bytes]]
+    length: int
+    n_bytes: int = 0
+
+
+def _no_progress(n_done: int, n_all: int) -> None:
+    pass
+
+
+async def create_image(
+    path: str, options: CreateOptions, *, overwrite: bool = False, progress: Progress = _no_progress
+) -> int:
     """Make the image; its virtual size in bytes is returned.
 
     Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
@@ -189,8 +235,8 @@ async def create_image(path: str, options: CreateOptions, *, overwrite: bool = F
         size = backing_size if size is None else size
     assert size is not None
     size = round_up(size, SECTOR_SIZE)
-    parts, length = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options)
-    await trio.to_thread.run_sync(_write, path, parts, length, overwrite)
+    layout = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options)
+    await _write(path, layout, options, size, overwrite=overwrite, progress=progress)
     return size
 
 
@@ -206,8 +252,7 @@ async def _backing_size(path: str, name: str, format_name: str | None) -> int:
         raise BackingChainError(path, f"cannot open its backing file {backing_path}: {error.strerror}") from error
 
 
-def _layout_v1(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes]], int]:
-    """``(host offset, bytes)`` of what is not zero, and the length of the file."""
+def _layout_v1(size: int, options: CreateOptions) -> _Layout:
     _require(size > 0, "version 1 has no disks of 0 bytes")
     name = os.fsencode(options.backing_file or "")
     # Small clusters over a backing file: less to copy. QEMU's choice.
@@ -226,11 +271,10 @@ def _layout_v1(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes
     )
     l1_bytes = header.n_l1_entries * WORD_SIZE
     _require(l1_bytes <= MAX_L1_SIZE, f"a disk of {size} bytes is too large for version 1")
-    return [(0, serialise_header(header))], round_up(l1_table_offset + l1_bytes, SECTOR_SIZE)
+    return _Layout([(0, serialise_header(header))], round_up(l1_table_offset + l1_bytes, SECTOR_SIZE))
 
 
-def _layout_v2(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes]], int]:
-    """As :func:`_layout_v1`."""
+def _layout_v2(size: int, options: CreateOptions) -> _Layout:
     cluster_bits, order = options.cluster_bits, options.refcount_order
     cluster_size = 1 << cluster_bits
     l2_bits = cluster_bits - (4 if options.extended_l2 else 3)
@@ -241,10 +285,14 @@ def _layout_v2(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes
         f"a disk of {size} bytes is too large for clusters of {cluster_size} bytes: use a larger cluster_size",
     )
     l1_clusters = divide_up(l1_size * WORD_SIZE, cluster_size)
+    is_preallocated = options.effective_preallocation is not Preallocation.OFF
+    n_guest_clusters = divide_up(size, cluster_size) if is_preallocated else 0
+    n_tables = divide_up(n_guest_clusters, 1 << l2_bits)
+    n_data = n_guest_clusters if options.data_file is None else 0
     n_per_block = entries_per_block(cluster_bits, order)
     n_blocks = table_clusters = 1
     while True:
-        n_clusters = 1 + table_clusters + n_blocks + l1_clusters
+        n_clusters = 1 + table_clusters + n_blocks + l1_clusters + n_tables + n_data
         needed = divide_up(n_clusters, n_per_block)
         needed_table = divide_up(needed * WORD_SIZE, cluster_size)
         if needed <= n_blocks and needed_table <= table_clusters:
@@ -252,19 +300,57 @@ def _layout_v2(size: int, options: CreateOptions) -> tuple[list[tuple[int, bytes
         n_blocks, table_clusters = max(needed, n_blocks), max(needed_table, table_clusters)
     _require(table_clusters << cluster_bits <= MAX_REFCOUNT_TABLE_SIZE, "the refcount table would be too large")
     first_block = 1 + table_clusters
-    header = _header_v2(
-        size, options, l1_size=l1_size, l1_cluster=first_block + n_blocks, table_clusters=table_clusters
+    l1_cluster = first_block + n_blocks
+    first_table = l1_cluster + l1_clusters
+    header = serialise_header(
+        _header_v2(size, options, l1_size=l1_size, l1_cluster=l1_cluster, table_clusters=table_clusters)
     )
-    parts = [(0, serialise_header(header))]
-    table = array("Q", range(first_block << cluster_bits, first_block + n_blocks << cluster_bits, cluster_size))
-    parts.append((cluster_size, serialise_table(table, 0, len(table))))
-    for number in range(n_blocks):
-        n_here = min(max(n_clusters - number * n_per_block, 0), n_per_block)
-        counts = empty_refcounts(cluster_bits, order)
-        counts[:n_here] = array(counts.typecode, [1]) * n_here
-        if n_here:
-            parts.append((first_block + number << cluster_bits, serialise_refcounts(counts, order, 0, n_per_block)))
-    return parts, n_clusters << cluster_bits
+
+    def parts() -> Iterator[tuple[int, bytes]]:
+        yield 0, header
+        blocks = array("Q", range(first_block << cluster_bits, l1_cluster << cluster_bits, cluster_size))
+        yield cluster_size, serialise_table(blocks, 0, len(blocks))
+        yield from _refcount_blocks(first_block, n_clusters, options)
+        if n_tables:
+            end = first_table + n_tables << cluster_bits
+            tables = array("Q", range(COPIED + (first_table << cluster_bits), COPIED + end, cluster_size))
+            yield l1_cluster << cluster_bits, serialise_table(tables, 0, n_tables)
+            first_data = 0 if options.data_file is not None else end
+            yield from _l2_tables(first_table, n_guest_clusters, first_data, l2_bits, options)
+
+    return _Layout(parts(), n_clusters << cluster_bits, (n_blocks + n_tables) << cluster_bits)
+
+
+def _refcount_blocks(first_block: int, n_clusters: int, options: CreateOptions) -> Iterator[tuple[int, bytes]]:
+    """The blocks in which the first ``n_clusters`` are in use."""
+    cluster_bits, order = options.cluster_bits, options.refcount_order
+    n_per_block = entries_per_block(cluster_bits, order)
+    full = b""
+    for number in range(divide_up(n_clusters, n_per_block)):
+        n_here = min(n_clusters - number * n_per_block, n_per_block)
+        data = full
+        if n_here < n_per_block or not full:
+            counts = empty_refcounts(cluster_bits, order)
+            counts[:n_here] = array(counts.typecode, [1]) * n_here
+            data = serialise_refcounts(counts, order, 0, n_per_block)
+            full = data if n_here == n_per_block else full
+        yield first_block + number << cluster_bits, data
+
+
+def _l2_tables(
+    first_table: int, n_guest_clusters: int, data_offset: int, l2_bits: int, options: CreateOptions
+) -> Iterator[tuple[int, bytes]]:
+    """L2 tables in which the data clusters follow each other from ``data_offset`` on."""
+    cluster_bits = options.cluster_bits
+    for number, first in enumerate(range(0, n_guest_clusters, 1 << l2_bits)):
+        n_here = min(n_guest_clusters - first, 1 << l2_bits)
+        start = COPIED + data_offset + (first << cluster_bits)
+        entries = array("Q", range(start, start + (n_here << cluster_bits), 1 << cluster_bits))
+        if options.extended_l2:
+            words = array("Q", bytes(2 * WORD_SIZE * n_here))
+            words[::2] = entries
+            entries = words
+        yield first_table + number << cluster_bits, serialise_table(entries, 0, len(entries))
 
 
 def _header_v2(
@@ -272,11 +358,15 @@ def _header_v2(
 ) -> Qcow2Header:
     cluster_size = 1 << options.cluster_bits
     incompatible = INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0
+    if options.data_file is not None:
+        incompatible |= INCOMPATIBLE_DATA_FILE
     if options.compression_type != COMPRESSION_DEFLATE:
         incompatible |= INCOMPATIBLE_COMPRESSION
     extensions: list[HeaderExtension] = []
     if options.backing_format is not None:
         extensions.append(HeaderExtension(EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
+    if options.data_file is not None:
+        extensions.append(HeaderExtension(EXTENSION_DATA_FILE, os.fsencode(options.data_file)))
     if options.version >= 3 and cluster_size >= _MIN_CLUSTER_SIZE_FOR_NAMES:
         names = b"".join(bytes([kind, bit]) + name.encode().ljust(46, b"\0") for kind, bit, name in _FEATURE_NAMES)
         extensions.append(HeaderExtension(EXTENSION_FEATURE_NAMES, names))
@@ -284,11 +374,11 @@ def _header_v2(
     name = os.fsencode(options.backing_file or "")
     name_offset = 0
     if name:
-        name_offset = header_length + sum(8 + round_up(len(extension.data), 8) for extension in extensions) + 8
-        _require(
-            name_offset + len(name) <= cluster_size,
-            f"backing file name of {len(name)} bytes does not fit into the first cluster: use a larger cluster_size",
-        )
+        name_offset = header_length + len(serialise_extensions(extensions)) + 8
+    _require(
+        header_length + len(serialise_extensions(extensions)) + 8 + len(name) <= cluster_size,
+        "the names of the files do not fit into the first cluster: use a larger cluster_size",
+    )
     return Qcow2Header(
         version=options.version,
         backing_file_offset=name_offset,
@@ -303,6 +393,7 @@ def _header_v2(
         n_snapshots=0,
         snapshots_offset=0,
         incompatible_features=incompatible,
+        autoclear_features=AUTOCLEAR_RAW_DATA_FILE if options.data_file_raw else 0,
         compatible_features=COMPATIBLE_LAZY_REFCOUNTS if options.lazy_refcounts else 0,
         refcount_order=options.refcount_order,
         header_length=header_length,
@@ -312,28 +403,32 @@ def _header_v2(
     )
 
 
-def _write(path: str, parts: list[tuple[int, bytes]], length: int, overwrite: bool) -> None:
-    is_new = not os.path.exists(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if overwrite else os.O_EXCL)
-    fd = os.open(path, flags, 0o644)
+async def _write(
+    path: str, layout: _Layout, options: CreateOptions, size: int, *, overwrite: bool, progress: Progress
+) -> None:
+    files: list[NewFile] = []
     try:
-        acquire_image_lock(fd, path, writable=True)
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise CreateError(f"{path}: not a regular file")
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, length)
-        for host_offset, data in parts:
-            view = memoryview(data)
-            while view:
-                n_written = os.pwrite(fd, view, host_offset)
-                view, host_offset = view[n_written:], host_offset + n_written
-        os.fsync(fd)
+        if options.data_file is not None:
+            data_path = local_path(path, options.data_file, "data file")
+            _require(os.path.realpath(data_path) != os.path.realpath(path), "the image would be its own data file")
+            files.append(await trio.to_thread.run_sync(partial(open_new_file, data_path, overwrite=overwrite)))
+        files.append(await trio.to_thread.run_sync(partial(open_new_file, path, overwrite=overwrite)))
+        image = files[-1]
+        preallocation = options.effective_preallocation
+        if options.data_file is not None:
+            await files[0].reserve(size, preallocation, progress)
+            preallocation = Preallocation.OFF
+        await image.reserve(layout.length, preallocation, progress)
+        await image.write(layout.parts, layout.n_bytes, progress)
+        for file in files:
+            await file.sync()
     except BaseException:
-        if is_new:
-            os.unlink(path)
+        for file in files:
+            file.discard()
         raise
     finally:
-        os.close(fd)
+        for file in files:
+            file.close()
 
 
 def _require(condition: bool, text: str) -> None:
