@@ -23,8 +23,7 @@ from tests.support.mounting import (
     wait_until,
 )
 
-# Changes the mode of /dev/fuse, as test_systemd does: one after the other.
-pytestmark = [pytest.mark.mount, pytest.mark.root, pytest.mark.xdist_group("mode of /dev/fuse")]
+pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 NOBODY = 65534
 COMMAND = Path("/usr/local/bin/qcowfuse")

@@ -17,9 +17,6 @@ REPOSITORY = Path(__file__).parents[2]
 WHEEL_NAME = f"qcowfuse-{__version__}-py3-none-any.whl"
 
 
-pytestmark = pytest.mark.xdist_group("wheel")
-
-
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, built from a copy so that the working tree stays as it is."""

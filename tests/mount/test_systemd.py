@@ -35,7 +35,6 @@ no_daemon() { ! pgrep -f "cli[.]main" >/dev/null; }
 checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
 """
 pytestmark = [
-    pytest.mark.xdist_group("mode of /dev/fuse"),
     pytest.mark.mount,
     pytest.mark.root,
     pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),

@@ -11,7 +11,7 @@ from tests.support import loops, qemu
 from tests.support.guest import GuestSystem, boot, fetch_guest_system, make_initramfs
 from tests.support.loops import EXT4, served
 
-pytestmark = [pytest.mark.mount, pytest.mark.root, pytest.mark.xdist_group("virtual machines")]
+pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 SIZE = 64 << 20
 
