@@ -129,6 +129,11 @@ for its users. SIGUSR1 prints the counters to the log.""",
         help="the passphrase of an encrypted image, the whole file (a newline counts); "
         "default: systemd's credential qcowfuse.key, else a prompt",
     )
+    common.add_argument(
+        "--growable",
+        action="store_true",
+        help="truncate -s and writes past the end make the disk larger; it is never made smaller",
+    )
     common.add_argument("-n", "--name", metavar="NAME", help="name of the file in the directory (disk.raw)")
     common.add_argument(
         "--allow-other", action="store_true", help="let other users in, as far as file modes let them"
@@ -242,6 +247,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             gid=value("gid", _user_or_group),
             umask=value("umask", _umask),
             ends_on_hangup=foreground,
+            growable=flag("growable"),
             counts_allocated=given.debug_io_delay is None and "debug-io-delay" not in listed.values,
         ),
         foreground=foreground,

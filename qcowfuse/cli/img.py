@@ -1,4 +1,4 @@
-"""The program qcowfuse-img: look at images, check them, make new ones and handle their snapshots, without QEMU.
+"""The program qcowfuse-img: look at images, check, make and enlarge them, handle their snapshots, without QEMU.
 
 1. Output and options are those of qemu-img where it has them; ``--output=json`` has its shape.
 2. Exit codes are qemu-img's too, so 1 is any failure, wrong arguments included: 2 and 3 have a meaning of their own.
@@ -17,11 +17,13 @@ from typing import NoReturn
 import trio
 
 from .._version import __version__
+from ..driver.chain import open_image
 from ..driver.check import check_image
 from ..driver.check_result import Fix
-from ..driver.create import CreateError, CreateOptions, create_image
+from ..driver.create import CreateError, CreateOptions, create_image, parse_size
 from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
+from ..driver.options import OpenOptions
 from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
 from ..errors import ImageUsageError, QcowFuseError
 from . import img_output
@@ -110,6 +112,19 @@ def _build_parser() -> _Parser:
     create.add_argument("--force", action="store_true", help="overwrite a file that exists")
     create.add_argument("image", metavar="FILE")
     create.add_argument("size", metavar="SIZE", nargs="?", help="bytes, or with a suffix: k, M, G, T, P, E")
+    resize = commands.add_parser(
+        "resize",
+        help="make the disk larger",
+        description="Make the disk in an image that is not in use larger; the new part reads as zeroes. A crash "
+        "leaves the old size or the new one. A disk is never made smaller.",
+        allow_abbrev=False,
+    )
+    resize.set_defaults(run=_resize)
+    resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
+    resize.add_argument("image", metavar="IMAGE")
+    resize.add_argument(
+        "size", metavar="[+]SIZE", help="the new size, with + what is added to it: bytes, or k, M, G, T, P, E"
+    )
     _add_snapshot_command(commands)
     return parser
 
@@ -270,6 +285,27 @@ def _snapshot(given: argparse.Namespace) -> int:
                 await apply_snapshot(image, given.apply, progress=progress.show)
             else:
                 await delete_snapshot(image, given.delete, progress=progress.show)
+        return ImgExit.OK
+
+    return trio.run(run)
+
+
+def _resize(given: argparse.Namespace) -> int:
+    async def run() -> int:
+        wanted = parse_size(given.size.removeprefix("+"))
+        image = await open_image(given.image, OpenOptions())
+        try:
+            before = image.size
+            await image.grow(before + wanted if given.size.startswith("+") else wanted)
+        finally:
+            await image.aclose()
+        if not given.quiet:
+            change = "had that size already" if image.size == before else f"had {before}"
+            print(
+                img_output.printable(
+                    f"{given.image}: {img_output.size_text(image.size)} ({image.size} bytes), {change}"
+                )
+            )
         return ImgExit.OK
 
     return trio.run(run)

@@ -20,7 +20,9 @@ _MEANINGLESS = frozenset(
     )
 )
 _MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
-_OWN_FLAGS = frozenset(str.split("read-only foreground debug nonempty no-writeback-cache debug-image-in-memory"))
+_OWN_FLAGS = frozenset(
+    str.split("read-only growable foreground debug nonempty no-writeback-cache debug-image-in-memory")
+)
 _OWN_VALUES = frozenset(
     str.split(
         "name snapshot backing-format data-file key-file l2-cache-size lock-wait discard log-file debug-io-delay "

@@ -5,8 +5,8 @@ Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (t
 ``table_cache`` (LRU of L2 slices), ``reading`` and ``decoded`` (fetching extents, compressed clusters),
 ``snapshot_table``, ``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest
 data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
-``ordering`` (rules R1 to R5, flush), ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage``
-(what ``du`` should say).
+``ordering`` (rules R1 to R5, flush), ``growing``, ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right),
+``usage`` (what ``du`` should say).
 
 The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
 ``create`` with ``new_file`` (new images), ``snapshot_edit`` with ``shadow_refcounts`` (internal snapshots of an image
@@ -41,6 +41,8 @@ Crash points, by the steps of a round in ``ordering``:
     C6  after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
     C7  before the first write, between autoclear bits and data: bits cleared too early are harmless
     C8  from the first write until the last step of closing: bitmaps are marked in use, nobody trusts them
+    C12 while the disk grows: the header has the old size and L1 table or the new ones, and both are whole; zeroes
+        that hide what lay behind the old end are durable before. What was taken for the new table leaks
 
 and of a change of snapshots, which does not go through ``ordering`` (see ``snapshot_edit``):
 

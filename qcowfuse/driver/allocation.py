@@ -40,6 +40,7 @@ from .metadata import MetadataClusters
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 BLOCK_CACHE_BYTES = 8 << 20
 _SECTOR_ENTRIES = 64
+_MAX_TRIES = 16
 
 
 class HostRun(NamedTuple):
@@ -95,6 +96,9 @@ class Allocator(Protocol):
     async def allocate(self, n_clusters: int) -> HostRun:
         """Take 1 to ``n_clusters`` contiguous clusters. Raises OSError, CorruptImageError."""
 
+    async def allocate_exactly(self, n_clusters: int) -> HostRun:
+        """Take ``n_clusters`` contiguous clusters, for a table. Raises as :meth:`allocate`."""
+
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """Lower the count of every cluster in the runs by one. All or, on an exception, a part.
 
@@ -137,6 +141,10 @@ class AppendAllocator:
         is_fresh = host_offset >= self._high_water
         self._end = self._high_water = host_offset + n_clusters * self._cluster_size
         return HostRun(host_offset, n_clusters, is_fresh)
+
+    async def allocate_exactly(self, n_clusters: int) -> HostRun:
+        """See Allocator."""
+        return await self.allocate(n_clusters)
 
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
@@ -215,6 +223,29 @@ class RefcountAllocator:
                 return self._allocate(n_clusters)
             except BlockMissing as missing:
                 await self._load_block(missing.block_index)
+
+    async def allocate_exactly(self, n_clusters: int) -> HostRun:
+        """See Allocator. Where the file is too fragmented, behind its end."""
+        surplus: list[HostRun] = []
+        found: HostRun | None = None
+        try:
+            for _ in range(_MAX_TRIES):
+                run = await self.allocate(n_clusters - (found.n_clusters if found else 0))
+                if found and found.host_offset + (found.n_clusters << self._cluster_bits) == run.host_offset:
+                    found = HostRun(found.host_offset, found.n_clusters + run.n_clusters)
+                else:
+                    if found:
+                        surplus.append(found)
+                    found = run
+                if found.n_clusters == n_clusters:
+                    taken, found = found, None
+                    return taken
+            return self._allocate_behind(n_clusters)
+        finally:
+            if found:
+                surplus.append(found)
+            with trio.CancelScope(shield=True), suppress(OSError, CorruptImageError):
+                await self.release(surplus)
 
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """See Allocator. Raises CorruptImageError where a count was 0 already, and where metadata lies."""
@@ -343,11 +374,7 @@ class RefcountAllocator:
         """Move the refcount table to a larger place behind everything, with the blocks that describe it."""
         cluster_size = 1 << self._cluster_bits
         entries_per_cluster = cluster_size // 8
-        used = len(self._table)
-        while used and not self._table[used - 1] & REFCOUNT_TABLE_OFFSET_MASK:
-            used -= 1
-        file_end = divide_up(self._storage.size(), cluster_size)
-        first_block = max(used, divide_up(file_end, self._per_block), needed_index)
+        first_block = max(self._first_unused_block(), needed_index)
         start = first_block * self._per_block
         n_table = n_blocks = 1
         while True:
@@ -363,19 +390,47 @@ class RefcountAllocator:
         self._metadata.add(start * cluster_size, (n_table + n_blocks) * cluster_size)
         old = HostRun(self._table_offset, divide_up(len(self._table) * 8, cluster_size))
         self._table.extend(array("Q", bytes(8 * (n_table * entries_per_cluster - len(self._table)))))
+        self._add_blocks_behind(first_block, n_blocks, n_table)
+        self._table_offset = start << self._cluster_bits
+        self._table_moved = True
+        self._unlinked.append(old)
+        self._metadata.discard(old.host_offset, old.n_clusters * cluster_size)
+
+    def _first_unused_block(self) -> int:
+        """The first range of clusters that has no refcount block and lies, with all that follow, behind the file."""
+        used = len(self._table)
+        while used and not self._table[used - 1] & REFCOUNT_TABLE_OFFSET_MASK:
+            used -= 1
+        return max(used, divide_up(divide_up(self._storage.size(), 1 << self._cluster_bits), self._per_block))
+
+    def _add_blocks_behind(self, first_block: int, n_blocks: int, n_clusters: int) -> None:
+        """New blocks for the ranges from ``first_block`` on, behind ``n_clusters`` that are taken there as well."""
+        start = first_block * self._per_block
         for number in range(n_blocks):
             block = _Block(empty_refcounts(self._cluster_bits, self._order))
             block_index = first_block + number
             self._blocks[block_index] = block
-            self._table[block_index] = (start + n_table + number) << self._cluster_bits
-            in_use = min(max(n_table + n_blocks - number * self._per_block, 0), self._per_block)
+            self._table[block_index] = (start + n_clusters + number) << self._cluster_bits
+            in_use = min(max(n_clusters + n_blocks - number * self._per_block, 0), self._per_block)
             self._set(block_index, block, 0, in_use, 1)
             block.mark_dirty(0, self._per_block)
-        self._table_offset = start << self._cluster_bits
-        self._high_water = max(self._high_water, (start + n_table + n_blocks) << self._cluster_bits)
-        self._table_moved = True
-        self._unlinked.append(old)
-        self._metadata.discard(old.host_offset, old.n_clusters * cluster_size)
+        self._high_water = max(self._high_water, (start + n_clusters + n_blocks) << self._cluster_bits)
+
+    def _allocate_behind(self, n_clusters: int) -> HostRun:
+        """Contiguous clusters behind everything, and behind them the new blocks that describe both."""
+        n_blocks = 1
+        while n_blocks * self._per_block < n_clusters + n_blocks:
+            n_blocks = divide_up(n_clusters + n_blocks, self._per_block)
+        while (first_block := self._first_unused_block()) + n_blocks > len(self._table):
+            self._grow_table(first_block + n_blocks - 1)
+        host_offset = first_block * self._per_block << self._cluster_bits
+        n_bytes = n_clusters << self._cluster_bits
+        if host_offset + n_bytes + (n_blocks << self._cluster_bits) > MAX_HOST_OFFSET:
+            raise OSError(errno.ENOSPC, "the image file cannot take another table", self._storage.name)
+        self._metadata.add(host_offset + n_bytes, n_blocks << self._cluster_bits)
+        self._new_entries.update(range(first_block, first_block + n_blocks))
+        self._add_blocks_behind(first_block, n_blocks, n_clusters)
+        return HostRun(host_offset, n_clusters)
 
     def _decrement(self, cluster: int) -> None:
         block_index, index = divmod(cluster, self._per_block)

@@ -342,7 +342,17 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         header_bits=_header_bits_of(top, header, kept_autoclear=kept_autoclear_bits(bitmaps)),
         bitmaps=bitmaps,
         discard=options.discard,
+        cache_budget=lambda geometry: _cache_budget(geometry, options.l2_cache_size),
+        grow_refusal=_grow_refusal(header),
     )
+
+
+def _grow_refusal(header: Qcow1Header | Qcow2Header) -> str | None:
+    """Why this image cannot grow."""
+    if isinstance(header, Qcow2Header) and header.version == 2 and header.n_snapshots:
+        # A snapshot has no size of its own in version 2; going back to one would find another disk.
+        return "an image of version 2 that has internal snapshots cannot be resized"
+    return None
 
 
 async def _ready_to_write(path: str, layer: _Opened) -> _Opened:

@@ -53,6 +53,11 @@ class Image(Protocol):
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         """Make the range read as zeroes; ``unmap``: whole clusters may give their space back. Raises as write."""
 
+    async def grow(self, size: int) -> None:
+        """Make the disk ``size`` bytes, rounded up to 512, durably; the new part reads as zeroes. Raises
+        ImageUsageError for less than it has, OSError (EFBIG: more than the format allows; EOPNOTSUPP: this image
+        cannot grow), and as write."""
+
     async def find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int]:
         """Whether there is data at ``guest_offset`` (zeroes otherwise), and for how many of ``n_bytes`` (1 or more)
         that holds; the rest is to be asked again. Raises OutOfRangeError, CorruptImageError, OSError."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -115,6 +116,13 @@ class Mapping:
         self.slice_mask = (1 << self.slice_bits) - 1
         self.slice_shift = geometry.cluster_bits + self.slice_bits
         self.slices_per_table_bits = geometry.l2_bits - self.slice_bits
+
+    def resize(self, size: int) -> None:
+        """Map ``size`` bytes from now on; what a longer L1 table adds is empty."""
+        self.geometry = replace(self.geometry, size=size)
+        self.size = size
+        n_missing = max(self.geometry.n_l1_entries - len(self.l1_table), 0)
+        self.l1_table.frombytes(bytes(n_missing * self.l1_table.itemsize))
 
     def key(self, guest_offset: int) -> int:
         """Cache key of the slice that maps ``guest_offset``."""

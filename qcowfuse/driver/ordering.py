@@ -26,6 +26,12 @@ With an external data file, guest data lies there and all the rest in the image 
 in a round, step 4 or else step 6, begins with the data file's: what was written to it before the round is durable
 before any link to it, and one flush of it a round is enough.
 
+A round that changes the size fields of the header (:mod:`.growing`) has two steps more. A larger L1 table, at a new
+place, is written whole in step 5; then comes a flush, so that all that hides what lay behind the old end is durable,
+and then one write inside one sector that switches the size, the length of the L1 table and its place. Until that
+write has succeeded, no L1 entry is written that the table on disk has no room for, and after it has failed none at
+all but with the next try: which table counts is in doubt.
+
 1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
 2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again. So does one that would land
    on other metadata: then the image is frozen by whoever asked for the round.
@@ -37,13 +43,13 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
 from ..errors import QcowFuseError
 from ..format.entries import EntryFormat, serialise_table
-from ..format.geometry import WORD_SIZE
+from ..format.geometry import WORD_SIZE, divide_up, round_up
 from ..storage.base import Storage
 from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite, merged
 from .claims import Generations
@@ -53,6 +59,9 @@ from .table_cache import L2Slice, TableCache
 
 log = logging.getLogger(__name__)
 _SECTOR_WORDS = 64
+
+SizeFields = Callable[[int, int], MetadataWrite]
+"""``(l1_size, l1_table_offset)`` to the write that puts them into the header, with the size of the disk."""
 
 
 class _Round:
@@ -87,6 +96,10 @@ class Ordering:
         self._entry_format: EntryFormat = mapping.entry_format
         self._l1_table: array[int] = mapping.l1_table
         self._l1_table_offset = l1_table_offset
+        self._l1_size = len(mapping.l1_table)
+        self._moved_l1: tuple[int, Callable[[HostRun], None]] | None = None
+        self._size_fields: SizeFields | None = None
+        self._header_in_doubt = False
         self._allocator = allocator
         self._cache = cache
         self._metadata = metadata
@@ -111,11 +124,38 @@ class Ordering:
         """Clusters that nothing in memory refers to any more: to be given back when that is durable."""
         self._unlinked.append(run)
 
+    def move_l1(self, host_offset: int, on_moved: Callable[[HostRun], None]) -> None:
+        """The L1 table has become longer than the one on disk, which it will replace, at ``host_offset``, with the
+        next :meth:`change_header`. Then ``on_moved`` is told where the old one was."""
+        assert self._moved_l1 is None
+        self._moved_l1 = (host_offset, on_moved)
+
+    @property
+    def l1_is_moving(self) -> bool:
+        """Whether there was a :meth:`move_l1` that is not on disk yet."""
+        return self._moved_l1 is not None
+
+    async def change_header(self, size_fields: SizeFields) -> None:
+        """Flush, with the size fields of the header last. When it fails they are tried again by every flush, until
+        one succeeds or :meth:`revise_header` has others."""
+        self._size_fields = size_fields
+        await self.flush()
+
+    def revise_header(self, size_fields: SizeFields) -> None:
+        """After a failure: what the next flush puts into the header, if the header, or the L1 table, is pending."""
+        if self._size_fields is not None or self._moved_l1 is not None:
+            self._size_fields = size_fields
+
     @property
     def is_dirty(self) -> bool:
         """Whether the image file lacks anything that memory has."""
         return bool(
-            self._cache.dirty or self._dirty_l1 or self._allocator.is_dirty or self._unlinked or self._released
+            self._cache.dirty
+            or self._dirty_l1
+            or self._allocator.is_dirty
+            or self._unlinked
+            or self._released
+            or self._size_fields is not None
         )
 
     def check_usable(self) -> None:
@@ -181,9 +221,16 @@ class Ordering:
         taken = [(slice_, slice_.dirty_start, slice_.dirty_end) for slice_ in slices]
         early = [self._serialise(slice_) for slice_ in slices if slice_.l1_index in new_tables]
         late = [self._serialise(slice_) for slice_ in slices if slice_.l1_index not in new_tables]
-        dirty_l1 = self._dirty_l1
-        late += self._serialise_l1(dirty_l1)
-        self._dirty_l1, self._unlinked_tables = set(), set()
+        size_fields = self._size_fields if final else None
+        held_back = set() if size_fields else self._held_back()
+        dirty_l1 = self._dirty_l1 - held_back
+        header: list[MetadataWrite] = []
+        if size_fields is not None:
+            late += self._serialise_moved_l1() or self._serialise_l1(dirty_l1)
+            header.append(size_fields(len(self._l1_table), self._l1_place))
+        else:
+            late += self._serialise_l1(dirty_l1)
+        self._dirty_l1, self._unlinked_tables = held_back, new_tables & held_back
         for slice_ in slices:
             slice_.n_pins += 1
             slice_.mark_clean()
@@ -198,11 +245,15 @@ class Ordering:
             await self._write_refcounts(refcounts)
             await self._write_all(early)
             data = self._data
-            if late:
+            if late or header:
                 await self.flush_storage(data)
                 data = None
                 links_written = True
                 await self._write_all(late)
+            if header:
+                await self.flush_storage()
+                self._header_in_doubt = True
+                await self._write_all(header)
             self._cache.write_backs += len(slices)
             if final:
                 await self.flush_storage(data)
@@ -219,6 +270,8 @@ class Ordering:
             for slice_ in slices:
                 self._cache.unpin(slice_)
         self._allocator.written()
+        if size_fields is not None:
+            self._header_changed(size_fields)
         if unlinked:
             self._released.append((generation, merged(unlinked, self._mapping.geometry.cluster_size)))
         if final:
@@ -235,10 +288,44 @@ class Ordering:
         writes = []
         for sector in sorted({index // _SECTOR_WORDS for index in indices}):
             start = sector * _SECTOR_WORDS
-            end = min(start + _SECTOR_WORDS, len(self._l1_table))
+            end = min(start + _SECTOR_WORDS, self._l1_size)
             data = serialise_table(self._l1_table, start, end)
             writes.append(MetadataWrite(self._l1_table_offset + 8 * start, data))
         return writes
+
+    def _held_back(self) -> set[int]:
+        """Dirty L1 entries that can't be written before the header has changed; see the module docstring."""
+        if self._moved_l1 is None:
+            return set()
+        if self._header_in_doubt:
+            return set(self._dirty_l1)
+        return {index for index in self._dirty_l1 if index >= self._l1_size}
+
+    @property
+    def _l1_place(self) -> int:
+        return self._l1_table_offset if self._moved_l1 is None else self._moved_l1[0]
+
+    def _serialise_moved_l1(self) -> list[MetadataWrite]:
+        """All of the L1 table for its new place, whole clusters; nothing when it stays where it is."""
+        if self._moved_l1 is None:
+            return []
+        data = serialise_table(self._l1_table, 0, len(self._l1_table))
+        whole = round_up(len(data), self._mapping.geometry.cluster_size)
+        return [MetadataWrite(self._l1_place, data.ljust(whole, b"\0"))]
+
+    def _header_changed(self, size_fields: SizeFields) -> None:
+        """The header is durable: what has moved has moved."""
+        self._header_in_doubt = False
+        if self._size_fields is size_fields:
+            self._size_fields = None
+        if self._moved_l1 is None:
+            return
+        cluster_size = self._mapping.geometry.cluster_size
+        old = HostRun(self._l1_table_offset, divide_up(self._l1_size * WORD_SIZE, cluster_size))
+        self._l1_table_offset, on_moved = self._moved_l1
+        self._l1_size = len(self._l1_table)
+        self._moved_l1 = None
+        on_moved(old)
 
     async def _write_refcounts(self, refcounts: DirtyRefcounts) -> None:
         await self._write_all(refcounts.blocks)

@@ -19,12 +19,14 @@ import trio
 
 from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 from ..format.entries import ALL_BITS, ClusterKind
+from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
 from .bitmaps import KeptBitmaps
 from .claims import Generations
 from .cow import Writer
 from .data_file import DataClusters
+from .growing import Grower
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping
 from .metadata import MetadataClusters
@@ -56,6 +58,8 @@ class QcowImage:
         bitmaps: KeptBitmaps | None = None,
         data_clusters: DataClusters | None = None,
         discard: bool = True,
+        cache_budget: Callable[[Geometry], int] = lambda _: 0,
+        grow_refusal: str | None = None,
     ) -> None:
         self._discard = discard
         self.path = path
@@ -77,6 +81,7 @@ class QcowImage:
         self._begun = False
         self._ordering: Ordering | None = None
         self._writer: Writer | None = None
+        self._grower: Grower | None = None
         if allocator is not None:
             self._ordering = Ordering(
                 storage=self._storage,
@@ -97,6 +102,20 @@ class QcowImage:
                 ordering=self._ordering,
                 usage=self._usage,
                 data_clusters=data_clusters,
+            )
+            self._grower = Grower(
+                path=path,
+                mapping=mapping,
+                reader=reader,
+                writer=self._writer,
+                allocator=allocator,
+                metadata=metadata,
+                ordering=self._ordering,
+                usage=self._usage,
+                cache=cache,
+                cache_budget=cache_budget,
+                before_growth=self._before_growth,
+                refusal=grow_refusal,
             )
         # What the hot path asks of the objects above, looked up once.
         self._slices = cache.slices
@@ -240,6 +259,19 @@ class QcowImage:
                     guest_offset, end - guest_offset, unmap=unmap and self._discard
                 )
 
+    async def grow(self, size: int) -> None:
+        """See Image."""
+        async with self._writing():
+            assert self._grower is not None
+            await self._grower.grow(size, self._has_grown)
+
+    async def _before_growth(self, size: int) -> None:
+        if self._bitmaps is not None and self._ordering is not None:
+            await self._bitmaps.before_growth(self._ordering, size)
+
+    def _has_grown(self, size: int) -> None:
+        self.size = size
+
     @asynccontextmanager
     async def _writing(self) -> AsyncIterator[Writer]:
         """What surrounds every change: header bits first, an operation in flight, corruption freezes."""
@@ -339,8 +371,9 @@ class QcowImage:
                     await self._bitmaps.store(self._ordering, self.size)
                     if self._ordering.failure is None and self._ordering.is_dirty:
                         await self._ordering.flush()
-                if self._ordering.failure is None and self._ordering.is_dirty:  # counts of what that one has unlinked
-                    await self._ordering.flush()
+                for _ in range(2):  # what that one has unlinked, and the counts of it
+                    if self._ordering.failure is None and self._ordering.is_dirty:
+                        await self._ordering.flush()
         finally:
             with trio.CancelScope(shield=True):
                 await self._reader.aclose()

@@ -29,6 +29,7 @@ class Usage:
         self._counted_to = 0
         self._counting_to = 0
         self._changed = False
+        self._is_counting = False
 
     @property
     def is_exact(self) -> bool:
@@ -50,7 +51,17 @@ class Usage:
             self._changed = True
 
     async def count(self, generations: Generations) -> None:
-        """Count everything. Each look at tables on disk is an operation in flight. Raises OSError, FormatError."""
+        """Count everything that is not counted yet (after the disk has grown: the new part); nothing while another
+        call does. Each look at tables on disk is an operation in flight. Raises OSError, FormatError."""
+        if self._is_counting:
+            return
+        self._is_counting = True
+        try:
+            await self._count(generations)
+        finally:
+            self._is_counting = False
+
+    async def _count(self, generations: Generations) -> None:
         top = self._layers[0]
         assert isinstance(top, Mapping)
         while self._counted_to < top.size:

@@ -43,12 +43,11 @@ class ExtraHandlers(Protocol):
 
 class ExtraOperations:
     """Callbacks for libfuse's table of operations. ``nursery`` is set before the first request is read and must be
-    closed before ``pyfuse3.close``; ``with_lseek`` False leaves lseek to the kernel."""
+    closed before ``pyfuse3.close``."""
 
-    def __init__(self, handlers: ExtraHandlers, *, with_lseek: bool) -> None:
+    def __init__(self, handlers: ExtraHandlers) -> None:
         self.nursery: trio.Nursery | None = None
         self._handlers = handlers
-        self._with_lseek = with_lseek
         self._callbacks: list[object] = []
         self._reply_error: Callable[[int, int], int] | None = None
         self._reply_lseek: Callable[[int, int], int] | None = None
@@ -59,9 +58,7 @@ class ExtraOperations:
         reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
         reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
         self._reply_error, self._reply_lseek = reply_error, reply_lseek
-        wanted: dict[str, Any] = {"fallocate": _FALLOCATE(self._on_fallocate)}
-        if self._with_lseek:
-            wanted["lseek"] = _LSEEK(self._on_lseek)
+        wanted: dict[str, Any] = {"fallocate": _FALLOCATE(self._on_fallocate), "lseek": _LSEEK(self._on_lseek)}
         self._callbacks = list(wanted.values())
         return {name: ctypes.cast(callback, ctypes.c_void_p).value or 0 for name, callback in wanted.items()}
 

@@ -63,7 +63,8 @@ class MountSettings:
     """Where and how to serve. ``fuse_options`` are libfuse's own, as they would stand after its ``-o``.
 
     ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
-    background: for measurements. ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600.
+    background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
+    ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600.
     """
 
     mount_point: str
@@ -77,6 +78,7 @@ class MountSettings:
     umask: int | None = None
     ends_on_hangup: bool = False
     counts_allocated: bool = True
+    growable: bool = False
 
 
 def _no_notice(_: str) -> None:
@@ -273,6 +275,7 @@ class _Mount:
             ownership=self._final_ownership,
             mtime_ns=_mtime_ns(image.path),
             gate=self._gate,
+            growable=settings.growable,
             on_write_past_end=self._note_wrong_size,
             on_release=stop.nudge,
             on_discard=self._note_discard,
@@ -292,10 +295,7 @@ class _Mount:
         options.add("fsname=" + escape_option(self._settings.source or os.path.abspath(self._image.path)))
         if self._image.read_only:
             options.add("ro")
-        # With the write-back cache the kernel may hold data that the mapping does not know of yet: there, all of
-        # the file counts as data, and lseek is the kernel's.
-        uses_writeback = self._settings.writeback_cache and not self._image.read_only
-        self.extra = ExtraOperations(self._operations, with_lseek=not uses_writeback)
+        self.extra = ExtraOperations(self._operations)
         hook = SessionHook(self.extra)
         before = mountpoint.device_at(self.path)
         said = ""

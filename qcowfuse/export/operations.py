@@ -3,15 +3,22 @@
 1. Only FUSEError (and cancellation) leaves a handler: anything else would end the mount. What to answer is in
    :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
 2. A disk keeps its size. Truncating to the present size succeeds; so does truncating to zero, which changes
-   nothing: it is how O_TRUNC arrives, and ``cp`` and ``dd`` open with that. Any other size is refused.
+   nothing: it is how O_TRUNC arrives, and ``cp`` and ``dd`` open with that. Less is refused. More makes the disk
+   larger when it is ``growable``, as do writes and allocations past the end; else it is refused.
 3. With the write-back cache the kernel believes its own idea of the size of a regular file. It learns it from
    the first attributes (or, for a root inode, from a setattr: see :mod:`.mount`), and moves it by itself when a
    client writes past the end. Such a write gets ENOSPC here, and ``on_write_past_end`` is called, so that the
-   kernel's idea can be put right.
+   kernel's idea can be put right. Not so when the disk is growable: the kernel may hold more of what lies past
+   the end, and must not be told to drop it.
 4. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.poll_first`).
 5. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
    write-back cache the kernel keeps the times. For a root inode it then never moves them by itself: a file that
    is mounted over a file shows the time that utimens gave it last.)
+6. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
+   is open for writing somewhere: before it tells of the release it has written everything. So holes are where
+   the image has them while there is no writer; while there is one, all of the file counts as data. When the disk
+   is growable, not even its end is known then: the answer is that of a file system which does not know holes.
+   (The kernel could be asked, but not now: it holds the inode locked while it waits for the answer.)
 """
 
 from __future__ import annotations
@@ -27,6 +34,7 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import pyfuse3
+import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from ..driver.image import Image
@@ -47,6 +55,8 @@ FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
 _FIRST_SEEK_STEP = 16 << 20
+_WRITER = 1 << 32
+"""Set in the handle of a file that is open for writing."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +96,7 @@ class Operations(pyfuse3.Operations):
         ownership: Ownership,
         mtime_ns: int,
         gate: RequestGate | None = None,
+        growable: bool = False,
         on_write_past_end: Callable[[], None] = lambda: None,
         on_release: Callable[[], None] = lambda: None,
         on_discard: Callable[[], None] = lambda: None,
@@ -94,6 +105,9 @@ class Operations(pyfuse3.Operations):
         self.enable_writeback_cache = False
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
+        self._n_writers = 0
+        self._is_growable = growable
+        self._grow_lock = trio.Lock()
         self._image = image
         self._size = image.size
         self._try_read = image.try_read
@@ -152,6 +166,10 @@ class Operations(pyfuse3.Operations):
             self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
 
     async def _write_past_end(self, off: int, buf: bytes) -> int:
+        if self._is_growable:
+            await self._grow_to(off + len(buf))
+            await self._write_slowly(off, buf)
+            return len(buf)
         n_fitting = max(0, self._size - off)
         if n_fitting:
             await self._write_slowly(off, memoryview(buf)[:n_fitting])
@@ -162,21 +180,35 @@ class Operations(pyfuse3.Operations):
             return n_fitting
         raise FUSEError(errno.ENOSPC)
 
+    async def _grow_to(self, n_bytes: int) -> None:
+        """Make the disk larger, if it is not large enough by now."""
+        with self._slow():
+            async with self._grow_lock:
+                if n_bytes > self._size:
+                    await self._image.grow(n_bytes)
+                    self._size = self._image.size
+
     # ---- holes (called through ExtraOperations) ----
 
     async def fallocate(self, mode: int, off: int, length: int) -> None:
-        """Punch holes and zero ranges, at any offset and length inside of the disk; nothing else."""
+        """Punch holes and zero ranges, at any offset and length inside of the disk; and make a growable one larger,
+        without taking space for it."""
         try:
             if self._image.read_only:
                 raise FUSEError(errno.EROFS)
             kind = mode & ~FALLOC_KEEP_SIZE
+            reaches_past_end = off + length > self._size and not mode & FALLOC_KEEP_SIZE
+            if not mode and reaches_past_end and self._is_growable:
+                return await self._grow_to(off + length)
             if kind not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
                 raise FUSEError(errno.EOPNOTSUPP)
-            if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
-                raise FUSEError(errno.ENOSPC)
+            if reaches_past_end:
+                if not self._is_growable:
+                    raise FUSEError(errno.ENOSPC)
+                await self._grow_to(off + length)
             length = min(length, self._size - off)
             if length <= 0:
-                return
+                return None
             try:
                 with self._slow():
                     await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
@@ -192,6 +224,12 @@ class Operations(pyfuse3.Operations):
         try:
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 raise FUSEError(errno.EINVAL)
+            if self._n_writers and self.enable_writeback_cache:
+                if self._is_growable:
+                    raise FUSEError(errno.EINVAL)
+                if not 0 <= off < self._size:
+                    raise FUSEError(errno.ENXIO)
+                return off if whence == os.SEEK_DATA else self._size
             if not 0 <= off < self._size:
                 raise FUSEError(errno.ENXIO)
             step = _FIRST_SEEK_STEP
@@ -268,7 +306,7 @@ class Operations(pyfuse3.Operations):
         """Owner, mode, times; the size as rule 2 says. Who may do what has been checked by the kernel."""
         is_file = inode == self._file_inode
         if fields.update_size:
-            self._check_new_size(attr.st_size if is_file else -1)
+            await self._set_size(attr.st_size if is_file else -1)
         ownership = self._ownership if is_file else self._folder_ownership
         times = self._times if is_file else self._folder_times
         if fields.update_mode:
@@ -285,14 +323,19 @@ class Operations(pyfuse3.Operations):
         times.ctime_ns = attr.st_ctime_ns if fields.update_ctime else now
         return self._attributes_of(inode)
 
-    def _check_new_size(self, n_bytes: int) -> None:
+    async def _set_size(self, n_bytes: int) -> None:
         if n_bytes < 0:
             raise FUSEError(errno.EISDIR)
         if self._image.read_only:
             raise FUSEError(errno.EROFS)
         if n_bytes > self._size:
-            raise FUSEError(errno.EFBIG)
-        if n_bytes not in (0, self._size):
+            if not self._is_growable:
+                raise FUSEError(errno.EFBIG)
+            try:
+                await self._grow_to(n_bytes)
+            except Exception as exc:
+                self._fail("truncate", exc)
+        elif n_bytes not in (0, self._size):
             raise FUSEError(errno.EPERM)
 
     def _attributes_of(self, inode: int) -> EntryAttributes:
@@ -378,11 +421,16 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE != os.O_RDONLY and self._image.read_only:
             raise FUSEError(errno.EROFS)
         self.n_open += 1
-        return FileInfo(fh=inode, keep_cache=True)
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return FileInfo(fh=inode, keep_cache=True)
+        self._n_writers += 1
+        return FileInfo(fh=inode | _WRITER, keep_cache=True)
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
         self.n_open -= 1
+        if fh & _WRITER:
+            self._n_writers -= 1
         self._on_release()
 
     # ---- what a folder of one fixed file does not do ----

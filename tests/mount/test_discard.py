@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import random
@@ -15,19 +14,10 @@ from qcowfuse.export.operations import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALL
 from tests.support import qemu
 from tests.support.loops import BTRFS, EXT4, XFS, FileSystem, loop_device, mounted_file_system, served
 from tests.support.mounting import check_image_file, create_image, wait_until
+from tests.support.syscalls import fallocate
 
 MIB = 1 << 20
 pytestmark = [pytest.mark.mount]
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
-
-
-def fallocate(fd: int, mode: int, offset: int, length: int) -> None:
-    """fallocate(2). Raises OSError."""
-    if _libc.fallocate(fd, mode, offset, length):
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
 
 
 @pytest.mark.parametrize("options", [(), ("-o", "compat=0.10"), ("-o", "cluster_size=16k,extended_l2=on")])

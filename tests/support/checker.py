@@ -225,7 +225,7 @@ def _check_v1(data: bytes | bytearray) -> CheckReport:
     (l1_offset,) = struct.unpack_from(">Q", data, 40)
     cluster_size = 1 << cluster_bits
     n_l1 = -(-size // (1 << (cluster_bits + l2_bits)))
-    uses: list[tuple[int, int, str]] = [(0, l1_offset + 8 * n_l1, "header and L1 table")]
+    uses: list[tuple[int, int, str]] = [(0, 48, "header"), (l1_offset, l1_offset + 8 * n_l1, "L1 table")]
     for l2_offset in _table(data, l1_offset, n_l1):
         if not l2_offset:
             continue

@@ -58,6 +58,13 @@ class MemoryImage:
             raise ReadOnlyImageError("the image is read-only")
         self.data[guest_offset : guest_offset + len(data)] = data
 
+    async def grow(self, size: int) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.failure is not None:
+            raise self.failure
+        self.data.extend(bytes(-(-size // 512) * 512 - self.size))
+        self.size = len(self.data)
+
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:

@@ -284,6 +284,13 @@ class _Version:
     value: bytes
 
 
+@dataclass(slots=True)
+class _Size:
+    issued: int
+    ended: int
+    size: int
+
+
 class GuestRecord:
     """What the guest wrote and which fsyncs ended, sector by sector: what may be read after a cut.
 
@@ -295,6 +302,18 @@ class GuestRecord:
         self.clock = clock
         self._versions: dict[int, list[_Version]] = {}
         self._promises: list[tuple[int, int]] = []
+        self._sizes = [_Size(0, 0, len(contents))]
+
+    def begin_grow(self, size: int) -> _Size:
+        """The guest makes the disk larger."""
+        begun = _Size(self.clock.tick(), NEVER, size)
+        self._sizes.append(begun)
+        self.contents.extend(bytes(size - len(self.contents)))
+        return begun
+
+    def end_grow(self, begun: _Size) -> None:
+        """That has been answered with success, which is a promise."""
+        begun.ended = self.clock.tick()
 
     def begin_write(self, guest_offset: int, data: bytes) -> list[_Version]:
         """The guest issues a write."""
@@ -340,7 +359,9 @@ class GuestRecord:
             values = [version.value for version in versions[base:] if version.issued <= moment]
             allowed[sector] = values
             contents[sector * SECTOR : sector * SECTOR + len(values[0])] = values[0]
-        return Expectation(bytes(contents), allowed)
+        least = max(size.size for size in self._sizes if size.ended <= moment)
+        sizes = {size.size for size in self._sizes if size.issued <= moment and size.size >= least}
+        return Expectation(bytes(contents), allowed, sizes)
 
     def _sector(self, sector: int) -> bytes:
         return bytes(self.contents[sector * SECTOR : (sector + 1) * SECTOR])
@@ -349,15 +370,17 @@ class GuestRecord:
 class Expectation:
     """The contents that a cut must leave, with the sectors that may be one of several."""
 
-    def __init__(self, contents: bytes, allowed: dict[int, list[bytes]]) -> None:
+    def __init__(self, contents: bytes, allowed: dict[int, list[bytes]], sizes: set[int]) -> None:
         self._contents = contents
         self._allowed = allowed
+        self._sizes = sizes
 
     def mismatches(self, found: bytes) -> list[int]:
         """Guest sectors that hold what they must not."""
+        assert len(found) in self._sizes
+        found = found.ljust(len(self._contents), b"\0")
         if found == self._contents:
             return []
-        assert len(found) == len(self._contents)
         wrong = []
         for sector in range(-(-len(found) // SECTOR)):
             part = found[sector * SECTOR : (sector + 1) * SECTOR]
