@@ -41,8 +41,11 @@ class Image(Protocol):
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes when they can be had at once, else None."""
 
-    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
-        """The bytes. Raises OutOfRangeError, CorruptImageError, OSError."""
+    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
+        """The bytes. ``alone``: nobody else waits for an answer now, so it may be computed on the spot.
+
+        Raises OutOfRangeError, CorruptImageError, OSError.
+        """
 
     def try_write(self, guest_offset: int, data: Buffer) -> bool:
         """True when the data was written in place at once; False: await :meth:`write`."""

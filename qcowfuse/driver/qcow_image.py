@@ -177,13 +177,13 @@ class QcowImage:
         except CorruptImageError:
             return None  # read() meets it again and can mark the image
 
-    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
+    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
         if not n_bytes:
             return b""
         async with self._looking():
-            return await self._reader.read(guest_offset, n_bytes)
+            return await self._reader.read(guest_offset, n_bytes, alone=alone)
 
     def _try_write_tracked(self, guest_offset: int, data: Buffer) -> bool:
         """What ``try_write`` is while bitmaps are kept."""

@@ -19,7 +19,7 @@ from ..errors import CorruptImageError, QcowFuseError
 from ..format.entries import ClusterKind
 from ..format.extents import Extent
 from ..storage.base import Buffer
-from .decoded import CompressedSource, DecodedClusters, SequentialReads, Wanted
+from .decoded import CompressedSource, DecodedClusters, Key, SequentialReads, Wanted
 from .mapping import Layer, Missing, lookup_chain
 from .table_cache import TableCache
 
@@ -57,46 +57,42 @@ class ChainReader:
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
             return self._data[extent.layer].try_pread(extent.value, n_bytes)
-        if len(extents) == 1 and extents[0].kind == ClusterKind.COMPRESSED:
-            extent = extents[0]
-            cluster = self.decoded.get(extent.layer, extent.value)
-            if cluster is None:
-                return None
-            self._look_ahead(guest_offset, n_bytes)
-            in_cluster = guest_offset & (len(cluster) - 1)
-            return memoryview(cluster)[in_cluster : in_cluster + n_bytes]
+        if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
+            return self._try_compressed(extents, guest_offset, n_bytes)
         buffer = bytearray(n_bytes)
         view = memoryview(buffer)
-        has_compressed = False
         for extent in extents:
             start = extent.guest_offset - guest_offset
             if not self._try_fetch(extent, view[start : start + extent.n_bytes]):
                 return None
-            has_compressed = has_compressed or extent.kind == ClusterKind.COMPRESSED
-        if has_compressed:
-            self._look_ahead(guest_offset, n_bytes)
         return buffer
 
-    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
-        """The bytes. Raises OSError, FormatError, CorruptImageError."""
+    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
+        """The bytes. ``alone``: nobody else waits for an answer now. Raises OSError, FormatError,
+        CorruptImageError."""
         extents = await self.lookup(guest_offset, n_bytes)
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
             storage = self._data[extent.layer]
             data = storage.try_pread(extent.value, n_bytes)
             return await storage.pread(extent.value, n_bytes) if data is None else data
+        clusters: dict[Key, bytes] = {}
+        if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
+            clusters = await self._load_compressed(extents, guest_offset, n_bytes, alone=alone)
+            if len(extents) == 1:
+                return _part(clusters[extents[0].layer, extents[0].value], extents[0], self._cluster_mask(extents[0]))
         buffer = bytearray(n_bytes)
         view = memoryview(buffer)
         waiting: list[tuple[Extent, memoryview]] = []
-        if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
-            self._look_ahead(guest_offset, n_bytes)
         for extent in extents:
             start = extent.guest_offset - guest_offset
             part = view[start : start + extent.n_bytes]
-            if not self._try_fetch(extent, part):
+            if extent.kind == ClusterKind.COMPRESSED:
+                part[:] = _part(clusters[extent.layer, extent.value], extent, self._cluster_mask(extent))
+            elif not self._try_fetch(extent, part):
                 waiting.append((extent, part))
         if len(waiting) == 1:
-            await self._fetch(*waiting[0], alone=True)
+            await self._fetch(*waiting[0])
         elif waiting:
             errors: list[Exception] = []
             async with trio.open_nursery() as nursery:
@@ -109,6 +105,44 @@ class ChainReader:
     async def aclose(self) -> None:
         """End what goes on in the background; before the storages are closed. Idempotent."""
         await self.decoded.aclose()
+
+    def _try_compressed(self, extents: Sequence[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
+        """The bytes of extents of which some are compressed, if all are decoded and at hand."""
+        parts: list[Buffer] = []
+        for extent in extents:
+            if extent.kind == ClusterKind.COMPRESSED:
+                mask = self._cluster_mask(extent)
+                end = (extent.guest_offset & mask) + extent.n_bytes
+                cluster = self.decoded.get(extent.layer, extent.value, end)
+                if cluster is None:
+                    return None
+                parts.append(_part(cluster, extent, mask))
+            else:
+                data = bytearray(extent.n_bytes)
+                if not self._try_fetch(extent, memoryview(data)):
+                    return None
+                parts.append(data)
+        self._look_ahead(guest_offset, n_bytes)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _load_compressed(
+        self, extents: Sequence[Extent], guest_offset: int, n_bytes: int, *, alone: bool
+    ) -> dict[Key, bytes]:
+        """The decoded clusters of all compressed extents."""
+        self._look_ahead(guest_offset, n_bytes)
+        if len(extents) > 1:
+            return await self.decoded.load(wanted for extent in extents for wanted in self._wanted(extent))
+        extent = extents[0]
+        (wanted,) = self._wanted(extent)
+        mask = wanted.source.cluster_size - 1
+        in_cluster = guest_offset & mask
+        if self._sequential.is_random and in_cluster:
+            # The next read will be somewhere else. (One that begins with a cluster may go on with it.)
+            wanted = wanted._replace(n_bytes=in_cluster + n_bytes)
+        cluster = self.decoded.try_decode(wanted) if alone else None
+        if cluster is not None:
+            return {(extent.layer, extent.value): cluster}
+        return await self.decoded.load((wanted,))
 
     def _look_ahead(self, guest_offset: int, n_bytes: int) -> None:
         start, end = self._sequential.note(guest_offset, n_bytes)
@@ -123,37 +157,36 @@ class ChainReader:
         except (Missing, CorruptImageError):
             return
         for extent in extents:
-            source = self._sources[extent.layer] if extent.kind == ClusterKind.COMPRESSED else None
-            if source is not None:
-                yield Wanted(extent.layer, extent.value, source)
+            yield from self._wanted(extent)
+
+    def _wanted(self, extent: Extent) -> Iterator[Wanted]:
+        if extent.kind == ClusterKind.COMPRESSED:
+            source = self._sources[extent.layer]
+            assert source is not None
+            yield Wanted(extent.layer, extent.value, source, source.cluster_size)
+
+    def _cluster_mask(self, extent: Extent) -> int:
+        source = self._sources[extent.layer]
+        assert source is not None
+        return source.cluster_size - 1
 
     def _try_fetch(self, extent: Extent, part: memoryview) -> bool:
+        """Fill ``part`` with an extent that is not compressed, if that can be done at once."""
         if extent.kind == ClusterKind.DATA:
             return self._data[extent.layer].try_pread_into(extent.value, part)
-        if extent.kind == ClusterKind.COMPRESSED:
-            cluster = self.decoded.get(extent.layer, extent.value)
-            if cluster is None:
-                return False
-            _copy_part(cluster, extent, part)
-        elif extent.kind == ClusterKind.ENCRYPTED:
+        if extent.kind == ClusterKind.ENCRYPTED:
             encrypted = self._encrypted[extent.layer]
             assert encrypted is not None
             return encrypted.try_read_into(extent.value, extent.guest_offset, part)
         return True
 
-    async def _fetch(self, extent: Extent, part: memoryview, *, alone: bool = False) -> None:
+    async def _fetch(self, extent: Extent, part: memoryview) -> None:
         if extent.kind == ClusterKind.DATA:
             await self._data[extent.layer].pread_into(extent.value, part)
             return
-        if extent.kind == ClusterKind.ENCRYPTED:
-            encrypted = self._encrypted[extent.layer]
-            assert encrypted is not None
-            await encrypted.read_into(extent.value, extent.guest_offset, part)
-            return
-        source = self._sources[extent.layer]
-        assert source is not None
-        cluster = await self.decoded.load(extent.layer, extent.value, source, alone=alone)
-        _copy_part(cluster, extent, part)
+        encrypted = self._encrypted[extent.layer]
+        assert encrypted is not None
+        await encrypted.read_into(extent.value, extent.guest_offset, part)
 
     async def _fetch_noting(self, extent: Extent, part: memoryview, errors: list[Exception]) -> None:
         try:
@@ -162,6 +195,6 @@ class ChainReader:
             errors.append(error)
 
 
-def _copy_part(cluster: bytes, extent: Extent, part: memoryview) -> None:
-    in_cluster = extent.guest_offset & (len(cluster) - 1)
-    part[:] = memoryview(cluster)[in_cluster : in_cluster + extent.n_bytes]
+def _part(cluster: bytes, extent: Extent, cluster_mask: int) -> memoryview:
+    in_cluster = extent.guest_offset & cluster_mask
+    return memoryview(cluster)[in_cluster : in_cluster + extent.n_bytes]

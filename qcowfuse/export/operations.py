@@ -138,8 +138,9 @@ class Operations(pyfuse3.Operations):
             data = self._try_read(off, size)
             if data is not None:
                 return data
+            alone = self.gate.is_idle()
             with self._slow():
-                return await self._image.read(off, size)
+                return await self._image.read(off, size, alone=alone)
         except Exception as exc:
             self._fail("read", exc)
 

@@ -51,6 +51,10 @@ class RequestGate:
             self._wake_one()
         trio.lowlevel.notify_closing(fd)
 
+    def is_idle(self) -> bool:
+        """Whether no handler waits for anything and no request waits to be read."""
+        return not (self.n_slow or (self._poll is not None and self._poll(0)))
+
     async def wait_readable(self, fd: int) -> None:
         """Return when a request waits at ``fd``; the caller must read it before it awaits anything."""
         woken = False

@@ -2,8 +2,11 @@
 
 1. Output is bounded by one cluster, whatever the stream claims to hold.
 2. Bytes behind the stream are ignored: the format knows a stream's end only to a sector of 512 bytes.
-3. Deflate goes through ISA-L where there is a build of it: twice as fast as zlib, and it takes and refuses the same
-   streams.
+3. Deflate goes through ISA-L where there is a build of it: up to twice as fast as zlib, and it takes and refuses
+   the same streams. But ISA-L always decodes a whole cluster; the start of one comes from zlib-ng.
+
+Microseconds for a cluster of 64 KiB that was packed to 86 %: zlib 217, zlib-ng 168, ISA-L 153, libdeflate 143; for
+its first 4 KiB: zlib 13, ISA-L 153.
 """
 
 from __future__ import annotations
@@ -21,9 +24,15 @@ try:
 except ImportError:  # other processors than x86-64 and ARM64
     import zlib as deflate  # type: ignore[no-redef]
 
+try:
+    from zlib_ng import zlib_ng as stream_deflate
+except ImportError:
+    import zlib as stream_deflate  # type: ignore[no-redef]
+
 _STRUCTURE = "compressed cluster"
 _MAX_WINDOW_BITS = 15
 _DeflateError: type[Exception] = deflate.error  # type: ignore[assignment]  # the stubs say that it is an instance
+_StreamError: type[Exception] = stream_deflate.error  # type: ignore[assignment]
 
 # A decompressor serves one thread at a time, and a new one costs half as much as a cluster. Taking from a list and
 # giving back are atomic; there are never more than threads that decode.
@@ -77,6 +86,16 @@ def decompress_cluster(data: bytes | bytearray | memoryview, compression_type: i
     if len(cluster) != cluster_size:
         raise FormatError(_STRUCTURE, None, f"{len(cluster)} bytes when unpacked, expected {cluster_size}")
     return cluster
+
+
+def decompress_start(data: bytes | bytearray | memoryview, n_bytes: int) -> bytes | None:
+    """The first ``n_bytes`` of a cluster that is packed with deflate; None where :func:`decompress_cluster` has
+    to tell what is wrong with it."""
+    try:
+        start = stream_deflate.decompressobj(-_MAX_WINDOW_BITS).decompress(data, n_bytes)
+    except _StreamError:
+        return None
+    return start if len(start) == n_bytes else None
 
 
 def _inflate(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from queue import SimpleQueue
 from typing import Any, TypeVar, cast
 
@@ -25,15 +25,25 @@ MAX_THREADS = 32
 T = TypeVar("T")
 
 
+class _Waiter:
+    """A task that sleeps until ``n_left`` jobs have ended."""
+
+    __slots__ = ("n_left", "task")
+
+    def __init__(self, n_left: int) -> None:
+        self.n_left = n_left
+        self.task = trio.lowlevel.current_task()
+
+
 class _Job:
     """One call on its way through the pool; ``error`` and ``value`` are set by the thread."""
 
-    __slots__ = ("args", "error", "function", "task", "value")
+    __slots__ = ("args", "error", "function", "value", "waiter")
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], task: trio.lowlevel.Task) -> None:
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], waiter: _Waiter) -> None:
         self.function = function
         self.args = args
-        self.task = task
+        self.waiter = waiter
         self.value: Any = None
         self.error: BaseException | None = None
 
@@ -57,21 +67,30 @@ class WorkerPool:
 
     async def run(self, function: Callable[..., T], *args: Any) -> T:
         """``function(*args)`` in a thread; its exception is raised here. Cancellation waits (rule 1)."""
+        return (await self.run_all(function, (args,)))[0]
+
+    async def run_all(self, function: Callable[..., T], arguments: Sequence[tuple[Any, ...]]) -> list[T]:
+        """``function(*args)`` for each of ``arguments``, in as many threads; the first exception is raised when all
+        have ended."""
         await trio.lowlevel.checkpoint_if_cancelled()
-        job = _Job(function, args, trio.lowlevel.current_task())
-        self._n_jobs += 1
-        if self._n_jobs > self._n_threads < self._max_threads:
-            self._start_thread()
-        self._queue.put(job)
+        waiter = _Waiter(len(arguments))
+        jobs = []
+        for args in arguments:
+            self._n_jobs += 1
+            if self._n_jobs > self._n_threads < self._max_threads:
+                self._start_thread()  # raises only where no thread runs: for the first job, or never
+            job = _Job(function, args, waiter)
+            jobs.append(job)
+            self._queue.put(job)
         await trio.lowlevel.wait_task_rescheduled(_refuse_abort)
-        error = job.error
+        error = next((job.error for job in jobs if job.error is not None), None)
         if error is not None:
             try:
                 raise error
             finally:
                 # The traceback refers to this frame: break the cycle, or the caller's buffers live on in it.
-                del error, job
-        return cast(T, job.value)
+                del error, job, jobs
+        return [cast(T, job.value) for job in jobs]
 
     def retain(self) -> WorkerPool:
         """One more user."""
@@ -116,7 +135,10 @@ class WorkerPool:
         done = self._done
         while done:
             self._n_jobs -= 1
-            trio.lowlevel.reschedule(done.popleft().task)
+            waiter = done.popleft().waiter
+            waiter.n_left -= 1
+            if not waiter.n_left:
+                trio.lowlevel.reschedule(waiter.task)
 
 
 def _refuse_abort(_raise_cancel: object) -> trio.lowlevel.Abort:

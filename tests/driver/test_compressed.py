@@ -139,14 +139,33 @@ async def test_two_sequential_readers_at_once() -> None:
         assert image.try_read(4 * MIB + 4 * CLUSTER, CLUSTER) is not None
 
 
-async def test_the_cache_stays_within_its_budget() -> None:
+@pytest.mark.parametrize("alone", [False, True], ids=["in a thread", "on the spot"])
+async def test_random_small_reads_decode_only_the_start(alone: bool, decodings: list[bytes]) -> None:
+    """A read that follows no other has its cluster decoded as far as it reads; one further on is right."""
+    async with opened() as (image, reader, contents):
+        for number in (90, 3, 70, 20, 50, 110):
+            for in_cluster in (20 * KIB, 4 * KIB, 40 * KIB, 5 * KIB + 7):
+                guest_offset = number * CLUSTER + in_cluster
+                found = image.try_read(guest_offset, KIB)
+                if found is None:
+                    found = await image.read(guest_offset, KIB, alone=alone)
+                assert bytes(found) == contents[guest_offset : guest_offset + KIB]
+                if in_cluster == 20 * KIB:
+                    assert len(next(reversed(reader.decoded._clusters.values()))) == 21 * KIB
+            assert len(next(reversed(reader.decoded._clusters.values()))) == CLUSTER
+        assert len(decodings) == 6
+        assert sum(map(len, reader.decoded._clusters.values())) == reader.decoded._used
+
+
+async def test_the_cache_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading more than the cache holds keeps no more than it may."""
+    monkeypatch.setattr(decoded, "CACHE_BYTES", CACHE_BYTES // 4)
     spec = ImageSpec(size=12 * MIB, cluster_size=CLUSTER, fill=1.0, compression="zstd")
     async with opened(spec) as (image, reader, _):
         for guest_offset in range(0, spec.size, CLUSTER):
             await read(image, guest_offset, CLUSTER)
             kept = reader.decoded._clusters.values()
-            assert sum(map(len, kept)) == reader.decoded._used <= CACHE_BYTES
+            assert sum(map(len, kept)) == reader.decoded._used <= decoded.CACHE_BYTES
         assert image.statistics()["decoded_clusters.misses"] == spec.size // CLUSTER
 
 
