@@ -59,10 +59,11 @@ _CHECKPOINT_EVERY = 256
 
 @dataclass(slots=True)
 class _Kept:
-    """A bitmap in memory; ``table`` is as on disk, ``new_table`` as it is to be."""
+    """A bitmap in memory; ``table`` is as on disk, ``new_table`` as it is to be. ``bits`` is None for a disabled one:
+    what it has stays where it is, only its table may have to grow."""
 
     entry: BitmapEntry
-    bits: DirtyBits
+    bits: DirtyBits | None
     table: array[int]
     new_table: array[int] = field(default_factory=lambda: array("Q"))
 
@@ -104,7 +105,7 @@ async def load_kept_bitmaps(
         )
         return None
     metadata.add(host_offset, n_bytes)
-    kept.take_directory(directory, entries)
+    await kept.take_directory(directory, entries)
     return kept
 
 
@@ -131,13 +132,33 @@ class KeptBitmaps:
         self._entries: list[BitmapEntry] = []
         self._kept: list[_Kept] = []
         self._tracked: list[DirtyBits] = []
-        self._n_bytes = 0
+        self._unsound: dict[int, QcowFuseError] = {}
         self._lock = trio.Lock()
 
-    def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
-        """The directory as it is on disk."""
+    async def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
+        """The directory as it is on disk. The tables of valid bitmaps are looked at and guarded now: later a cluster
+        that is theirs without having a count could have become somebody else's. Raises OSError."""
         self._directory = directory
         self._entries = list(entries)
+        for entry in entries:
+            if entry.flags & IN_USE:
+                continue
+            try:
+                await self._guard_table(entry)
+            except QcowFuseError as error:
+                self._unsound[entry.position] = error
+
+    async def _guard_table(self, entry: BitmapEntry) -> None:
+        cluster_size = self._cluster_size
+        needed = table_entries_needed(size=self._size, granularity=entry.granularity, cluster_size=cluster_size)
+        if entry.table_size != needed:
+            raise FormatError("bitmap table", entry.table_offset, f"{entry.table_size} entries, expected {needed}")
+        self._check_room(needed * cluster_size, entry)
+        table_bytes = entry.table_size * WORD_SIZE
+        if entry.table_offset + table_bytes > self._storage.size():
+            raise FormatError("bitmap table", entry.table_offset, "reaches past the end of the file")
+        await self.require_own(entry.table_offset, table_bytes, "bitmap table")
+        self._metadata.add(entry.table_offset, table_bytes)
 
     @property
     def has_enabled(self) -> bool:
@@ -161,88 +182,88 @@ class KeptBitmaps:
         async with self._lock:
             await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
             self._size = max(self._size, new_size)
-            self._n_bytes = 0
+            n_bytes = 0
             for bitmap in list(self._kept):
+                n_more = self._bytes_needed(bitmap.entry, self._size)
                 try:
-                    self._n_bytes += self._bytes_needed(bitmap.entry, self._size)
+                    self._check_room(n_bytes + n_more, bitmap.entry)
                 except FormatError as error:
                     self._warn(bitmap.entry, error)
                     self._kept.remove(bitmap)
                     self._tracked = [bits for bits in self._tracked if bits is not bitmap.bits]
+                else:
+                    n_bytes += n_more
 
     async def _take(self, ordering: Ordering, chosen: list[BitmapEntry]) -> None:
         if not chosen:
             return
         kept: list[_Kept] = []
-        self._n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
-        places: list[tuple[int, int]] = []
-        try:
-            for entry in chosen:
-                try:
-                    kept.append(await self._load(entry))
-                    places.append((entry.table_offset, entry.table_size * WORD_SIZE))
-                    self._metadata.add(*places[-1])
-                except (QcowFuseError, OSError) as error:
-                    self._warn(entry, error)
-            directory = bytearray(self._directory)
-            marked = [replace(entry, flags=entry.flags | IN_USE) for entry in chosen]
-            for entry in marked:
-                replace_entry(directory, entry)
-            await self._write(self._directory_offset, directory)
-            await ordering.flush_storage()
-        except BaseException:
-            for place in places:
-                self._metadata.discard(*place)
-            raise
+        n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
+        seen = {word & TABLE_ENTRY_OFFSET_MASK for bitmap in self._kept for word in bitmap.table}
+        for entry in chosen:
+            n_more = self._bytes_needed(entry, self._size)
+            try:
+                self._check_room(n_bytes + n_more, entry)
+                kept.append(await self._load(entry, seen))
+            except (QcowFuseError, OSError) as error:
+                self._warn(entry, error)
+            else:
+                n_bytes += n_more
+        directory = bytearray(self._directory)
+        marked = [replace(entry, flags=entry.flags | IN_USE) for entry in chosen]
+        for entry in marked:
+            replace_entry(directory, entry)
+        await self._write(self._directory_offset, directory)
+        await ordering.flush_storage()
         self._directory = bytes(directory)
         by_position = {entry.position: entry for entry in marked}
         self._entries = [by_position.get(entry.position, entry) for entry in self._entries]
         for bitmap in kept:
             bitmap.entry = by_position[bitmap.entry.position]
         self._kept += kept
-        self._tracked += [bitmap.bits for bitmap in kept if bitmap.entry.flags & AUTO]
+        self._tracked += [bitmap.bits for bitmap in kept if bitmap.bits is not None]
 
-    async def _load(self, entry: BitmapEntry) -> _Kept:
-        cluster_size = self._cluster_size
-        n_bytes = self._bytes_needed(entry, self._size)
-        needed = n_bytes // cluster_size
-        if entry.table_size != needed:
-            raise FormatError("bitmap table", entry.table_offset, f"{entry.table_size} entries, expected {needed}")
-        table_bytes = entry.table_size * WORD_SIZE
-        if entry.table_offset + table_bytes > self._storage.size():
-            raise FormatError("bitmap table", entry.table_offset, "reaches past the end of the file")
-        await self.require_own(entry.table_offset, table_bytes, "bitmap table")
-        table = parse_table(await self._storage.pread(entry.table_offset, table_bytes))
-        bits = DirtyBits(granularity=entry.granularity, cluster_size=cluster_size)
+    async def _load(self, entry: BitmapEntry, seen: set[int]) -> _Kept:
+        """``seen``: host offsets of clusters that other bitmaps have."""
+        if (error := self._unsound.get(entry.position)) is not None:
+            raise error
+        table = parse_table(await self._storage.pread(entry.table_offset, entry.table_size * WORD_SIZE))
         for number, word in enumerate(table):
-            if not is_valid_table_entry(word, cluster_size):
+            if not is_valid_table_entry(word, self._cluster_size):
                 raise FormatError("bitmap table", entry.table_offset, f"entry {number} {word:#018x} is invalid")
+        if not entry.flags & AUTO:
+            return _Kept(entry, None, table)
+        bits = DirtyBits(granularity=entry.granularity, cluster_size=self._cluster_size)
+        for number, word in enumerate(table):
             host_offset = word & TABLE_ENTRY_OFFSET_MASK
             if host_offset:
-                if host_offset >= self._storage.size():
-                    raise FormatError("bitmap data", host_offset, "lies past the end of the file")
-                data = self._storage.try_pread(host_offset, cluster_size)
-                if data is None:
-                    data = await self._storage.pread(host_offset, cluster_size)
-                bits.load(number, data, size=self._size)
+                bits.load(number, await self._read_cluster(host_offset, seen), size=self._size)
             elif word & TABLE_ENTRY_ALL_ONES:
                 bits.load(number, None, size=self._size)
             if number % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
-        self._n_bytes += n_bytes
         return _Kept(entry, bits, table)
 
+    async def _read_cluster(self, host_offset: int, seen: set[int]) -> Buffer:
+        if host_offset >= self._storage.size():
+            raise FormatError("bitmap data", host_offset, "lies past the end of the file")
+        if host_offset in seen:
+            raise FormatError("bitmap data", host_offset, "belongs to more than one part of a bitmap")
+        await self.require_own(host_offset, self._cluster_size, "bitmap data")
+        seen.add(host_offset)
+        data = self._storage.try_pread(host_offset, self._cluster_size)
+        return await self._storage.pread(host_offset, self._cluster_size) if data is None else data
+
     def _bytes_needed(self, entry: BitmapEntry, size: int) -> int:
-        n_bytes = self._cluster_size * table_entries_needed(
+        return self._cluster_size * table_entries_needed(
             size=size, granularity=entry.granularity, cluster_size=self._cluster_size
         )
-        if self._n_bytes + n_bytes > MAX_BITMAP_BYTES:
-            detail = (
-                f"{n_bytes} bytes with granules of {entry.granularity} bytes; all bitmaps of an image together may "
-                f"have {MAX_BITMAP_BYTES}"
-            )
+
+    def _check_room(self, n_bytes: int, entry: BitmapEntry) -> None:
+        """``n_bytes``: of all bitmaps up to ``entry``."""
+        if n_bytes > MAX_BITMAP_BYTES:
+            detail = f"with granules of {entry.granularity} bytes takes all bitmaps above {MAX_BITMAP_BYTES} bytes"
             raise FormatError("bitmap", None, detail)
-        return n_bytes
 
     def _warn(self, entry: BitmapEntry, error: Exception) -> None:
         name = self._storage.name
@@ -251,14 +272,12 @@ class KeptBitmaps:
     async def store(self, ordering: Ordering, size: int) -> None:
         """Rule 3, for a disk that now has ``size`` bytes. Nothing may write after this has begun. Failures are
         logged: what could not be stored stays in_use."""
-        used: set[int] = set()
         taken: list[HostRun] = []
         freed: list[HostRun] = []
         stored: list[_Kept] = []
-        self._n_bytes = 0
         try:
             for bitmap in self._kept:
-                if await self._try_prepare(bitmap, size, used, taken, freed):
+                if await self._try_prepare(bitmap, size, taken, freed):
                     stored.append(bitmap)
             if not stored:
                 return
@@ -299,13 +318,11 @@ class KeptBitmaps:
                 await self._write(self._directory_offset, directory)
                 await ordering.flush_storage()
 
-    async def _try_prepare(
-        self, bitmap: _Kept, size: int, used: set[int], taken: list[HostRun], freed: list[HostRun]
-    ) -> bool:
+    async def _try_prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> bool:
         mine: list[HostRun] = []
         unneeded: list[HostRun] = []
         try:
-            await self._prepare(bitmap, size, used, mine, unneeded)
+            await self._prepare(bitmap, size, mine, unneeded)
         except (QcowFuseError, OSError) as error:
             log.error(
                 "%s: bitmap %s could not be stored and stays marked as inconsistent: %s",
@@ -319,27 +336,41 @@ class KeptBitmaps:
         freed += unneeded
         return True
 
-    async def _prepare(
-        self, bitmap: _Kept, size: int, used: set[int], taken: list[HostRun], freed: list[HostRun]
-    ) -> None:
+    async def _prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> None:
         """Write the contents and find a place for the table; ``entry`` and ``new_table`` are what is to be stored."""
         cluster_size = self._cluster_size
-        entry, bits, old = bitmap.entry, bitmap.bits, bitmap.table
+        entry, old = bitmap.entry, bitmap.table
         needed = self._bytes_needed(entry, size) // cluster_size
-        self._n_bytes += needed * cluster_size
         table = array("Q", bytes(needed * WORD_SIZE))
+        if bitmap.bits is None:
+            table[: len(old)] = old
+        else:
+            await self._write_contents(bitmap.bits, old, table, taken, freed)
+        n_old = divide_up(len(old) * WORD_SIZE, cluster_size)
+        n_new = divide_up(needed * WORD_SIZE, cluster_size)
+        table_offset = entry.table_offset
+        if n_new > n_old:
+            run = await self._allocate_contiguous(n_new)
+            taken.append(run)
+            freed.append(HostRun(table_offset, n_old))
+            table_offset = run.host_offset
+        bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
+        bitmap.new_table = table
+
+    async def _write_contents(
+        self, bits: DirtyBits, old: array[int], table: array[int], taken: list[HostRun], freed: list[HostRun]
+    ) -> None:
+        """Write the clusters of a bitmap, in place where it has them already, and fill ``table``."""
+        cluster_size = self._cluster_size
         homeless: list[int] = []
-        for number in range(needed):
+        for number in range(len(table)):
             contents = bits.contents(number)
             host_offset = old[number] & TABLE_ENTRY_OFFSET_MASK if number < len(old) else 0
-            owned = bool(host_offset) and host_offset not in used and await self._owns(host_offset, cluster_size)
-            if owned:
-                used.add(host_offset)
             if contents is not Contents.MIXED:
                 table[number] = contents.value
-                if owned:
+                if host_offset:
                     freed.append(HostRun(host_offset, 1))
-            elif owned:
+            elif host_offset:
                 table[number] = host_offset
                 await self._write(host_offset, bits.chunks[number])
             else:
@@ -354,16 +385,6 @@ class KeptBitmaps:
             for index, number in enumerate(numbers):
                 table[number] = run.host_offset + index * cluster_size
             position += run.n_clusters
-        n_old = divide_up(len(old) * WORD_SIZE, cluster_size)
-        n_new = divide_up(needed * WORD_SIZE, cluster_size)
-        table_offset = entry.table_offset
-        if n_new > n_old:
-            run = await self._allocate_contiguous(n_new)
-            taken.append(run)
-            freed.append(HostRun(table_offset, n_old))
-            table_offset = run.host_offset
-        bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
-        bitmap.new_table = table
 
     async def _allocate_contiguous(self, n_clusters: int) -> HostRun:
         span: HostRun | None = None
@@ -396,13 +417,6 @@ class KeptBitmaps:
                     await self._allocator.release([run])
                 except (OSError, QcowFuseError) as error:
                     log.warning("%s: %s", self._storage.name, error)
-
-    async def _owns(self, host_offset: int, n_bytes: int) -> bool:
-        try:
-            await self.require_own(host_offset, n_bytes, "bitmap")
-        except QcowFuseError:
-            return False
-        return True
 
     async def require_own(self, host_offset: int, n_bytes: int, what: str) -> None:
         """Raises CorruptImageError unless the bytes are in clusters with a count of 1 that hold no other metadata."""

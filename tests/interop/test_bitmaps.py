@@ -96,6 +96,24 @@ async def test_qemu_sees_exactly_what_was_changed(tmp_path: Path, options: str) 
     assert qemu_dirty(path, "g64k") == ranges_of(granules_of(dirty, 65536), 65536, size)
 
 
+@pytest.mark.parametrize("raw", ["off", "on"])
+async def test_bitmaps_beside_an_external_data_file(tmp_path: Path, raw: str) -> None:
+    """Bitmaps lie in the image file and follow what is written to the data file."""
+    path, size = tmp_path / "a.qcow2", 8 * MIB
+    qemu.create(path, "qcow2", size, options=f"data_file={tmp_path}/data,data_file_raw={raw}")
+    add_bitmap(path, "b", 512)
+    add_bitmap(path, "c", 65536)
+    dirty: list[Range] = []
+    for session in range(2):
+        image = await open_image(str(path))
+        dirty += await change_at_random(image, random.Random(session), 20)
+        await image.aclose()
+        assert qemu.check(path).clean
+        for name, granularity in (("b", 512), ("c", 65536)):
+            assert qemu_dirty(path, name) == ranges_of(granules_of(dirty, granularity), granularity, size)
+    assert qemu.info(path, "qcow2")["format-specific"]["data"]["data-file-raw"] is (raw == "on")
+
+
 async def test_an_incremental_backup_by_the_bitmap_is_complete(tmp_path: Path) -> None:
     """A full copy, changes, then only the dirty extents copied over: the copy equals the disk."""
     path, copy, now = tmp_path / "a.qcow2", tmp_path / "copy.raw", tmp_path / "now.raw"

@@ -18,6 +18,8 @@ from .qemu import run
 
 IN_USE = 1
 AUTO = 2
+_MAX_ENTRIES = 1 << 20
+_MAX_DIRECTORY = 1 << 20
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 
 Range = tuple[int, int]
@@ -51,6 +53,8 @@ def bitmap_directory(data: bytes | bytearray) -> Range | None:
         magic, length = struct.unpack_from(">II", data, position)
         if magic == 0x23852875:
             n_bytes, host_offset = struct.unpack_from(">QQ", data, position + 16)
+            if n_bytes > _MAX_DIRECTORY or host_offset > len(data):
+                raise ValueError(f"bitmap directory of {n_bytes} bytes at {host_offset:#x}")
             return host_offset, n_bytes
         if not magic:
             return None
@@ -59,7 +63,8 @@ def bitmap_directory(data: bytes | bytearray) -> Range | None:
 
 
 def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
-    """The bitmaps of an image, by name; none where the autoclear bit says that they are stale."""
+    """The bitmaps of an image, by name; none where the autoclear bit says that they are stale. Raises ValueError,
+    struct.error for a directory that makes no sense."""
     place = bitmap_directory(data)
     if place is None:
         return {}
@@ -68,6 +73,8 @@ def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
     found = {}
     while position < end:
         table_offset, n_entries, flags, _, bits, n_name, n_extra = struct.unpack_from(">QIIBBHI", data, position)
+        if n_entries > _MAX_ENTRIES or table_offset > len(data):
+            raise ValueError(f"bitmap with a table of {n_entries} entries at {table_offset:#x}")
         name = bytes(data[position + 24 + n_extra : position + 24 + n_extra + n_name]).decode()
         raw = bytes(data[table_offset : table_offset + 8 * n_entries]).ljust(8 * n_entries, b"\0")
         table = struct.unpack(f">{n_entries}Q", raw)
