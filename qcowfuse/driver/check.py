@@ -48,7 +48,7 @@ async def check_image(
     try:
         if fix:
             return await repair_storage(storage, fix, report=report, progress=progress)
-        header = await read_header(storage)
+        header = await read_header(storage, for_check=True)
         if not isinstance(header, Qcow2Header):
             raise UnsupportedFeatureError(["checks of version 1 images"])
         return await check_storage(storage, header, report, progress)

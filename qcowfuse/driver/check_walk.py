@@ -289,6 +289,7 @@ class Walk:
             if entry & COMPRESSED:
                 self._count_compressed(entry, bitmap, is_active=is_active)
                 continue
+            n_before = result.corruptions
             if entry & _L2_RESERVED:
                 self.corrupt(f"L2 entry {entry:#018x} has reserved bits set")
             if entry & READS_ZERO and (self.is_extended or header.version < 3):
@@ -307,7 +308,8 @@ class Walk:
                     if stride == 2:
                         words[index + 1] = (bitmap | bitmap << 32) & ALL_ZERO
                     fixed.append(index)
-                    result.corruptions_fixed += 1
+                    result.corruptions_fixed += 1 + result.corruptions - n_before
+                    result.corruptions = n_before
                     self.report(f"Repaired L2 entry {entry:#018x}: not cluster aligned, now reads as zeroes")
                     continue
                 self.corrupt(f"cluster at {host_offset:#x} is not cluster aligned")

@@ -28,6 +28,7 @@ from ..format.header import (
     Qcow2Header,
     header_length_needed,
     parse_header,
+    probe_format,
     unknown_incompatible,
 )
 from ..format.snapshots import Snapshot as Snapshot
@@ -79,21 +80,24 @@ def opener_for(*, force_share: bool) -> StorageOpener:
     return open_shared_storage if force_share else open_storage
 
 
-async def read_header(storage: Storage) -> Qcow1Header | Qcow2Header:
-    """The header of an open image. Raises FormatError, UnsupportedFeatureError (unknown features), OSError."""
+async def read_header(storage: Storage, *, for_check: bool = False) -> Qcow1Header | Qcow2Header:
+    """The header of an open image; ``for_check``: one without refcount table will do.
+
+    Raises FormatError, UnsupportedFeatureError (unknown features), OSError.
+    """
     start = await storage.pread(0, min(512, storage.size()))
     wanted = min(header_length_needed(bytes(start)), storage.size())
-    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size())
+    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size(), for_check=for_check)
     if isinstance(header, Qcow2Header) and (names := unknown_incompatible(header)):
         raise UnsupportedFeatureError(names)
     return header
 
 
 async def is_version_1(path: str, *, force_share: bool = False) -> bool:
-    """Whether the image is of version 1. Raises what :func:`describe_image` raises."""
+    """Whether the image is of version 1, however damaged. Raises FormatError, ImageLockedError, OSError."""
     storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
     try:
-        return isinstance(await read_header(storage), Qcow1Header)
+        return probe_format(bytes(await storage.pread(0, min(8, storage.size())))) == "qcow"
     finally:
         await storage.aclose()
 

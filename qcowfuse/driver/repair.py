@@ -10,8 +10,8 @@
 3. Nothing else is given up for lost: entries that QEMU leaves alone (data at an impossible place, reserved bits) are
    left alone here, and stay corruptions. The one kind that is mended is rule 4 of ``check_walk``.
 4. The dirty and corrupt bits go when all the rest is durable and nothing is left to mend.
-5. Freed space goes back to the file system only in an image with nothing else wrong: elsewhere what looks free may be
-   all that is left of somebody's data.
+5. Freed space goes back to the file system only in an image that had wrong counts and flags, nothing worse: elsewhere
+   what looks free may be all that is left of somebody's data.
 
 Crash points, by these rules:
 
@@ -76,13 +76,16 @@ async def repair_storage(
     Raises UnsupportedFeatureError for version 1 and unknown features, ImageUsageError where ``fix`` does not include
     what has to be done first, FormatError for what cannot be understood or mended, OSError.
     """
-    header, n_overhanging = await _load_header(storage, fix)
+    header, n_lost = await _load_header(storage, fix)
     repair = _Repair(storage, header, fix, report, progress)
-    result = await repair.run(n_overhanging)
-    if verify and (result.leaks_fixed or result.corruptions_fixed):
+    result = await repair.run(n_lost)
+    has_mended = result.leaks_fixed or result.corruptions_fixed
+    if has_mended and (verify or not result.is_clean):
         again = await check_storage(storage, repair.header, report, progress)
         again.leaks_fixed, again.corruptions_fixed = result.leaks_fixed, result.corruptions_fixed
-        return again
+        result = again
+    if result.is_clean:
+        await repair.finish()
     return result
 
 
@@ -123,21 +126,22 @@ async def repair_dirty(path: str, storage: Storage) -> None:
 
 
 async def _load_header(storage: Storage, fix: Fix) -> tuple[Qcow2Header, int]:
-    """The header, and how many snapshots there are beyond the limit (which it then does not count)."""
+    """The header, and how many snapshots it has to lose because there is no table, or none so large: it does not
+    count them."""
     start = bytes(await storage.pread(0, min(512, storage.size())))
     data = bytes(await storage.pread(0, min(header_length_needed(start), storage.size())))
-    n_overhanging = 0
+    n_lost = 0
     if fix & Fix.ERRORS and len(data) >= SNAPSHOTS_FIELD + 12 and start[4:8] != b"\0\0\0\1":
-        (n_snapshots,) = struct.unpack_from(">I", data, SNAPSHOTS_FIELD)
-        if n_snapshots > MAX_SNAPSHOTS:
-            n_overhanging = n_snapshots - MAX_SNAPSHOTS
-            data = data[:SNAPSHOTS_FIELD] + struct.pack(">I", MAX_SNAPSHOTS) + data[SNAPSHOTS_FIELD + 4 :]
-    header = parse_header(data, storage.size())
+        n_snapshots, snapshots_offset = struct.unpack_from(">IQ", data, SNAPSHOTS_FIELD)
+        n_kept = min(n_snapshots, MAX_SNAPSHOTS) if snapshots_offset else 0
+        n_lost = n_snapshots - n_kept
+        data = data[:SNAPSHOTS_FIELD] + struct.pack(">I", n_kept) + data[SNAPSHOTS_FIELD + 4 :]
+    header = parse_header(data, storage.size(), for_check=True)
     if not isinstance(header, Qcow2Header):
         raise UnsupportedFeatureError(["checks of version 1 images"])
     if names := unknown_incompatible(header):
         raise UnsupportedFeatureError(names)
-    return header, n_overhanging
+    return header, n_lost
 
 
 class _Repair:
@@ -151,13 +155,14 @@ class _Repair:
         self._progress = progress
         self._cluster_bits = header.cluster_bits
         self._freed: list[tuple[int, int]] = []
+        self._found_impossible = False
 
-    async def run(self, n_overhanging: int) -> CheckResult:
+    async def run(self, n_lost: int) -> CheckResult:
         fix_errors = bool(self._fix & Fix.ERRORS)
         await self._clear_unknown_bits()
-        if n_overhanging:
-            self._report(f"Repaired header: {n_overhanging} snapshots beyond the limit of {MAX_SNAPSHOTS} dropped")
-            await self._write_header(SNAPSHOTS_FIELD, struct.pack(">I", MAX_SNAPSHOTS))
+        if n_lost:
+            self._report(f"Repaired header: {n_lost} snapshots that it has no table for dropped")
+            await self._write_header(SNAPSHOTS_FIELD, struct.pack(">I", self.header.n_snapshots))
         snapshots = await load_snapshot_table(self._storage, self.header, repair=fix_errors)
         walk, comparison = await self._look(snapshots, fix_entries=fix_errors)
         incomplete = snapshots.incomplete(self.header.version)
@@ -177,17 +182,22 @@ class _Repair:
         await comparison.check_copied(mend=fix_errors or walk.result.is_clean)
         n_snapshot_faults = snapshots.n_cut + snapshots.n_dropped + len(incomplete)
         if fix_errors:
-            walk.result.corruptions_fixed += n_overhanging + n_snapshot_faults
+            walk.result.corruptions_fixed += n_lost + n_snapshot_faults
         else:
             walk.result.corruptions += n_snapshot_faults
         result = walk.result
         await self._storage.flush()
         if self._progress is not None:
             self._progress(1, 1)
-        if result.is_clean:
-            await self._clear_marks()
-            await self._give_back()
+        self._found_impossible |= bool(n_lost or n_snapshot_faults)
         return result
+
+    async def finish(self) -> None:
+        """Everything is well now."""
+        await self._clear_marks()
+        if not self._found_impossible:
+            for cluster, n_clusters in self._freed:
+                await self._storage.punch_hole(cluster << self._cluster_bits, n_clusters << self._cluster_bits)
 
     async def _look(
         self, snapshots: SnapshotTable, *, fix_entries: bool, quiet: bool = False
@@ -201,6 +211,7 @@ class _Repair:
             fix_entries=fix_entries,
         )
         await walk.run()
+        self._found_impossible |= bool(walk.result.corruptions or walk.result.corruptions_fixed)
         comparison = Comparison(walk)
         await comparison.run(quiet=quiet)
         return walk, comparison
@@ -346,10 +357,6 @@ class _Repair:
             self._freed[-1] = (self._freed[-1][0], self._freed[-1][1] + 1)
         elif len(self._freed) < _MAX_FREED_RUNS:
             self._freed.append((cluster, 1))
-
-    async def _give_back(self) -> None:
-        for cluster, n_clusters in self._freed:
-            await self._storage.punch_hole(cluster << self._cluster_bits, n_clusters << self._cluster_bits)
 
 
 class _Plan:

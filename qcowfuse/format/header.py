@@ -204,18 +204,18 @@ def header_length_needed(data: bytes) -> int:
     return 1 << cluster_bits
 
 
-def parse_header(data: bytes, file_size: int) -> Qcow1Header | Qcow2Header:
+def parse_header(data: bytes, file_size: int, *, for_check: bool = False) -> Qcow1Header | Qcow2Header:
     """The validated header in ``data``, the first :func:`header_length_needed` bytes of a file of ``file_size``.
 
-    ``data`` may be shorter where the file is. Raises FormatError, of which UnsupportedFeatureError only for
-    what keeps the rest of the header from being understood.
+    ``data`` may be shorter where the file is. ``for_check``: an image without refcount table will do. Raises
+    FormatError, of which UnsupportedFeatureError only for what keeps the rest of the header from being understood.
     """
     format_name = probe_format(data)
     if format_name is None:
         raise FormatError("header", 0, f"magic {bytes(data[:4]).hex() or 'absent'}, expected {MAGIC.hex()}")
     if len(data) < min(header_length_needed(data), file_size):
         raise FormatError("header", None, f"{len(data)} bytes, expected {header_length_needed(data)}")
-    return _parse_v1(data) if format_name == "qcow" else _parse_v2(data)
+    return _parse_v1(data) if format_name == "qcow" else _parse_v2(data, for_check=for_check)
 
 
 def _parse_v1(data: bytes) -> Qcow1Header:
@@ -275,7 +275,7 @@ def _parse_v1(data: bytes) -> Qcow1Header:
     return header
 
 
-def _parse_v2(data: bytes) -> Qcow2Header:
+def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
     _require(len(data) >= V2_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 72")
     (
         _magic,
@@ -357,7 +357,7 @@ def _parse_v2(data: bytes) -> Qcow2Header:
     )
     # An unknown feature may give the other fields another meaning: they are nobody's to judge then.
     if not incompatible & ~KNOWN_INCOMPATIBLE:
-        _check_tables(header)
+        _check_tables(header, may_lack_refcounts=for_check)
         _check_extensions(header)
     return header
 
@@ -383,7 +383,7 @@ def _parse_extensions(area: bytes, start: int, end: int, incompatible: int) -> t
         raise
 
 
-def _check_tables(header: Qcow2Header) -> None:
+def _check_tables(header: Qcow2Header, *, may_lack_refcounts: bool) -> None:
     """Places and sizes of the tables, with QEMU's limits."""
     cluster_size = 1 << header.cluster_bits
     if header.incompatible_features & INCOMPATIBLE_EXTENDED_L2:
@@ -397,7 +397,8 @@ def _check_tables(header: Qcow2Header) -> None:
         96,
         f"refcount_order {header.refcount_order}, expected 0 to {MAX_REFCOUNT_ORDER}",
     )
-    _require(header.refcount_table_clusters > 0, 56, "refcount table of 0 clusters, expected at least 1")
+    if not may_lack_refcounts:
+        _require(header.refcount_table_clusters > 0, 56, "refcount table of 0 clusters, expected at least 1")
     tables = (
         (
             "refcount table",

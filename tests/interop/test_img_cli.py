@@ -90,3 +90,53 @@ def test_help_names_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
     said = capsys.readouterr().out
     assert all(f"\n  {code:2}  " in said for code in (0, 1, 2, 3, 63))
     assert main(["check"]) == 1
+
+
+def test_repair_says_what_it_did(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """check -r prints what was repaired and the outcome of a second check, in text and JSON; -q says nothing."""
+    # No bitmap: repairing an image that has one, QEMU 10 loses its snapshots (it writes the header without them).
+    image = image_folder / "image.qcow2"
+    qemu.create(image, "qcow2", "4M")
+    qemu.io(image, ["write -P 5 0 300k", "write -z 1M 64k"])
+    qemu.must_run("qemu-img", "snapshot", "-c", "before", image)
+    with image.open("r+b") as file:
+        data = file.read()
+        block = int.from_bytes(data[65536:65544], "big")
+        file.seek(block + 2 * (len(data) // 65536 - 1))
+        file.write(b"\0\5")
+    copies = [image.with_name(f"copy{number}") for number in range(3)]
+    for copy in copies:
+        copy.write_bytes(image.read_bytes())
+    assert main(["check", "-r", "leaks", str(image)]) == 0
+    said = capsys.readouterr()
+    assert "Repaired: 1 leaked clusters, 0 errors" in said.out
+    assert "No errors were found" in said.out
+    assert main(["check", "--repair", "all", "--output=json", str(copies[0])]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    theirs = json.loads(qemu.must_run("qemu-img", "check", "-r", "all", "--output=json", copies[1]))
+    assert ours.pop("filename") != theirs.pop("filename")
+    assert ours == theirs
+    assert main(["check", "-q", "-r", "all", str(copies[2])]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert qemu.check(image).clean
+
+
+async def test_repair_needs_the_image_for_itself(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """check -r is refused with -U, and while another process serves the image."""
+    assert main(["check", "-r", "all", "-U", str(image)]) == 1
+    held = await open_image(str(image))
+    try:
+        assert await trio.to_thread.run_sync(main, ["check", "-r", "all", str(image)]) == 1
+        assert capsys.readouterr().err.count("\n") == 2
+    finally:
+        await held.aclose()
+
+
+def test_version_1_knows_no_checks(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Version 1 is exit code 63 as with qemu-img, with and without -r."""
+    path = image_folder / "old.qcow"
+    qemu.create(path, "qcow", "1M")
+    for words in ([], ["-r", "all"]):
+        assert main(["check", *words, str(path)]) == 63
+        assert "does not support checks" in capsys.readouterr().err
+        assert qemu.run("qemu-img", "check", *words, path).code == 63
