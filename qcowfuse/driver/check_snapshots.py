@@ -27,6 +27,7 @@ from ..storage.base import Storage
 _FIXED_SIZE = 40
 _WRITTEN_EXTRA = 24
 _MAX_TABLE_SPAN = (1 << 31) - 1
+_WINDOW = 1 << 18
 
 
 @dataclass(slots=True)
@@ -60,15 +61,32 @@ class SnapshotTable:
         )
 
 
+class _Window:
+    """A stretch of the file, so that a table is not read entry by entry."""
+
+    def __init__(self, storage: Storage) -> None:
+        self._storage = storage
+        self._start = 0
+        self._data = b""
+
+    async def read(self, host_offset: int, n_bytes: int) -> bytes:
+        """Bytes of the image; zeroes past its end."""
+        if not self._start <= host_offset <= host_offset + n_bytes <= self._start + len(self._data):
+            self._start = host_offset
+            self._data = bytes(await self._storage.pread(host_offset, max(n_bytes, _WINDOW)))
+        return self._data[host_offset - self._start : host_offset - self._start + n_bytes]
+
+
 async def load_snapshot_table(storage: Storage, header: Qcow2Header, *, repair: bool = False) -> SnapshotTable:
     """Read the table. Raises FormatError for what QEMU would not read (with ``repair`` not at all), OSError."""
     table = SnapshotTable()
+    window = _Window(storage)
     found: list[Snapshot] = []
     kept_bytes = position = 0
     for number in range(header.n_snapshots):
         start = -(-position // 8) * 8
         offset = header.snapshots_offset + start
-        fixed = bytes(await storage.pread(offset, _FIXED_SIZE))
+        fixed = await window.read(offset, _FIXED_SIZE)
         id_size, name_size = struct.unpack_from(">HH", fixed, 12)
         (n_extra,) = struct.unpack_from(">I", fixed, 36)
         n_kept = min(n_extra, MAX_SNAPSHOT_EXTRA)
@@ -80,8 +98,8 @@ async def load_snapshot_table(storage: Storage, header: Qcow2Header, *, repair: 
                     f"extra data of {n_extra} bytes, expected at most {MAX_SNAPSHOT_EXTRA}",
                 )
             fixed = fixed[:36] + struct.pack(">I", n_kept)
-        extra = bytes(await storage.pread(offset + _FIXED_SIZE, n_kept))
-        names = bytes(await storage.pread(offset + _FIXED_SIZE + n_extra, id_size + name_size))
+        extra = await window.read(offset + _FIXED_SIZE, n_kept)
+        names = await window.read(offset + _FIXED_SIZE + n_extra, id_size + name_size)
         end = start + _FIXED_SIZE + n_extra + id_size + name_size
         kept_bytes = -(-kept_bytes // 8) * 8 + _FIXED_SIZE + n_kept + len(names)
         if kept_bytes > MAX_SNAPSHOT_TABLE_SIZE or end > _MAX_TABLE_SPAN:

@@ -17,6 +17,8 @@ Source: QEMU's calculate_refcounts(), check_refcounts_l1(), check_refcounts_l2()
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
+from itertools import accumulate
 
 import trio
 
@@ -88,6 +90,8 @@ class Walk:
         self._fix_entries = fix_entries and header.version >= 3
         self._protected: list[tuple[str, int, int]] = []
         self._tables: list[tuple[str, int, int]] = []
+        self._taken: list[tuple[int, ...]] = []
+        self._ends: list[int] = []
         self._cluster_bits = header.cluster_bits
         self._file_size = storage.size()
         self._n_file_clusters = self.n_clusters
@@ -196,11 +200,15 @@ class Walk:
         """Whether an L2 table lies where nothing else does, so that mending it breaks nothing."""
         if l2_offset % self.cluster_size or not 0 < l2_offset < self._file_size:
             return False
-        blocks = (entry & REFCOUNT_TABLE_OFFSET_MASK for entry in self.stored.table if entry)
-        places = [*((place, place + n_bytes) for _, place, n_bytes in self._protected if n_bytes)]
-        places += ((place, place + self.cluster_size) for place in blocks)
-        end = l2_offset + self.cluster_size
-        return not any(start < end and l2_offset < place_end for start, place_end in places)
+        if not self._taken:
+            blocks = {entry & REFCOUNT_TABLE_OFFSET_MASK for entry in self.stored.table if entry}
+            self._taken = [(place, place + n_bytes) for _, place, n_bytes in self._protected if n_bytes]
+            self._taken += [(place, place + self.cluster_size) for place in blocks]
+            self._taken.sort()
+            self._ends = [*accumulate((end for _, end in self._taken), max)]
+        # Of the structures that begin before the table's end, none may reach into it.
+        n_before = bisect_left(self._taken, (l2_offset + self.cluster_size,))
+        return not n_before or self._ends[n_before - 1] <= l2_offset
 
     # L1 and L2 tables
 
