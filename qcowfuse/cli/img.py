@@ -11,6 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from enum import IntEnum
 from typing import NoReturn
 
@@ -28,6 +29,7 @@ from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snaps
 from ..errors import ImageUsageError, QcowFuseError
 from . import img_output
 from .img_progress import ProgressLine
+from .passphrase import KeySource, ask, read_key_file
 
 MAX_FINDINGS = 1000
 """Findings of a check that are printed; all are counted."""
@@ -104,10 +106,15 @@ def _build_parser() -> _Parser:
         default=[],
         help="cluster_size (64k), compat (1.1 or 0.10), refcount_bits (16), extended_l2, lazy_refcounts (off), "
         "compression_type (zlib or zstd), preallocation (off, metadata, falloc, full), data_file, "
-        "data_file_raw (off), backing_file, backing_fmt, size",
+        "data_file_raw (off), backing_file, backing_fmt, size, encrypt.format (luks or aes), and for luks "
+        "encrypt.cipher-alg (aes-256), encrypt.cipher-mode (xts), encrypt.ivgen-alg (plain64), "
+        "encrypt.ivgen-hash-alg, encrypt.hash-alg (sha256), encrypt.iter-time (2000 milliseconds)",
     )
     create.add_argument("-b", "--backing", metavar="FILE", help="backing file, as seen from the new image's folder")
     create.add_argument("-F", "--backing-format", metavar="FMT", help="its format: raw, qcow or qcow2")
+    create.add_argument(
+        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
+    )
     create.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     create.add_argument("--force", action="store_true", help="overwrite a file that exists")
     create.add_argument("image", metavar="FILE")
@@ -120,6 +127,9 @@ def _build_parser() -> _Parser:
         allow_abbrev=False,
     )
     resize.set_defaults(run=_resize)
+    resize.add_argument(
+        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
+    )
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument(
@@ -291,9 +301,13 @@ def _snapshot(given: argparse.Namespace) -> int:
 
 
 def _resize(given: argparse.Namespace) -> int:
+    options = OpenOptions()
+    key = KeySource(given.key_file, os.environ)
+    key.prepare(given.image, options)
+
     async def run() -> int:
         wanted = parse_size(given.size.removeprefix("+"))
-        image = await open_image(given.image, OpenOptions())
+        image = await open_image(given.image, replace(options, passphrase=key))
         try:
             before = image.size
             await image.grow(before + wanted if given.size.startswith("+") else wanted)
@@ -322,8 +336,23 @@ def _create(given: argparse.Namespace) -> int:
         )
     except CreateError as exc:
         return _fail(exc, given.image)
-    with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
-        created = trio.run(lambda: create_image(given.image, options, overwrite=given.force, progress=progress.show))
+    passphrase: bytearray | None = None
+    if options.encryption is not None:
+        passphrase = ask(given.image, twice=True) if given.key_file is None else read_key_file(given.key_file)
+    try:
+        with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
+            created = trio.run(
+                lambda: create_image(
+                    given.image,
+                    options,
+                    overwrite=given.force,
+                    progress=progress.show,
+                    passphrase=passphrase,
+                )
+            )
+    finally:
+        if passphrase is not None:
+            passphrase[:] = bytes(len(passphrase))
     if not given.quiet:
         print(img_output.printable(f"{given.image}: {given.format} image of {img_output.size_text(created)}"))
     return ImgExit.OK

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..driver.check_result import CheckResult
 from ..driver.extent_map import MapEntry
-from ..driver.inspect import AUTO, IN_USE, ImageInfo, Snapshot
+from ..driver.inspect import AUTO, IN_USE, ImageInfo, LuksHeader, Snapshot
 
 Json = dict[str, Any]
 
@@ -76,7 +76,7 @@ def _specific(info: ImageInfo) -> Json:
     if info.data_file_raw is not None:
         data["data-file-raw"] = info.data_file_raw
     if info.encryption is not None:
-        data["encrypt"] = {"format": info.encryption}
+        data["encrypt"] = {"format": info.encryption} if info.luks is None else _luks_json(info.luks)
     return data
 
 
@@ -93,6 +93,28 @@ def snapshot_json(snapshot: Snapshot) -> Json:
     }
     if snapshot.icount is not None:
         found["icount"] = snapshot.icount
+    return found
+
+
+def _luks_json(luks: LuksHeader) -> Json:
+    found: Json = {
+        "format": "luks",
+        "cipher-alg": luks.spec.cipher,
+        "cipher-mode": luks.spec.mode,
+        "ivgen-alg": luks.spec.iv_generator,
+        "hash-alg": luks.hash_name,
+        "detached-header": False,
+        "payload-offset": luks.payload_offset,
+        "master-key-iters": luks.digest_iterations,
+        "uuid": luks.uuid,
+        "slots": [
+            {"active": slot.active, "key-offset": slot.key_offset}
+            | ({"iters": slot.iterations, "stripes": slot.stripes} if slot.active else {})
+            for slot in luks.slots
+        ],
+    }
+    if luks.spec.iv_generator == "essiv":
+        found["ivgen-hash-alg"] = luks.spec.iv_hash
     return found
 
 
@@ -186,11 +208,22 @@ def _nested_lines(data: Mapping[str, Any], depth: int) -> Iterable[str]:
             yield from _nested_lines(value, depth + 1)
         elif isinstance(value, list):
             yield f"{indent}{label}:"
-            for bitmap in value:
-                flags = ", ".join(bitmap["flags"]) or "none"
-                yield printable(f"{indent}    {bitmap['name']}: granularity {bitmap['granularity']}, flags {flags}")
+            text_of = _bitmap_text if name == "bitmaps" else _slot_text
+            for number, item in enumerate(value):
+                yield printable(f"{indent}    {text_of(number, item)}")
         else:
             yield f"{indent}{label}: {printable(str(value))}"
+
+
+def _bitmap_text(_number: int, bitmap: Json) -> str:
+    flags = ", ".join(bitmap["flags"]) or "none"
+    return f"{bitmap['name']}: granularity {bitmap['granularity']}, flags {flags}"
+
+
+def _slot_text(number: int, slot: Json) -> str:
+    if not slot["active"]:
+        return f"{number}: not in use, key offset {slot['key-offset']}"
+    return f"{number}: in use, key offset {slot['key-offset']}, {slot['iters']} iterations, {slot['stripes']} stripes"
 
 
 def snapshot_lines(snapshots: Iterable[Snapshot]) -> Iterable[str]:

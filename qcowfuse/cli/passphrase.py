@@ -82,10 +82,14 @@ def read_key_file(path: str) -> bytearray:
 
 
 def ask(image: str, *, twice: bool = False) -> bytearray:
-    """The passphrase for ``image``, as it was typed. Raises ImageUsageError where there is no terminal."""
+    """The passphrase for ``image``, as it was typed; ``twice``: it is a new one. Raises ImageUsageError."""
     try:
         os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY | os.O_CLOEXEC))
     except OSError:
+        if twice:
+            raise ImageUsageError(
+                f"{image}: there is no terminal to ask for a passphrase: give --key-file PATH"
+            ) from None
         raise _no_key(image) from None
     shown = "".join(character if character.isprintable() else "?" for character in image)
     try:

@@ -1,8 +1,8 @@
 """Making an empty image: QCOW2 of version 2 or 3, or QCOW version 1, optionally over a backing file.
 
 1. Options have qemu-img's names, values and defaults; whatever is not known is refused by name, never ignored.
-2. The layout is header, refcount table, refcount blocks, L1 table and, with preallocation, L2 tables and data,
-   without gaps; only what is not zero is written.
+2. The layout is header, refcount table, refcount blocks, L1 table, LUKS area and, with preallocation, L2 tables and
+   data, without gaps; only what is not zero is written.
 3. The rules of :mod:`~qcowfuse.driver.new_file` hold, for an external data file too. Its name is relative to the
    image's folder.
 4. Raw external data means that the metadata is preallocated: QEMU trusts the tables, not the file, to tell what is
@@ -39,6 +39,7 @@ from ..format.header import (
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_DEFLATE,
     COMPRESSION_ZSTD,
+    CRYPT_NONE,
     EXTENDED_L2_MIN_CLUSTER_BITS,
     INCOMPATIBLE_COMPRESSION,
     INCOMPATIBLE_DATA_FILE,
@@ -54,7 +55,10 @@ from ..format.header import (
     Qcow2Header,
     serialise_header,
 )
+from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
+from .create_encryption import OPTIONS as ENCRYPTION_OPTIONS
+from .create_encryption import Encryption, LuksArea, check_passphrase, make_area, parse_encryption
 from .data_file import local_path
 from .inspect import describe_image
 from .new_file import CreateError as CreateError
@@ -116,6 +120,7 @@ class CreateOptions:
     preallocation: Preallocation = Preallocation.OFF
     data_file: str | None = None
     data_file_raw: bool = False
+    encryption: Encryption | None = None
 
     def __post_init__(self) -> None:
         if self.backing_file is None:
@@ -147,6 +152,7 @@ class CreateOptions:
             )
 
         _require(self.data_file is not None or not self.data_file_raw, "data_file_raw needs a data_file")
+        _require(self.encryption is None or not self.data_file_raw, "data_file_raw does not go with encryption")
         if self.backing_file is not None:
             _require(not self.data_file_raw, "data_file_raw does not go with a backing file")
             _require(
@@ -176,7 +182,9 @@ class CreateOptions:
         for text in lists:
             for part in re.split(r"(?<!,),(?!,)", text):
                 name, _, value = part.replace(",,", ",").partition("=")
-                known = _COMMON_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
+                known = (
+                    _COMMON_OPTIONS | ENCRYPTION_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
+                )
                 _require(name in known, f"unknown option {name} for format {format_name}")
                 given[name] = value
         size = size if size is not None else given.get("size")
@@ -206,6 +214,7 @@ class CreateOptions:
             preallocation=Preallocation(preallocation),
             data_file=given.get("data_file"),
             data_file_raw=_switch("data_file_raw", given.get("data_file_raw", "off")),
+            encryption=parse_encryption(format_name, given),
         )
 
 
@@ -223,9 +232,14 @@ def _no_progress(n_done: int, n_all: int) -> None:
 
 
 async def create_image(
-    path: str, options: CreateOptions, *, overwrite: bool = False, progress: Progress = _no_progress
+    path: str,
+    options: CreateOptions,
+    *,
+    overwrite: bool = False,
+    progress: Progress = _no_progress,
+    passphrase: bytes | bytearray | None = None,
 ) -> int:
-    """Make the image; its virtual size in bytes is returned.
+    """Make the image; its virtual size in bytes is returned. ``passphrase``: for an encrypted one.
 
     Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
     """
@@ -235,7 +249,14 @@ async def create_image(
         size = backing_size if size is None else size
     assert size is not None
     size = round_up(size, SECTOR_SIZE)
-    layout = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options)
+    luks: LuksArea | None = None
+    if options.encryption is not None:
+        if passphrase is None:
+            raise CreateError("an encrypted image needs a passphrase (--key-file)")
+        check_passphrase(passphrase)
+        if options.encryption.spec is not None:
+            luks = await trio.to_thread.run_sync(make_area, options.encryption, passphrase)
+    layout = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options, luks)
     await _write(path, layout, options, size, overwrite=overwrite, progress=progress)
     return size
 
@@ -265,7 +286,7 @@ def _layout_v1(size: int, options: CreateOptions) -> _Layout:
         size=size,
         cluster_bits=cluster_bits,
         l2_bits=l2_bits,
-        crypt_method=0,
+        crypt_method=CRYPT_NONE if options.encryption is None else options.encryption.crypt_method,
         l1_table_offset=l1_table_offset,
         backing_file=options.backing_file,
     )
@@ -274,7 +295,7 @@ def _layout_v1(size: int, options: CreateOptions) -> _Layout:
     return _Layout([(0, serialise_header(header))], round_up(l1_table_offset + l1_bytes, SECTOR_SIZE))
 
 
-def _layout_v2(size: int, options: CreateOptions) -> _Layout:
+def _layout_v2(size: int, options: CreateOptions, luks: LuksArea | None) -> _Layout:
     cluster_bits, order = options.cluster_bits, options.refcount_order
     cluster_size = 1 << cluster_bits
     l2_bits = cluster_bits - (4 if options.extended_l2 else 3)
@@ -289,10 +310,11 @@ def _layout_v2(size: int, options: CreateOptions) -> _Layout:
     n_guest_clusters = divide_up(size, cluster_size) if is_preallocated else 0
     n_tables = divide_up(n_guest_clusters, 1 << l2_bits)
     n_data = n_guest_clusters if options.data_file is None else 0
+    luks_clusters = 0 if luks is None else divide_up(luks.length, cluster_size)
     n_per_block = entries_per_block(cluster_bits, order)
     n_blocks = table_clusters = 1
     while True:
-        n_clusters = 1 + table_clusters + n_blocks + l1_clusters + n_tables + n_data
+        n_clusters = 1 + table_clusters + n_blocks + l1_clusters + luks_clusters + n_tables + n_data
         needed = divide_up(n_clusters, n_per_block)
         needed_table = divide_up(needed * WORD_SIZE, cluster_size)
         if needed <= n_blocks and needed_table <= table_clusters:
@@ -301,9 +323,11 @@ def _layout_v2(size: int, options: CreateOptions) -> _Layout:
     _require(table_clusters << cluster_bits <= MAX_REFCOUNT_TABLE_SIZE, "the refcount table would be too large")
     first_block = 1 + table_clusters
     l1_cluster = first_block + n_blocks
-    first_table = l1_cluster + l1_clusters
+    luks_offset = l1_cluster + l1_clusters << cluster_bits
+    first_table = l1_cluster + l1_clusters + luks_clusters
+    pointer = None if luks is None else luks_pointer(luks_offset, luks.length)
     header = serialise_header(
-        _header_v2(size, options, l1_size=l1_size, l1_cluster=l1_cluster, table_clusters=table_clusters)
+        _header_v2(size, options, l1_size=l1_size, l1_cluster=l1_cluster, table_clusters=table_clusters, luks=pointer)
     )
 
     def parts() -> Iterator[tuple[int, bytes]]:
@@ -311,6 +335,8 @@ def _layout_v2(size: int, options: CreateOptions) -> _Layout:
         blocks = array("Q", range(first_block << cluster_bits, l1_cluster << cluster_bits, cluster_size))
         yield cluster_size, serialise_table(blocks, 0, len(blocks))
         yield from _refcount_blocks(first_block, n_clusters, options)
+        for place, data in luks.parts if luks is not None else ():
+            yield luks_offset + place, data
         if n_tables:
             end = first_table + n_tables << cluster_bits
             tables = array("Q", range(COPIED + (first_table << cluster_bits), COPIED + end, cluster_size))
@@ -354,7 +380,13 @@ def _l2_tables(
 
 
 def _header_v2(
-    size: int, options: CreateOptions, *, l1_size: int, l1_cluster: int, table_clusters: int
+    size: int,
+    options: CreateOptions,
+    *,
+    l1_size: int,
+    l1_cluster: int,
+    table_clusters: int,
+    luks: HeaderExtension | None,
 ) -> Qcow2Header:
     cluster_size = 1 << options.cluster_bits
     incompatible = INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0
@@ -367,6 +399,8 @@ def _header_v2(
         extensions.append(HeaderExtension(EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
     if options.data_file is not None:
         extensions.append(HeaderExtension(EXTENSION_DATA_FILE, os.fsencode(options.data_file)))
+    if luks is not None:
+        extensions.append(luks)
     if options.version >= 3 and cluster_size >= _MIN_CLUSTER_SIZE_FOR_NAMES:
         names = b"".join(bytes([kind, bit]) + name.encode().ljust(46, b"\0") for kind, bit, name in _FEATURE_NAMES)
         extensions.append(HeaderExtension(EXTENSION_FEATURE_NAMES, names))
@@ -385,7 +419,7 @@ def _header_v2(
         backing_file_size=len(name),
         cluster_bits=options.cluster_bits,
         size=size,
-        crypt_method=0,
+        crypt_method=CRYPT_NONE if options.encryption is None else options.encryption.crypt_method,
         l1_size=l1_size,
         l1_table_offset=l1_cluster << options.cluster_bits,
         refcount_table_offset=cluster_size,

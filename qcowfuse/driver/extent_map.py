@@ -181,7 +181,8 @@ class _MapWalk:
         assert isinstance(layer, Mapping)
         slice_ = layer.cache.slices.get(layer.key(position))
         entry_format = layer.entry_format
-        if slice_ is None or entry_format.version < 3 or not (is_zero or entry_format.is_extended):
+        may_have_place = layer.encrypted is None and entry_format.version >= 3
+        if slice_ is None or not may_have_place or not (is_zero or entry_format.is_extended):
             yield self._entry(depth, position, n_bytes, zero=True, present=is_zero)
             return
         cluster_size = layer.geometry.cluster_size

@@ -21,6 +21,7 @@ from ..format.header import (
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
     CRYPT_AES,
+    CRYPT_LUKS,
     CRYPT_NONE,
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
@@ -31,10 +32,12 @@ from ..format.header import (
     probe_format,
     unknown_incompatible,
 )
+from ..format.luks import LuksHeader as LuksHeader
 from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..storage.file import open_file_storage
 from .chain import StorageOpener, open_storage
+from .encryption import load_luks_header
 from .options import OpenOptions
 from .snapshot_table import load_snapshots as load_snapshots
 
@@ -67,6 +70,7 @@ class ImageInfo:
     data_file_raw: bool | None = None
     snapshots: tuple[Snapshot, ...] = ()
     bitmaps: tuple[BitmapEntry, ...] = ()
+    luks: LuksHeader | None = None
 
 
 async def open_shared_storage(path: str, writable: bool, options: OpenOptions) -> Storage:
@@ -123,6 +127,9 @@ async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
         info = _describe(path, storage, header)
         if isinstance(header, Qcow2Header):
             snapshots, _ = await load_snapshots(storage, header)
+            if header.crypt_method == CRYPT_LUKS:
+                luks, _ = await load_luks_header(storage, header)
+                info = replace(info, luks=luks)
             info = replace(info, snapshots=snapshots, bitmaps=await load_bitmaps(storage, header))
         return info
     finally:

@@ -38,24 +38,16 @@ def set_bit(path: Path, field: int, bit: int) -> None:
     set_feature(field, bit)(Built(path, "qcow2", 0))
 
 
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.cipher-alg=serpent-256", "serpent"),
-        ("encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.cipher-alg=twofish-128", "twofish"),
-    ],
-)
-@pytest.mark.parametrize("read_only", [True, False])
-async def test_unserved_features_are_refused_by_name(
-    options: str, name: str, read_only: bool, image_folder: Path
-) -> None:
+async def test_unserved_features_are_refused_by_name(image_folder: Path) -> None:
     """An image that needs a feature which nobody here serves is refused with the feature's name, untouched."""
     path = image_folder / "image.qcow2"
     words = ["qemu-img", "create", "-q", "--object", "secret,id=key,data=abc", "-f", "qcow2"]
-    qemu.must_run(*words, "-o", options.format(folder=image_folder), path, "2M")
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1,encrypt.cipher-alg=serpent-256"
+    qemu.must_run(*words, "-o", options, path, "2M")
     before = path.read_bytes()
-    with pytest.raises(UnsupportedFeatureError, match=name):
-        await open_image(str(path), OpenOptions(read_only=read_only))
+    for read_only in (True, False):
+        with pytest.raises(UnsupportedFeatureError, match="LUKS cipher serpent"):
+            await open_image(str(path), OpenOptions(read_only=read_only))
     assert path.read_bytes() == before
 
 
