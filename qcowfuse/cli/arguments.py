@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TypeVar
 
 from .._version import __version__
-from ..driver.options import DelayModel, L2CacheSize, OpenOptions
+from ..driver.options import DelayModel, DetectZeroes, L2CacheSize, OpenOptions
 from ..export.mount import MountSettings
 from .exit_codes import EXPLANATIONS, ExitCode
 from .mount_options import MountOptionError, sort_options
@@ -169,6 +169,12 @@ for its users. SIGUSR1 prints the counters to the log.""",
         metavar="unmap|ignore",
         help="what a discard (fstrim) does: give space back to the host (unmap, the default), or only zero (ignore)",
     )
+    tuning.add_argument(
+        "--detect-zeroes",
+        metavar="off|on|unmap",
+        help="writes of nothing but zeroes are stored (off, the default), only noted (on), or give space back as a "
+        "discard does (unmap)",
+    )
     measuring = parser.add_argument_group("for measuring")
     measuring.add_argument(
         "--debug-io-delay", metavar="DELAY", help="delay each access to the image: 1ms, 250us or disk"
@@ -192,6 +198,13 @@ def _backing_format(text: str) -> str:
     if text not in ("raw", "qcow2"):
         raise ValueError(f"{text!r} is neither raw nor qcow2")
     return text
+
+
+def _detect_zeroes(text: str) -> DetectZeroes:
+    try:
+        return DetectZeroes(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither off, on nor unmap") from None
 
 
 def parse_arguments(argv: Sequence[str]) -> Arguments:
@@ -222,13 +235,18 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if {"allow_other", "allow_root"} <= fuse_options:
         parser.error("allow_other and allow_root exclude each other")
     lock_wait = value("lock-wait", _seconds)
+    discard = value("discard", _discards) is not False
+    detect_zeroes = value("detect-zeroes", _detect_zeroes) or DetectZeroes.OFF
+    if detect_zeroes is DetectZeroes.UNMAP and not discard:
+        parser.error("--detect-zeroes unmap and --discard ignore exclude each other")
     foreground = flag("foreground") or flag("debug")
     return Arguments(
         image=given.image,
         open_options=OpenOptions(
             read_only=flag("read-only"),
             l2_cache_size=value("l2-cache-size", parse_cache_size),
-            discard=value("discard", _discards) is not False,
+            discard=discard,
+            detect_zeroes=detect_zeroes,
             snapshot=value("snapshot", str),
             backing_format=value("backing-format", _backing_format),
             data_file=value("data-file", str),

@@ -25,8 +25,8 @@ _OWN_FLAGS = frozenset(
 )
 _OWN_VALUES = frozenset(
     str.split(
-        "name snapshot backing-format data-file key-file l2-cache-size lock-wait discard log-file debug-io-delay "
-        "uid gid umask fsname"
+        "name snapshot backing-format data-file key-file l2-cache-size lock-wait discard detect-zeroes log-file "
+        "debug-io-delay uid gid umask fsname"
     )
 )
 

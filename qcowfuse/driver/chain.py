@@ -342,6 +342,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         header_bits=_header_bits_of(top, header, kept_autoclear=kept_autoclear_bits(bitmaps)),
         bitmaps=bitmaps,
         discard=options.discard,
+        detect_zeroes=options.detect_zeroes,
         cache_budget=lambda geometry: _cache_budget(geometry, options.l2_cache_size),
         grow_refusal=_grow_refusal(header),
     )

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ..storage.latency import DelayModel as DelayModel  # cli takes it from here
+from .detect_zeroes import DetectZeroes as DetectZeroes
 
 MAX_BACKING_DEPTH = 200
 """Layers below the top one. QEMU has no limit of its own; beyond this a chain is taken for hostile."""
@@ -27,6 +28,7 @@ class L2CacheSize:
 class OpenOptions:
     """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
+    ``detect_zeroes``: what a write of zeroes becomes.
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
     ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
     ``data_file``: the external data file, where it is not the one that the image names.
@@ -38,6 +40,7 @@ class OpenOptions:
     l2_cache_size: L2CacheSize | None = None
     lock_wait: float = 0.0
     discard: bool = True
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF
     snapshot: str | None = None
     backing_format: str | None = None
     data_file: str | None = None

@@ -26,6 +26,7 @@ from .bitmaps import KeptBitmaps
 from .claims import Generations
 from .cow import Writer
 from .data_file import DataClusters
+from .detect_zeroes import DetectZeroes, is_zero
 from .growing import Grower
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping
@@ -58,6 +59,7 @@ class QcowImage:
         bitmaps: KeptBitmaps | None = None,
         data_clusters: DataClusters | None = None,
         discard: bool = True,
+        detect_zeroes: DetectZeroes = DetectZeroes.OFF,
         cache_budget: Callable[[Geometry], int] = lambda _: 0,
         grow_refusal: str | None = None,
     ) -> None:
@@ -137,6 +139,10 @@ class QcowImage:
         self.try_write: Callable[[int, Buffer], bool] = self._try_write
         if bitmaps is not None and bitmaps.has_enabled:
             self.try_write = self._try_write_tracked
+        self._detect_zeroes = None if detect_zeroes is DetectZeroes.OFF else detect_zeroes
+        if self._detect_zeroes:
+            try_write = self.try_write
+            self.try_write = lambda guest_offset, data: not is_zero(data) and try_write(guest_offset, data)
 
     @property
     def read_only(self) -> bool:
@@ -236,6 +242,10 @@ class QcowImage:
 
     async def write(self, guest_offset: int, data: Buffer) -> None:
         """See Image."""
+        if self._detect_zeroes and is_zero(data):
+            unmap = self._detect_zeroes is DetectZeroes.UNMAP
+            await self.write_zeroes(guest_offset, len(data), unmap=unmap)
+            return
         self._check_range(guest_offset, len(data))
         view = memoryview(data)
         position = 0

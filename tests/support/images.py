@@ -18,7 +18,7 @@ from functools import cache
 from typing import Literal
 
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.options import L2CacheSize, OpenOptions
+from qcowfuse.driver.options import DetectZeroes, L2CacheSize, OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage.base import Storage
 
@@ -260,6 +260,7 @@ async def open_memory_image(
     cache: L2CacheSize | None = None,
     read_only: bool = False,
     storages: dict[str, Storage] | None = None,
+    detect_zeroes: DetectZeroes = DetectZeroes.OFF,
 ) -> QcowImage:
     """Open the chain of ``files`` from memory. ``wrap`` is put around the top storage, ``wrap_data`` around its data
     file; all storages that were made are noted in ``storages``. A MemoryStorage among ``files`` is used as it is."""
@@ -279,7 +280,9 @@ async def open_memory_image(
             storages[path] = storage
         return storage
 
-    options = OpenOptions(read_only=read_only, l2_cache_size=cache, passphrase=passphrase)
+    options = OpenOptions(
+        read_only=read_only, l2_cache_size=cache, passphrase=passphrase, detect_zeroes=detect_zeroes
+    )
     return await open_image(TOP, options, opener=opener)
 
 

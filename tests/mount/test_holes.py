@@ -1,0 +1,171 @@
+"""Holes as other programs see them: qemu-img map, cp, convert, du; before, during and after writing."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qcowfuse.export.operations import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from tests.support import qemu
+from tests.support.loops import served
+from tests.support.mounting import check_image_file, create_image, run_qcowfuse, wait_until
+from tests.support.syscalls import fallocate
+
+MIB = 1 << 20
+pytestmark = [pytest.mark.mount]
+
+
+def data_ranges(*words: str | Path) -> list[tuple[int, int]]:
+    """Where ``qemu-img map`` sees data, adjacent ranges joined."""
+    found: list[tuple[int, int]] = []
+    for entry in json.loads(qemu.must_run("qemu-img", "map", "--output=json", *words)):
+        start, length = entry["start"], entry["length"]
+        if not entry["data"]:
+            continue
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], start + length)
+        else:
+            found.append((start, start + length))
+    return found
+
+
+def seek_ranges(path: Path) -> Iterator[tuple[int, int]]:
+    """Where SEEK_DATA and SEEK_HOLE see data, for a reader."""
+    fd = os.open(path, os.O_RDONLY)
+    place = 0
+    try:
+        while True:
+            start = os.lseek(fd, place, os.SEEK_DATA)
+            place = os.lseek(fd, start, os.SEEK_HOLE)
+            yield start, place
+    except OSError:
+        return
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--no-writeback-cache",), ("-r",)], ids=["writeback", "through", "ro"])
+@pytest.mark.parametrize("options", [(), ("-o", "extended_l2=on,cluster_size=16k")], ids=["v3", "extended"])
+def test_the_map_of_the_file_is_that_of_the_image(
+    tmp_path: Path, arguments: tuple[str, ...], options: tuple[str, ...]
+) -> None:
+    """While nobody writes, with whatever was written, zeroed and discarded before, compressed data and a backing
+    file: qemu-img map of the served file and of the image agree, and so do SEEK_DATA, du and cp."""
+    base = create_image(tmp_path / "base.qcow2", "40M")
+    qemu.io(base, ["write -P 1 1M 64k", "write -P 1 39M 64k"])
+    image = create_image(tmp_path / "disk.qcow2", "64M", *options, "-b", str(base), "-F", "qcow2")
+    qemu.io(image, ["write -P 2 2M 128k", "write -z 3M 64k", "write -c -P 3 5M 64k", "write -P 4 20M 1M"])
+    with served(image, *arguments) as mount:
+        if "-r" not in arguments:
+            fd = os.open(mount.file, os.O_RDWR)
+            os.pwrite(fd, b"w" * 300_000, 30 * MIB)
+            os.pwrite(fd, b"w" * 300_000, 50 * MIB)
+            fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 20 * MIB, MIB // 2)
+            fallocate(fd, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE, 39 * MIB, 65536)
+            os.close(fd)
+        wait_until(lambda: len(list(seek_ranges(mount.file))) > 1, "the release of the writer")
+        served_map = data_ranges("-f", "raw", mount.file)
+        assert list(seek_ranges(mount.file)) == served_map
+        n_data = sum(end - start for start, end in served_map)
+        wait_until(lambda: os.stat(mount.file).st_blocks * 512 == n_data, "the count of what is allocated")
+        assert int(qemu.must_run("du", "-B1", mount.file).split()[0]) == n_data
+        copy, converted = tmp_path / "copy", tmp_path / "converted.qcow2"
+        qemu.must_run("cp", "--sparse=auto", mount.file, copy)
+        qemu.must_run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", mount.file, converted)
+        assert copy.stat().st_blocks * 512 <= n_data + MIB // 4
+        assert sum(end - start for start, end in data_ranges(converted)) <= n_data + MIB // 4
+    assert served_map == data_ranges(image)
+    check_image_file(image)
+    qemu.must_run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", copy, image)
+    qemu.must_run("qemu-img", "compare", converted, image)
+
+
+def test_holes_are_not_told_while_somebody_writes(tmp_path: Path) -> None:
+    """From the open for writing to the release of the last descriptor or mapping all of the file is data."""
+    image = create_image(tmp_path / "disk.qcow2", "64M")
+    with served(image) as mount:
+        assert list(seek_ranges(mount.file)) == []
+        writer = os.open(mount.file, os.O_RDWR)
+        assert list(seek_ranges(mount.file)) == [(0, 64 * MIB)]
+        other = os.dup(writer)
+        os.pwrite(writer, b"x", 10 * MIB)
+        os.close(writer)
+        assert list(seek_ranges(mount.file)) == [(0, 64 * MIB)]
+        os.close(other)
+        cluster = (10 * MIB, 10 * MIB + 65536)
+        wait_until(lambda: list(seek_ranges(mount.file)) == [cluster], "the release")
+
+
+def test_st_blocks_follows_what_happens(tmp_path: Path) -> None:
+    """Written, zeroed, discarded, grown: du says what holds data at any time."""
+    image = create_image(tmp_path / "disk.qcow2", "16M")
+    qemu.io(image, ["write -c -P 3 0 64k"])
+    with served(image, "--growable") as mount:
+        fd = os.open(mount.file, os.O_RDWR)
+
+        def n_clusters() -> float:
+            os.fsync(fd)
+            return os.fstat(fd).st_blocks * 512 / 65536
+
+        wait_until(lambda: n_clusters() == 1, "the count")
+        os.pwrite(fd, b"x", 65536 * 5)
+        wait_until(lambda: n_clusters() == 2, "a cluster more")
+        os.ftruncate(fd, 40 * MIB)
+        assert n_clusters() == 2
+        os.pwrite(fd, b"x" * 65536 * 3, 30 * MIB)
+        wait_until(lambda: n_clusters() == 5, "three clusters more")
+        fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 30 * MIB, 65536 * 2)
+        fallocate(fd, FALLOC_ZERO_RANGE | FALLOC_KEEP_SIZE, 0, 65536)
+        wait_until(lambda: n_clusters() == 2, "three clusters less")
+        os.close(fd)
+    check_image_file(image)
+
+
+@pytest.mark.parametrize(("mode", "stored"), [("off", 8), ("on", 0), ("unmap", 0)])
+def test_detect_zeroes(tmp_path: Path, mode: str, stored: int) -> None:
+    """Zeroes written over data and over nothing are stored only without the option; unmap gives the space back."""
+    image = create_image(tmp_path / "disk.qcow2", "64M")
+    qemu.io(image, ["write -P 7 0 4M"])
+    before = image.stat().st_blocks * 512
+    with served(image, "--detect-zeroes", mode) as mount:
+        fd = os.open(mount.file, os.O_RDWR)
+        os.pwrite(fd, bytes(8 * MIB), 0)
+        os.pwrite(fd, b"kept", 10 * MIB)
+        os.fsync(fd)
+        os.close(fd)
+    check_image_file(image)
+    n_data = sum(end - start for start, end in data_ranges(image))
+    assert n_data == stored * MIB + 65536
+    if mode == "unmap":
+        assert image.stat().st_blocks * 512 < before - 3 * MIB
+    qemu.io(image, ["read -P 0 0 8M", "read -P 0x6b 10M 1"])
+
+
+def test_detect_zeroes_and_discard_must_agree(tmp_path: Path) -> None:
+    """As QEMU has it: nothing is unmapped where discards are ignored."""
+    done = run_qcowfuse("--detect-zeroes", "unmap", "--discard", "ignore", "x", tmp_path)
+    assert done.returncode == 2
+    assert "exclude" in done.stderr
+    assert run_qcowfuse("-o", "detect_zeroes=maybe", "x", tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("--no-writeback-cache",)], ids=["writeback", "through"])
+def test_copy_file_range(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """Within the file and out of it, by the kernel's own means."""
+    image = create_image(tmp_path / "disk.qcow2", "16M")
+    with served(image, *arguments) as mount:
+        fd = os.open(mount.file, os.O_RDWR)
+        os.pwrite(fd, b"abc" * 100_000, MIB)
+        n_copied = 0
+        while n_copied < 300_000:
+            n_copied += os.copy_file_range(fd, fd, 300_000 - n_copied, MIB + n_copied, 8 * MIB + n_copied)
+        assert os.pread(fd, 300_000, 8 * MIB) == b"abc" * 100_000
+        os.close(fd)
+        subprocess.run(["cp", "--reflink=auto", mount.file, tmp_path / "copy"], check=True)
+    check_image_file(image)
+    qemu.must_run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "copy", image)
