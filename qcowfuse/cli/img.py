@@ -93,6 +93,8 @@ def _build_parser() -> _Parser:
                 choices=tuple(_REPAIRS),
                 help="mend leaked clusters, or all that can be mended; nobody else may use the image meanwhile",
             )
+        if name == "map":
+            command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
     create = commands.add_parser(
         "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
     )
@@ -220,7 +222,7 @@ def _info(given: argparse.Namespace) -> int:
 def _map(given: argparse.Namespace) -> int:
     async def run() -> int:
         n_entries = 0
-        async with map_image(given.image, force_share=given.force_share) as entries:
+        async with map_image(given.image, force_share=given.force_share, snapshot=given.snapshot) as entries:
             async for entry in entries:
                 if given.output == "json":
                     # One line each, printed as found: the map of a large disk is long.

@@ -48,12 +48,15 @@ class MapEntry:
 
 
 @asynccontextmanager
-async def map_image(path: str, *, force_share: bool = False) -> AsyncIterator[AsyncIterator[MapEntry]]:
+async def map_image(
+    path: str, *, force_share: bool = False, snapshot: str | None = None
+) -> AsyncIterator[AsyncIterator[MapEntry]]:
     """The extents of the virtual disk in order, each as long as it can be: iterate over what the context gives.
+    With ``snapshot``, an id or a name, those of a snapshot.
 
     Raises what :func:`~qcowfuse.driver.chain.open_image` raises, CorruptImageError, OSError.
     """
-    options = OpenOptions(read_only=True, tables_only=True)
+    options = OpenOptions(read_only=True, tables_only=True, snapshot=snapshot)
     image = await open_image(path, options, opener=opener_for(force_share=force_share))
     try:
         walk = _MapWalk(image.layers)

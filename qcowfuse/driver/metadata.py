@@ -109,6 +109,13 @@ class MetadataClusters:
             return
         raise CorruptImageError(purpose, host_offset, "would overwrite metadata of the image")
 
+    def check_each(self, clusters: Iterable[int], purpose: str) -> None:
+        """As :meth:`check`, for many clusters, wherever they are."""
+        if isinstance(self.clusters, set):
+            clusters = self.clusters.intersection(clusters)
+        for cluster in clusters:
+            self.check(cluster << self._cluster_bits, 1, purpose)
+
     def check_own(self, host_offset: int, n_bytes: int, structure: str) -> None:
         """Before ``structure``, metadata too, is changed: raises CorruptImageError where another one lies there."""
         if self.shared and not self.shared.isdisjoint(self._range(host_offset, n_bytes)):

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import AsyncIterator
 
@@ -65,6 +66,10 @@ class ShadowRefcounts:
         n_per_block = entries_per_block(header.cluster_bits, header.refcount_order)
         self.block_bits = n_per_block.bit_length() - 1
         self.block_mask = n_per_block - 1
+        # As far as a refcount table of the largest size reaches.
+        self._max_clusters = min(
+            MAX_HOST_OFFSET >> header.cluster_bits, MAX_REFCOUNT_TABLE_SIZE // WORD_SIZE << self.block_bits
+        )
         self._old_table = table
         self._old_run = HostRun(header.refcount_table_offset, header.refcount_table_clusters)
         self._table = table[:]
@@ -73,6 +78,9 @@ class ShadowRefcounts:
         empty = empty_refcounts(header.cluster_bits, header.refcount_order)
         self._max_blocks = max(CACHE_BYTES // (len(empty) * empty.itemsize), _MIN_BLOCKS)
         self._cursor = 0
+        self._first_taken = 1 << 64
+        self._taken_starts = array("Q")
+        self._taken_ends = array("Q")
         self._old_at_cursor: tuple[int, array[int]] = (-1, empty)
 
     # Counts
@@ -86,8 +94,14 @@ class ShadowRefcounts:
             self._blocks.move_to_end(block_index)
         return block.counts
 
-    async def block(self, block_index: int) -> array[int]:
-        """The new counts of a block, to be changed before the next await. Raises as :meth:`peek`, OSError(ENOSPC)."""
+    async def block(self, block_index: int, *, may_add: bool = False) -> array[int]:
+        """The new counts of a block, to be changed before the next await. Where there is none, all counts are 0:
+        CorruptImageError, unless it ``may_add`` one. Raises as :meth:`peek`, OSError(ENOSPC)."""
+        if not may_add and block_index not in self._places and not self._old_place(block_index):
+            cluster = block_index << self.block_bits
+            raise CorruptImageError(
+                "refcount", None, f"0 for host clusters from {cluster:#x} on, which are referred to"
+            )
         while True:
             block = self._blocks.get(block_index)
             if block is None:
@@ -108,19 +122,22 @@ class ShadowRefcounts:
         """The new count of a host cluster."""
         return (await self.peek(cluster >> self.block_bits))[cluster & self.block_mask]
 
-    async def add(self, host_offset: int, n_bytes: int, delta: int) -> None:
-        """``delta`` references more or less to each cluster of a range. Raises CorruptImageError, ImageUsageError
-        (refcounts too narrow), OSError."""
+    async def add(self, host_offset: int, n_bytes: int, delta: int, *, is_new: bool = False) -> None:
+        """``delta`` references more or less to each cluster of a range, or with 0 just see that there are some;
+        ``is_new``: one that was taken here. Raises CorruptImageError, ImageUsageError (refcounts too narrow),
+        OSError."""
         if not n_bytes:
             return
         last = host_offset + n_bytes - 1 >> self._cluster_bits
         for cluster in range(host_offset >> self._cluster_bits, last + 1):
-            counts = await self.block(cluster >> self.block_bits)
+            counts = await (self.block if delta else self.peek)(cluster >> self.block_bits)
             index = cluster & self.block_mask
-            counts[index] = self.changed(counts[index], delta, cluster)
+            counts[index] = self.changed(counts[index], delta, cluster, is_new=is_new)
 
-    def changed(self, count: int, delta: int, cluster: int) -> int:
+    def changed(self, count: int, delta: int, cluster: int, *, is_new: bool = False) -> int:
         """``count`` with ``delta`` references more. Raises CorruptImageError, ImageUsageError."""
+        if self._first_taken <= cluster < self._cursor and not is_new:
+            self.check_not_taken(cluster)
         if count < 1 or count + delta < 0:
             raise CorruptImageError(
                 "refcount", None, f"{count} for host cluster {cluster:#x}, which is referred to more often than that"
@@ -131,6 +148,13 @@ class ShadowRefcounts:
                 f"no more than {self._max_count}"
             )
         return count + delta
+
+    def check_not_taken(self, cluster: int) -> None:
+        """Raises CorruptImageError for a reference of the image to a cluster that was free and is taken by now."""
+        if self._first_taken <= cluster < self._cursor:
+            index = bisect_right(self._taken_starts, cluster) - 1
+            if cluster < self._taken_ends[index]:
+                raise CorruptImageError("refcount", None, f"0 for host cluster {cluster:#x}, which is referred to")
 
     async def _load(self, block_index: int) -> _Block:
         while len(self._blocks) >= self._max_blocks:
@@ -169,7 +193,7 @@ class ShadowRefcounts:
         """Contiguous free clusters, now with one reference each. Raises OSError(ENOSPC), CorruptImageError."""
         start = cluster = self._cursor
         while cluster - start < n_clusters:
-            if cluster + n_clusters > MAX_HOST_OFFSET >> self._cluster_bits:
+            if cluster + n_clusters > self._max_clusters:
                 raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
             counts = await self._old_counts(cluster >> self.block_bits)
             index = cluster & self.block_mask
@@ -181,10 +205,16 @@ class ShadowRefcounts:
             except ValueError:
                 start = cluster = cluster - index + len(counts)
         self._cursor = start + n_clusters
+        if self._taken_ends and self._taken_ends[-1] == start:
+            self._taken_ends[-1] = self._cursor
+        else:
+            self._taken_starts.append(start)
+            self._taken_ends.append(self._cursor)
+            self._first_taken = self._taken_starts[0]
         host_offset = start << self._cluster_bits
         self._metadata.check(host_offset, n_clusters << self._cluster_bits, f"{purpose}, in a cluster that is free,")
         for cluster in range(start, self._cursor):
-            counts = await self.block(cluster >> self.block_bits)
+            counts = await self.block(cluster >> self.block_bits, may_add=True)
             if counts[cluster & self.block_mask]:
                 raise CorruptImageError("refcount", None, f"host cluster {cluster:#x} is in use, but its count was 0")
             counts[cluster & self.block_mask] = 1
@@ -218,7 +248,7 @@ class ShadowRefcounts:
                 break
             if n_needed << self._cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
                 raise OSError(errno.ENOSPC, "the image's refcount table cannot grow beyond 8 MiB", self._storage.name)
-            await self.add(run.host_offset, run.n_clusters << self._cluster_bits, -1)
+            await self.add(run.host_offset, run.n_clusters << self._cluster_bits, -1, is_new=True)
             run = await self.take(n_needed, "a refcount table")
         for block_index, block in self._blocks.items():
             if block.is_dirty:

@@ -7,8 +7,8 @@
    snapshot table and autoclear bits. So tables that change are written anew, to clusters that are free: those L2
    tables whose COPIED flags change, the L1 table, the snapshot table, and the refcounts
    (:mod:`~qcowfuse.driver.shadow_refcounts`).
-3. References are counted before tables are written. An image in which a reference has no count is refused, and is
-   what it was.
+3. References are counted before tables are written. An image in which a reference has no count, or in which the disk
+   would be left with one, is refused, and is what it was.
 4. After a failure before that write the file gets its old length back; after a failure of the write itself, or of the
    flush behind it, either state may be found, and nothing is touched any more.
 5. Clusters that become free are given back to the file system at the end; a failure in that costs space alone.
@@ -57,7 +57,7 @@ from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snap
 from ..storage.base import Storage
 from .chain import StorageOpener, open_storage
 from .inspect import opener_for, read_header
-from .metadata import find_metadata
+from .metadata import MetadataClusters, find_metadata
 from .options import OpenOptions
 from .shadow_refcounts import ShadowRefcounts, load_refcount_table
 from .snapshot_table import find_snapshot, load_l1_table, load_snapshot_l1_table, load_snapshots
@@ -136,7 +136,7 @@ async def _editing(path: str, opener: StorageOpener, progress: Progress | None) 
             metadata.check(*bitmaps[:2], "the bitmap directory")
             metadata.add(*bitmaps[:2])
         shadow = ShadowRefcounts(storage, header, refcount_table, metadata)
-        editor = _Editor(storage, header, l1_table, snapshots, snapshots_bytes, shadow, progress)
+        editor = _Editor(storage, header, l1_table, snapshots, snapshots_bytes, shadow, metadata, progress)
         yield editor
     except CorruptImageError as error:
         raise ImageUsageError(f"{path}: {error}; nothing was changed: the image needs a check first") from error
@@ -167,6 +167,7 @@ class _Editor:
         snapshots: tuple[Snapshot, ...],
         snapshots_bytes: int,
         shadow: ShadowRefcounts,
+        metadata: MetadataClusters,
         progress: Progress | None,
     ) -> None:
         self.has_switched = False
@@ -176,6 +177,7 @@ class _Editor:
         self._header = header
         self._l1_table = l1_table
         self._shadow = shadow
+        self._metadata = metadata
         self._progress = progress
         self._steps_done = self._steps = 0
         self._cluster_bits = header.cluster_bits
@@ -235,8 +237,9 @@ class _Editor:
     async def delete(self, snapshot: Snapshot) -> None:
         """See :func:`delete_snapshot`."""
         l1_table = await load_snapshot_l1_table(self._storage, self._header, snapshot)
-        self._steps = self._n_tables(l1_table) + self._n_tables(self._l1_table)
+        self._steps = self._n_tables(l1_table) + 2 * self._n_tables(self._l1_table)
         await self._count_references(l1_table, -1)
+        await self._count_references(self._l1_table, 0)
         await self._shadow.add(snapshot.l1_table_offset, snapshot.l1_size * WORD_SIZE, -1)
         remaining = tuple(entry for entry in self.snapshots if entry is not snapshot)
         await self._end(l1_table=await self._with_true_flags(self._l1_table), snapshots=remaining)
@@ -259,7 +262,8 @@ class _Editor:
         return parse_table(await self._storage.pread(host_offset, self._cluster_size) if data is None else data)
 
     async def _count_references(self, l1_table: array[int], delta: int) -> None:
-        """``delta`` references to each L2 table of ``l1_table``, and for each of them to what it refers to."""
+        """``delta`` references to each L2 table of ``l1_table``, and for each of them to what it refers to. With 0:
+        see that all of it has a count."""
         for entry in l1_table:
             table_offset = self._entry_format.l1_host_offset(entry)
             if not table_offset:
@@ -273,9 +277,11 @@ class _Editor:
         in_cluster = self._cluster_size - 1
         block_bits, block_mask = shadow.block_bits, shadow.block_mask
         known, counts = -1, array("Q")
+        clusters: list[int] = []
         for entry in words[::2] if self._is_extended else words:
             if entry & COMPRESSED:
                 place = parse_compressed_entry(entry, cluster_bits)
+                clusters.append(place.host_offset >> cluster_bits)
                 await shadow.add(place.host_offset, place.n_bytes, delta)
                 known = -1
                 continue
@@ -287,9 +293,11 @@ class _Editor:
             cluster = host_offset >> cluster_bits
             if cluster >> block_bits != known:
                 known = cluster >> block_bits
-                counts = await shadow.block(known)
+                counts = await (shadow.block(known) if delta else shadow.peek(known))
             index = cluster & block_mask
             counts[index] = shadow.changed(counts[index], delta, cluster)
+            clusters.append(cluster)
+        self._metadata.check_each(clusters, "data")
 
     # Tables
 
@@ -303,7 +311,7 @@ class _Editor:
             words = await self._read_table(table_offset)
             if self._clear_copied(words):
                 result[number] = await self._write_new(_serialised(words), "an L2 table")
-                await self._shadow.add(result[number], self._cluster_size, 1)
+                await self._shadow.add(result[number], self._cluster_size, 1, is_new=True)
                 await self._shadow.add(table_offset, self._cluster_size, -2)
             else:
                 result[number] = entry & ~COPIED
