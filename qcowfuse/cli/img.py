@@ -66,7 +66,7 @@ def _build_parser() -> _Parser:
     codes = "\n".join(f"  {code:2}  {text}" for code, text in _EXPLANATIONS.items())
     parser = _Parser(
         prog="qcowfuse-img",
-        description="Look at QCOW images, check them and make new ones.",
+        description="Look at QCOW images, check and mend them, make new ones, and handle their snapshots.",
         epilog=f"exit codes:\n{codes}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
