@@ -96,6 +96,12 @@ class Allocator(Protocol):
     async def allocate(self, n_clusters: int) -> HostRun:
         """Take 1 to ``n_clusters`` contiguous clusters. Raises OSError, CorruptImageError."""
 
+    def try_allocate(self, n_clusters: int) -> HostRun | None:
+        """:meth:`allocate` where nothing has to be read for it, else None."""
+
+    def give_back(self, run: HostRun) -> None:
+        """Undo a :meth:`try_allocate`, before anything else has happened."""
+
     async def allocate_exactly(self, n_clusters: int) -> HostRun:
         """Take ``n_clusters`` contiguous clusters, for a table. Raises as :meth:`allocate`."""
 
@@ -135,6 +141,10 @@ class AppendAllocator:
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
+        return self.try_allocate(n_clusters)
+
+    def try_allocate(self, n_clusters: int) -> HostRun:
+        """See Allocator."""
         host_offset = round_up(max(self._end, self._storage.size()), self._cluster_size)
         if host_offset + n_clusters * self._cluster_size > MAX_HOST_OFFSET:
             raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
@@ -149,8 +159,12 @@ class AppendAllocator:
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
         for run in runs:
-            if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
-                self._end = run.host_offset
+            self.give_back(run)
+
+    def give_back(self, run: HostRun) -> None:
+        """See Allocator."""
+        if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
+            self._end = run.host_offset
 
     def take_dirty(self) -> DirtyRefcounts:
         """See Allocator."""
@@ -223,6 +237,19 @@ class RefcountAllocator:
                 return self._allocate(n_clusters)
             except BlockMissing as missing:
                 await self._load_block(missing.block_index)
+
+    def try_allocate(self, n_clusters: int) -> HostRun | None:
+        """See Allocator."""
+        try:
+            return self._allocate(n_clusters)
+        except BlockMissing:
+            return None
+
+    def give_back(self, run: HostRun) -> None:
+        """See Allocator."""
+        first = run.host_offset >> self._cluster_bits
+        for cluster in range(first, first + run.n_clusters):
+            self._decrement(cluster)
 
     async def allocate_exactly(self, n_clusters: int) -> HostRun:
         """See Allocator. Where the file is too fragmented, behind its end."""

@@ -9,7 +9,9 @@ The way of a write that is not in place:
 2. Zeroes around the data are not written where the host clusters were never written: they read as zeroes.
 3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
    complete".
-4. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
+4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
+   and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim.
+5. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.data_file`).
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
 """
@@ -32,7 +34,7 @@ from ..storage.base import Buffer
 from .allocation import Allocator, HostRun
 from .claims import Claims
 from .data_file import DataClusters
-from .mapping import Mapping
+from .mapping import Mapping, Missing, lookup_chain
 from .metadata import MetadataClusters
 from .ordering import Ordering
 from .reading import ChainReader
@@ -77,6 +79,8 @@ class Writer:
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
+        # Encrypted clusters and those of a data file take the other way; so does a storage that writes in threads.
+        self._allocates_at_once = data_clusters is None and mapping.encrypted is None
         self._zeroes_by_entry = can_zero_by_entry(mapping.entry_format, may_fall_through=len(reader.layers) == 1)
 
     async def _writable_slice(self, guest_offset: int) -> L2Slice:
@@ -131,6 +135,54 @@ class Writer:
         run = await self._allocator.allocate(n_clusters)
         assert run.n_clusters == n_clusters
         return run
+
+    def try_write_some(self, guest_offset: int, view: memoryview) -> int:
+        """:meth:`write_some` for clusters that are not allocated, by rule 4; 0 where it has to be awaited.
+
+        Raises OSError, CorruptImageError.
+        """
+        mapping = self._mapping
+        if not self._allocates_at_once or self._metadata.shared:
+            return 0
+        slice_ = mapping.cached_slice(guest_offset)
+        if slice_ is None or not self._owns_table(mapping.l1_index(guest_offset)):
+            return 0
+        in_cluster = guest_offset & self._cluster_mask
+        index = mapping.index(guest_offset)
+        plan = self._plan_write(slice_.entries, mapping.entry_format, index, in_cluster, len(view))
+        first = guest_offset >> self._cluster_bits
+        if plan.action is not Action.ALLOCATE or self._claims.first_conflict(first, first + plan.n_clusters):
+            return 0
+        start = guest_offset - plan.head
+        n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+        try:
+            extents = lookup_chain(self._reader.layers, start, n_covered)
+        except Missing:
+            return 0
+        if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
+            return 0
+        run = self._allocator.try_allocate(plan.n_clusters)
+        if run is None:
+            return 0
+        try:
+            plan = shortened(plan, run.n_clusters, in_cluster, self._cluster_bits)
+            parts: list[Buffer] = [view[: plan.n_bytes]]
+            host_offset = run.host_offset + (start & self._cluster_mask)
+            if run.is_fresh:
+                host_offset += plan.head
+            else:
+                parts = [part for part in (_ZEROES[: plan.head], *parts, _ZEROES[: plan.tail]) if len(part)]
+            is_written = self._try_pwritev(host_offset, parts)
+        except BaseException:
+            self._allocator.give_back(run)
+            raise
+        if not is_written:
+            self._allocates_at_once = False
+            self._allocator.give_back(run)
+            return 0
+        self._link(slice_, start, run.host_offset, plan)
+        self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self.size - start))
+        return plan.n_bytes
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""

@@ -248,13 +248,33 @@ class QcowImage:
             return
         self._check_range(guest_offset, len(data))
         view = memoryview(data)
-        position = 0
+        position = self._write_at_once(guest_offset, view)
+        if position == len(view) > 0:
+            return
         async with self._writing() as writer:
             if self._bitmaps is not None:
                 self._bitmaps.mark(guest_offset, len(view))
             while position < len(view):
                 self._require_writable()
                 position += await writer.write_some(guest_offset + position, view[position:])
+
+    def _write_at_once(self, guest_offset: int, view: memoryview) -> int:
+        """Write what needs no waiting, from the start; returns how many bytes that was. Raises OSError."""
+        writer, ordering = self._writer, self._ordering
+        if not self._begun or self._frozen is not None or writer is None or ordering is None or ordering.failure:
+            return 0
+        if self._bitmaps is not None:
+            self._bitmaps.mark(guest_offset, len(view))
+        position = 0
+        try:
+            while position < len(view):
+                n_written = writer.try_write_some(guest_offset + position, view[position:])
+                if not n_written:
+                    break
+                position += n_written
+        except CorruptImageError:
+            pass  # the awaited way meets it again and marks the image
+        return position
 
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         """See Image."""

@@ -12,7 +12,8 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
    something): timers, threads, signals and cancellation get their turn.
 4. Before it waits, a worker spins for ``spin`` seconds: waking a process costs the client more than that. It
    yields the processor at every turn, and does not spin at all while a handler waits for something, because the
-   next event will then come through trio.
+   next event will then come through trio. Where others want the processor, yielding costs a worker its turn, while
+   one that sleeps gets it back at once: after a turn that took long, it does without for a while.
 5. Parked workers are woken last in first out: the buffer used last is the one in the processor's cache.
 """
 
@@ -25,6 +26,9 @@ from collections.abc import Callable
 from types import TracebackType
 
 import trio
+
+_LONG_TURN = 200e-6
+_WITHOUT_SPIN = 200
 
 
 class RequestGate:
@@ -39,6 +43,7 @@ class RequestGate:
         self._burst_while_slow = burst_while_slow
         self._spin = spin
         self._n_since_checkpoint = 0
+        self._n_without_spin = 0
         self._parked: dict[trio.lowlevel.Task, None] = {}
         self._watched = False
         self._closing = False
@@ -85,11 +90,20 @@ class RequestGate:
         if poll(0):
             return True
         if spin and self._spin and not self.n_slow:
+            if self._n_without_spin:
+                self._n_without_spin -= 1
+                return False
             now, give_way = time.perf_counter, os.sched_yield
-            end = now() + self._spin
-            while now() < end:
+            turn = now()
+            end = turn + self._spin
+            while turn < end:
                 give_way()
-                if poll(0):
+                is_there = poll(0)
+                before, turn = turn, now()
+                if turn - before > _LONG_TURN:
+                    self._n_without_spin = _WITHOUT_SPIN
+                    return bool(is_there)
+                if is_there:
                     return True
         return False
 

@@ -115,14 +115,15 @@ async def test_overwritten_clusters_are_freed_after_a_flush_and_not_before(compr
     assert check_image_bytes(memory.data).exit_code == 0
 
 
-async def test_clusters_of_a_failed_write_are_given_back() -> None:
+@pytest.mark.parametrize("inline", [False, True], ids=["awaited", "at-once"])
+async def test_clusters_of_a_failed_write_are_given_back(inline: bool) -> None:
     """ENOSPC again and again does not eat up cluster numbers, and what is taken later is zeroed around the data."""
     built = build_image(ImageSpec(size=64 * KIB, cluster_size=4096))
     memory = MemoryStorage(built.top)
     made: list[FaultyStorage] = []
 
     def wrap(inner: MemoryStorage) -> FaultyStorage:
-        made.append(FaultyStorage(inner))
+        made.append(FaultyStorage(inner, inline=inline))
         return made[0]
 
     image = await open_memory_image({TOP: memory}, wrap=wrap)
@@ -137,6 +138,34 @@ async def test_clusters_of_a_failed_write_are_given_back() -> None:
     await image.aclose()
     assert check_image_bytes(memory.data).exit_code == 0
     assert len(memory.data) <= len(built.top) + 6 * 4096
+
+
+async def test_a_write_in_one_step_keeps_off_a_claim() -> None:
+    """A write that could be done at once waits for one that is in the middle of filling the same cluster."""
+    built = build_image(ImageSpec(size=64 * KIB, cluster_size=4096))
+    memory = MemoryStorage(built.top)
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> FaultyStorage:
+        made.append(FaultyStorage(inner))
+        return made[0]
+
+    image = await open_memory_image({TOP: memory}, wrap=wrap)
+    await image.write(0, b"begin")
+    hold = Hold(lambda operation: operation.kind == "write")
+    made[0].gate = hold
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.write, 8 * KIB, b"first")
+        await wait_all_tasks_blocked()
+        made[0].inline = True
+        assert image._writer is not None
+        image._writer._allocates_at_once = True  # it was put off when the storage declined
+        nursery.start_soon(image.write, 8 * KIB + 10, b"second")
+        await wait_all_tasks_blocked()
+        hold.release()
+    assert bytes(await image.read(8 * KIB, 16)) == b"first".ljust(10, b"\0") + b"second"
+    await image.aclose()
+    assert check_image_bytes(memory.data).exit_code == 0
 
 
 @pytest.mark.parametrize("version", [1, 3])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -181,3 +182,19 @@ async def test_no_spinning_while_a_handler_waits(pipe: Pipe, monkeypatch: pytest
         with trio.move_on_after(0.05):
             await gate.wait_readable(pipe.fd)
         assert bool(yields) == (n_slow == 0)
+
+
+async def test_no_spinning_where_others_want_the_processor(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a turn that took long, a worker sleeps at once, the next times too."""
+    yields: list[None] = []
+
+    def give_way() -> None:
+        yields.append(None)
+        time.sleep(0.001)
+
+    monkeypatch.setattr(os, "sched_yield", give_way)
+    gate = RequestGate(spin=0.1)
+    for _ in range(3):
+        with trio.move_on_after(0.02):
+            await gate.wait_readable(pipe.fd)
+    assert len(yields) == 1
