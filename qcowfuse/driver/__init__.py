@@ -49,4 +49,21 @@ and of a change of snapshots, which does not go through ``ordering`` (see ``snap
     C9  before the header is written: new tables lie in clusters that are free; the image is what it was
     C10 between that write and the flush after it: the image is what it was or what it shall be, wholly
     C11 behind that flush: clusters that are free, and read as zeroes or as what was in them
+
+The same round, where it has to do with more than counts and links:
+
+    C13 in step 2, with a refcount table that has moved: the header names the old or the new one, both are complete
+        for all that is linked; the other one's clusters leak
+    C14 in step 4, between the flush of an external data file and that of the image: data that nothing links to yet
+    C15 after a discard or write zeroes, before step 6: each cluster reads as zeroes or as before; as C5
+    C16 in step 7, while holes are punched: clusters that nothing refers to, with anything in them
+    C17 in a round for eviction, which ends with step 5: links that no fsync asked for, as C5
+    C18 after a round that failed: counts and links of it are there or not, the next round writes all of them again;
+        after a failed flush none ever does, and what an earlier fsync promised is untouched by it
+
+and beside it:
+
+    C19 while the corrupt bit is set, for which the header is written once: it is there or not, nothing else changes
+    C20 closing is one or two rounds: as C1 to C6; with the last one complete nothing is leaked
+    C21 version 1, which has no counts: clusters behind the last one that is linked; the file is only longer
 """

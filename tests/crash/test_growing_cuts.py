@@ -1,4 +1,4 @@
-"""Power cuts and failing operations while a disk grows: the old size or the new, all of it, and leaks at most."""
+"""Power cuts and failing operations while a disk grows (C12): the old size or the new, whole, and leaks at most."""
 
 from __future__ import annotations
 

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import random
+import struct
+
 import pytest
 import trio
 
 from qcowfuse.driver import ordering, table_cache
 from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.errors import CorruptImageError
 from qcowfuse.storage.base import Storage
-from tests.support.images import BuiltImage, ImageSpec, build_image
+from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 from tests.support.powercut import Guest, Recorded, check_cuts, record_workload
+from tests.support.recording import cuts, moments_of
 
 KIB = 1 << 10
 
@@ -131,7 +136,10 @@ def summarise(problems: list[str]) -> str:
 @pytest.mark.parametrize("workload", WORKLOADS)
 @pytest.mark.parametrize("spec", SPECS)
 async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None:
-    """Whatever a power cut leaves of the volatile writes: consistent, and what fsync promised is there."""
+    """Whatever a power cut leaves of the volatile writes: consistent, and what fsync promised is there.
+
+    C1 to C6, C14 with data files, C15 and C16 with discards, C20 at the end, C21 with version 1.
+    """
     recorded = await record_workload(build_image(SPECS[spec]), WORKLOADS[workload], seed=len(spec))
     summary = await check_cuts(recorded, n_states=120, n_qemu=8)
     assert not summary.problems, summarise(summary.problems)
@@ -163,7 +171,7 @@ async def test_a_power_cut_under_concurrent_writers(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["v3", "v1", "backing-raw", "snapshot", "refcount-64"])
 async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices that are written back for want of room keep the order as well."""
+    """Slices that are written back for want of room keep the order as well (C17)."""
     monkeypatch.setattr(table_cache, "MIN_DIRTY_BYTES", 1024)
     recorded = await record_workload(build_image(SPECS[spec]), scattered, cache=L2CacheSize(n_tables=1))
     assert len(recorded.storage.flushes) > 12, "there were no write-backs for want of room"
@@ -173,7 +181,7 @@ async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("suspend", [False, True])
 async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None:
-    """A refcount table that is full moves without ever being in doubt."""
+    """A refcount table that is full moves without ever being in doubt (C3, C13)."""
     built = build_image(ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86))
     before = built.top[48:60]
 
@@ -192,7 +200,7 @@ async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None
 
 
 async def test_a_power_cut_while_autoclear_bits_are_cleared() -> None:
-    """Autoclear bits are gone from the disk before the first change that makes them untrue is there."""
+    """Autoclear bits are gone from the disk before the first change that makes them untrue is there (C7)."""
     plain = build_image(ImageSpec(fill=0.5))
     top = bytearray(plain.top)
     top[88:96] = (1 << 40).to_bytes(8, "big")
@@ -205,6 +213,39 @@ async def test_a_power_cut_while_autoclear_bits_are_cleared() -> None:
     clearing = recorded.storage.writes[0]
     assert clearing.host_offset == 88
     assert any(clearing.ended < flush.begun < flush.ended < first_data.begun for flush in recorded.storage.flushes)
+
+
+async def test_a_power_cut_while_the_image_is_marked_as_corrupt() -> None:
+    """An entry that points at metadata freezes the image: the bit is there or not, what fsync promised is (C19)."""
+    built = build_image(ImageSpec(fill=0.5, cluster_size=4096))
+    top = bytearray(built.top)
+    (l1_offset,) = struct.unpack_from(">Q", top, 40)
+    (l2_entry,) = struct.unpack_from(">Q", top, l1_offset)
+    last = (l2_entry & 0x00FF_FFFF_FFFF_FE00) + 8 * (built.spec.size // 4096 - 1)
+    struct.pack_into(">Q", top, last, 1 << 63 | l1_offset)
+
+    async def into_the_trap(guest: Guest) -> None:
+        await guest.write(0, b"n" * 6000)
+        await guest.flush()
+        await guest.write(8192, b"m" * 6000)
+        with pytest.raises(CorruptImageError):
+            await guest.image.write(guest.image.size - 4096, b"x" * 512)
+
+    contents = bytearray(built.contents)
+    contents[-4096:] = top[l1_offset : l1_offset + 4096]
+    trapped = BuiltImage(built.spec, {**built.files, TOP: bytes(top)}, bytes(contents))
+    recorded = await record_workload(trapped, into_the_trap)
+    n_marked = n_states = 0
+    for cut in cuts(recorded.built.top, recorded.storage, moments_of(recorded.storage)):
+        expected = recorded.record.expected_at(cut.moment)
+        for state in cut.states(40, random.Random(cut.moment)):
+            n_states += 1
+            n_marked += state[79] >> 1 & 1
+            image = await open_memory_image({TOP: state}, read_only=True)
+            found = bytes(await image.read(0, image.size - 4096))
+            assert not expected.mismatches(found + bytes(contents[-4096:]))
+    assert 0 < n_marked < n_states
+    assert recorded.final[79] >> 1 & 1
 
 
 async def _broken(monkeypatch: pytest.MonkeyPatch, spec: str = "v3") -> list[str]:

@@ -17,14 +17,13 @@ R3    freed clusters are used while a read     the reader's bytes (tests/driver/
 R4    the L1 entry goes out with the counts    an L2 table that is no table yet (C4)
 R4    a refcount block and its pointer go      a block that is no block yet (C3)
       out together
-R4    the moved refcount table and the header  a refcount table that is none (C9)
+R4    the moved refcount table and the header  a refcount table that is none (C13)
       field go out together
 R5    autoclear bits are cleared without       bits that vouch for what has changed (C7)
       a flush
 fsync ends without the last flush              what fsync promised is lost (C6)
-error what could not be written is forgotten   counts, links or promised bytes that never arrive
-error clusters of a failed write stay taken    leaks after a clean close
-flush a failed one is forgotten                what fsync promised is lost
+error what could not be written is forgotten   counts, links or promised bytes that never arrive (C18)
+error clusters of a failed write stay taken    leaks after a clean close (C20)
 ====  =======================================  ==========================================================
 """
 
@@ -78,8 +77,8 @@ BREAKAGES = {
     "R2 linked before written": Breakage(
         Writer,
         "_allocate_and_link",
-        "        await self._pwritev(write_offset,",
-        "        self._link(slice_, start, host_offset, plan)\n        await self._pwritev(write_offset,",
+        "        await self._write_data(write_offset,",
+        "        self._link(slice_, start, host_offset, plan)\n        await self._write_data(write_offset,",
         specs=(SHARED,),
         suspend=True,
     ),

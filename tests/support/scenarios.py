@@ -14,7 +14,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import trio
 
@@ -26,7 +26,7 @@ from qcowfuse.storage.base import Storage
 
 from .checker import check_image_bytes
 from .faults import FaultyStorage, Operation, fail_at
-from .images import TOP, Backing, BuiltImage, ImageSpec, build_image, open_memory_image
+from .images import DATA, TOP, Backing, ImageSpec, build_image, open_memory_image
 from .memory_storage import MemoryStorage
 from .powercut import Recorded, check_cuts, read_image, read_whole
 from .recording import SECTOR, GuestRecord, RecordingStorage
@@ -189,9 +189,18 @@ async def run_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 
     def wrap(_: MemoryStorage) -> Storage:
         return faulty
 
+    data: list[RecordingStorage] = []
+    files: dict[str, bytes | MemoryStorage] = {**built.files, TOP: memory}
+    if DATA in files:
+        files[DATA] = MemoryStorage(built.files[DATA], suspend=scenario.suspend, name=DATA)
+
+    def wrap_data(inner: MemoryStorage) -> Storage:
+        data.append(RecordingStorage(inner, recording.clock))
+        return data[0]
+
     fault = scenario.fault
     with _caches(tiny=scenario.tiny_caches) as cache:
-        image = await open_memory_image({**built.files, TOP: memory}, wrap=wrap, cache=cache)
+        image = await open_memory_image(files, wrap=wrap, wrap_data=wrap_data, cache=cache)
         faulty.operations.clear()
         if fault is not None:
             faulty.check = fail_at(fault.number, code=fault.code, for_ever=fault.for_ever)
@@ -209,10 +218,12 @@ async def run_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 
         except trio.TooSlowError:
             run.problems.append("it hangs")
     _check_errors(scenario, run)
-    summary = await _check_left_behind(scenario, built, Recorded(built, recording, record, bytes(memory.data)), run)
+    recorded = Recorded(built, recording, record, bytes(memory.data), data[0] if data else None)
+    left = {path: bytes(file.data) if isinstance(file, MemoryStorage) else file for path, file in files.items()}
+    await _check_left_behind(scenario, left, recorded, run)
     outcome = Outcome(len(faulty.operations), 0, len(run.errors), run.n_leaks, run.problems)
     if not run.problems and n_states:
-        cut = await check_cuts(summary, n_states=n_states, n_qemu=n_qemu, seed=scenario.seed)
+        cut = await check_cuts(recorded, n_states=n_states, n_qemu=n_qemu, seed=scenario.seed)
         outcome.n_states = cut.n_states
         outcome.problems = cut.problems
     return outcome
@@ -242,20 +253,19 @@ def _check_errors(scenario: Scenario, run: _Run) -> None:
         run.problems.append(f"nobody heard that {failed} failed")
 
 
-async def _check_left_behind(scenario: Scenario, built: BuiltImage, recorded: Recorded, run: _Run) -> Recorded:
+async def _check_left_behind(scenario: Scenario, left: dict[str, bytes], recorded: Recorded, run: _Run) -> None:
     report = check_image_bytes(recorded.final)
     if report.errors:
         run.problems.append(f"left behind: {report.errors[:3]}")
-        return recorded
+        return
     run.n_leaks = report.leaks if run.closed else 0
     if report.leaks and scenario.fault is None:
         run.problems.append(f"closed with {report.leaks} leaks")
-    again = await open_memory_image({**built.files, TOP: recorded.final}, read_only=True)
+    again = await open_memory_image(left, read_only=True)
     found = await read_whole(again)
     await again.aclose()
     if wrong := recorded.record.expected_at(recorded.record.clock.now).mismatches(found):
         run.problems.append(f"left behind: sectors {wrong[:8]} have lost what fsync promised")
-    return recorded
 
 
 def check_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 1) -> Outcome:
@@ -314,7 +324,8 @@ def _flattened(scenario: Scenario) -> Iterator[Step]:
 
 def random_spec(chooser: random.Random) -> ImageSpec:
     """An image of some kind, small."""
-    kind = chooser.choice(("v1", "v2", "v3", "v3", "v3", "extended", "compressed", "full-table"))
+    kinds = ("v1", "v2", "v3", "v3", "v3", "extended", "compressed", "full-table", "data-file", "encrypted")
+    kind = chooser.choice(kinds)
     seed = chooser.randrange(4)
     fill = chooser.choice((0.0, 0.3, 0.8, 1.0))
     backing: Backing | None = chooser.choice((None, None, "raw", "qcow2"))
@@ -330,6 +341,19 @@ def random_spec(chooser: random.Random) -> ImageSpec:
     snapshot = chooser.random() < 0.4
     if kind == "full-table":
         return ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86, seed=seed)
+    if kind == "data-file":
+        data_file: Literal["plain", "raw"] = chooser.choice(("plain", "raw"))
+        only = None if data_file == "raw" else backing
+        return replace(
+            base,
+            backing=only,
+            backing_size=backing_size if only else 0,
+            cluster_size=chooser.choice((512, 4096)),
+            data_file=data_file,
+            zeroes=fill > 0.5,
+        )
+    if kind == "encrypted":
+        return replace(base, cluster_size=4096, encryption="luks", size=size // 4096 * 4096)
     if kind == "v2":
         return replace(base, version=2, cluster_size=chooser.choice((512, 2048, 4096)), snapshot=snapshot)
     if kind == "extended":
