@@ -19,7 +19,6 @@ Source: QEMU block/qcow2-bitmap.c for the meaning of flags, limits and what coun
 
 from __future__ import annotations
 
-import errno
 import logging
 from array import array
 from dataclasses import dataclass, field, replace
@@ -350,7 +349,7 @@ class KeptBitmaps:
         n_new = divide_up(needed * WORD_SIZE, cluster_size)
         table_offset = entry.table_offset
         if n_new > n_old:
-            run = await self._allocate_contiguous(n_new)
+            run = await self._allocator.allocate_exactly(n_new)
             taken.append(run)
             freed.append(HostRun(table_offset, n_old))
             table_offset = run.host_offset
@@ -385,29 +384,6 @@ class KeptBitmaps:
             for index, number in enumerate(numbers):
                 table[number] = run.host_offset + index * cluster_size
             position += run.n_clusters
-
-    async def _allocate_contiguous(self, n_clusters: int) -> HostRun:
-        span: HostRun | None = None
-        unneeded: list[HostRun] = []
-        n_taken = 0
-        try:
-            while span is None or span.n_clusters < n_clusters:
-                if n_taken > 8 * n_clusters + 1024:
-                    raise OSError(errno.ENOSPC, f"no {n_clusters} clusters in a row", self._storage.name)
-                run = await self._allocator.allocate(n_clusters - (0 if span is None else span.n_clusters))
-                n_taken += run.n_clusters
-                if span is not None and span.host_offset + span.n_clusters * self._cluster_size == run.host_offset:
-                    run = HostRun(span.host_offset, span.n_clusters + run.n_clusters)
-                elif span is not None:
-                    unneeded.append(span)
-                span = run
-        except BaseException:
-            if span is not None:
-                unneeded.append(span)
-            raise
-        finally:
-            await self._give_back(unneeded)
-        return span
 
     async def _give_back(self, runs: list[HostRun]) -> None:
         """Clusters that nothing on disk names. Should this fail they are leaked, and no more."""

@@ -12,10 +12,11 @@ import pytest
 import trio
 
 from qcowfuse.driver.bitmaps import KeptBitmaps
+from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.format.bitmaps import DirtyBits
 from qcowfuse.storage.base import Storage
-from tests.support.bitmaps import AUTO, bitmap_directory, granules_of, stored_bitmaps, with_bitmaps
+from tests.support.bitmaps import AUTO, Range, bitmap_directory, granules_of, stored_bitmaps, with_bitmaps
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_check
@@ -75,7 +76,7 @@ async def image_with_bitmaps(spec: str) -> BuiltImage:
     return BuiltImage(built.spec, {**built.files, TOP: bytes(memory.data)}, contents, built.snapshot_contents)
 
 
-async def problem_of(built: BuiltImage, state: bytes | bytearray) -> str | None:
+async def problem_of(built: BuiltImage, state: bytes | bytearray, *, may_mark_disabled: bool = False) -> str | None:
     """What is wrong with an image that was left behind: damage, or a valid bitmap that misses a change."""
     report = check_image_bytes(state)
     if report.errors:
@@ -83,18 +84,18 @@ async def problem_of(built: BuiltImage, state: bytes | bytearray) -> str | None:
     if bitmap_directory(state) is None:
         return "the bitmaps were given up"
     image = await open_memory_image({**built.files, TOP: bytes(state)}, read_only=True)
-    found = bytes(await image.read(0, image.size))
+    changed = await changes_of(built, image)
     await image.aclose()
-    changed = [
-        (start, 512)
-        for start in range(0, len(found), 512)
-        if found[start : start + 512] != built.contents[start : start + 512]
-    ]
     before = stored_bitmaps(built.top)
+    cluster_size = built.spec.cluster_size
     for name, bitmap in stored_bitmaps(state).items():
+        if bitmap.is_valid and len(bitmap.table) * cluster_size * 8 * bitmap.granularity < image.size:
+            return f"{name[:9]}: is valid and too short for the disk"
         if not bitmap.flags & AUTO:
-            if bitmap != before[name]:
+            if bitmap.is_valid and bitmap.dirty != before[name].dirty:
                 return f"{name}: a disabled bitmap has changed"
+            if image.size == built.spec.size and bitmap != before[name] and not may_mark_disabled:
+                return f"{name}: a disabled bitmap has been touched"
         elif bitmap.is_valid:
             wanted = granules_of(changed, bitmap.granularity) | before[name].dirty
             if missing := wanted - bitmap.dirty:
@@ -102,7 +103,30 @@ async def problem_of(built: BuiltImage, state: bytes | bytearray) -> str | None:
     return None
 
 
-async def check_all_cuts(recorded: Recorded, n_states: int, n_qemu: int = 0) -> list[str]:
+async def changes_of(built: BuiltImage, image: QcowImage) -> list[Range]:
+    """The sectors that are not what they were when the image was built; what the disk has grown by was zero."""
+    changed = []
+    old_size = len(built.contents)
+    position = 0
+    while position < image.size:
+        is_data, n_bytes = True, old_size
+        if position >= old_size:
+            is_data, n_bytes = await image.find_extent(position, image.size - position)
+        if is_data:
+            found = bytes(await image.read(position, n_bytes))
+            before = built.contents[position : position + n_bytes].ljust(n_bytes, b"\0")
+            changed += [
+                (position + start, 512)
+                for start in range(0, n_bytes, 512)
+                if found[start : start + 512] != before[start : start + 512]
+            ]
+        position += n_bytes
+    return changed
+
+
+async def check_all_cuts(
+    recorded: Recorded, n_states: int, n_qemu: int = 0, *, may_mark_disabled: bool = False
+) -> list[str]:
     """The problems in the states that power cuts leave, over all moments."""
     problems = []
     chooser = random.Random(1)
@@ -111,7 +135,7 @@ async def check_all_cuts(recorded: Recorded, n_states: int, n_qemu: int = 0) -> 
     for cut in moments:
         for state in cut.states(max(3, n_states // len(moments)), chooser):
             n_seen += 1
-            problem = await problem_of(recorded.built, state)
+            problem = await problem_of(recorded.built, state, may_mark_disabled=may_mark_disabled)
             if problem is None and n_qemu and n_seen % (n_states // n_qemu) == 0:
                 code, output = qemu_check({**recorded.built.files, TOP: state})
                 if code not in (0, 3):
@@ -134,8 +158,33 @@ async def test_a_power_cut_leaves_no_bitmap_that_lies(spec: str, workload: str) 
     assert qemu_check({**built.files, TOP: recorded.final})[0] == 0
 
 
+@pytest.mark.parametrize("spec", ["full", "refcount-64", "64k"])
+async def test_a_power_cut_while_bitmaps_grow(spec: str) -> None:
+    """The disk grows so far that tables have to move: no valid bitmap is too short, or misses a write."""
+    built = await image_with_bitmaps(spec)
+    new_size = built.spec.size + (600 << 20 if spec == "full" else 140 << 20)
+
+    async def growing(guest: Guest) -> None:
+        await guest.write(7 * KIB, b"a" * 3000)
+        await guest.grow(new_size)
+        await guest.write(new_size - 5000, b"b" * 5000)
+        await guest.write(90 << 20, b"c" * 700)
+
+    recorded = await record_workload(built, growing, seed=3)
+    problems = await check_all_cuts(recorded, 150, n_qemu=6, may_mark_disabled=True)
+    assert not problems, "\n".join(problems[:5])
+    assert all(bitmap.is_valid for bitmap in stored_bitmaps(recorded.final).values())
+    assert await problem_of(built, recorded.final) is None
+    assert qemu_check({**built.files, TOP: recorded.final})[0] == 0
+    tables = [
+        {name: bitmap.table_offset for name, bitmap in stored_bitmaps(data).items()}
+        for data in (built.top, recorded.final)
+    ]
+    assert (tables[0] != tables[1]) is (spec != "64k")
+
+
 async def run_with_fault(
-    built: BuiltImage, check: Callable[..., int] | None, *, inline: bool
+    built: BuiltImage, check: Callable[..., int] | None, *, inline: bool, grows: bool = False
 ) -> tuple[FaultyStorage, RecordingStorage, bytes]:
     """Open, write, zero, fsync and close on a storage that fails; errors are the guest's to see."""
     memory = MemoryStorage(built.top, suspend=not inline)
@@ -159,6 +208,8 @@ async def run_with_fault(
                     await image.write(start, data)
                 if number == 5:
                     await image.flush()
+                if number == 4 and grows:
+                    await image.grow(image.size + (140 << 20))
             except (OSError, QcowFuseError):
                 pass
         with suppress(OSError, QcowFuseError):
@@ -168,14 +219,14 @@ async def run_with_fault(
 
 @pytest.mark.parametrize("for_ever", [False, True], ids=["once", "for ever"])
 @pytest.mark.parametrize("inline", [False, True], ids=["awaited", "inline"])
-@pytest.mark.parametrize("spec", ["refcount-64", "full"])
+@pytest.mark.parametrize(("spec", "grows"), [("refcount-64", False), ("full", False), ("refcount-64", True)])
 async def test_every_operation_may_fail(
-    spec: str, inline: bool, for_ever: bool, caplog: pytest.LogCaptureFixture
+    spec: str, grows: bool, inline: bool, for_ever: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whichever operation fails: leaks at most, no bitmap that lies, neither at once nor after a power cut."""
     caplog.set_level(logging.CRITICAL)
     built = await image_with_bitmaps(spec)
-    faulty, _, data = await run_with_fault(built, None, inline=inline)
+    faulty, _, data = await run_with_fault(built, None, inline=inline, grows=grows)
     assert all(bitmap.is_valid for bitmap in stored_bitmaps(data).values())
     n_operations = len(faulty.operations)
     chooser = random.Random(6)
@@ -183,13 +234,15 @@ async def test_every_operation_may_fail(
     for number in range(n_operations):
         code = errno.EIO if for_ever else errno.ENOSPC
         faulty, recording, data = await run_with_fault(
-            built, fail_at(number, code=code, for_ever=for_ever), inline=inline
+            built, fail_at(number, code=code, for_ever=for_ever), inline=inline, grows=grows
         )
-        assert await problem_of(built, data) is None, f"operation {number}: {faulty.operations[number]}"
+        assert await problem_of(built, data, may_mark_disabled=grows) is None, (
+            f"operation {number}: {faulty.operations[number]}"
+        )
         n_in_use += any(not bitmap.is_valid for bitmap in stored_bitmaps(data).values())
         for cut in chooser.sample(list(cuts(built.top, recording)), 1):
             for state in cut.states(2, chooser):
-                problem = await problem_of(built, state)
+                problem = await problem_of(built, state, may_mark_disabled=grows)
                 assert problem is None, f"operation {number}, cut at {cut.moment}: {problem}"
     assert n_in_use > 5
 
