@@ -373,7 +373,9 @@ async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
 
 def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:
     """An image that lost its end: what is left may be read, but writing would build on what is missing."""
-    last_table = max((entry & mapping.entry_format.l1_offset_mask for entry in layer.l1_table), default=0)
+    last_table = max(
+        (entry & mapping.entry_format.l1_offset_mask for entry in filter(None, layer.l1_table)), default=0
+    )
     if last_table >= max(layer.storage.size(), 1):
         raise ImageUsageError(
             f"{path}: L2 table at {last_table:#x} lies past the end of the file ({layer.storage.size()} bytes): "

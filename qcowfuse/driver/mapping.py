@@ -169,6 +169,8 @@ class Mapping:
         l1_table = self.l1_table
         first = guest_offset >> l1_shift
         last = min((end - 1) >> l1_shift, first + _MAX_L1_SCAN)
+        if last > first and not any(l1_table[first : last + 1]):
+            return min(end, (last + 1) << l1_shift)
         for l1_index in range(first, last + 1):
             if l1_table[l1_index] & mask:
                 return max(guest_offset, l1_index << l1_shift)

@@ -146,9 +146,11 @@ async def find_metadata(
     if header.crypt_method == CRYPT_LUKS:
         places.append(luks_area(header.extensions))
     others = [cluster for place in places for cluster in _clusters(*place, bits)]
-    others += [offset >> bits for entry in refcount_table if (offset := entry & REFCOUNT_TABLE_OFFSET_MASK)]
+    blocks = (entry & REFCOUNT_TABLE_OFFSET_MASK for entry in filter(None, refcount_table))
+    others += [offset >> bits for offset in blocks if offset]
     others.sort()
-    tables = array("Q", sorted(offset >> bits for entry in l1_table if (offset := entry & OFFSET_MASK)))
+    places_of_tables = (entry & OFFSET_MASK for entry in filter(None, l1_table))
+    tables = array("Q", sorted(offset >> bits for offset in places_of_tables if offset))
     shared = {cluster for cluster, following in pairwise(others) if cluster == following}
     shared.update(cluster for cluster in others if _contains(tables, cluster))
     if shared:

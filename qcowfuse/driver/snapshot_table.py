@@ -56,7 +56,11 @@ async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> a
         raise FormatError(
             "L1 table", host_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
         )
-    return parse_table(await storage.pread(host_offset, n_entries * 8) if n_entries else b"")
+    table = array("Q")
+    end = host_offset + n_entries * 8
+    for start in range(host_offset, end, _CHUNK):  # by and by: it may have 32 MiB
+        table.extend(parse_table(await storage.pread(start, min(_CHUNK, end - start))))
+    return table
 
 
 async def load_snapshot_l1_table(storage: Storage, header: Qcow2Header, snapshot: Snapshot) -> array[int]:
