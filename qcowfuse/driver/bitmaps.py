@@ -7,9 +7,11 @@
    with in_use cleared, flush. Each step may tear between sectors: an in_use bitmap may have any contents, and every
    place that its table may name has its count. Clusters that are no longer named are freed last.
 4. Contents and tables are written in place where that is possible: nobody trusts them while in_use is set.
-5. A bitmap that was in_use, or is disabled, is not touched. One that can't be kept (damaged, too large) is marked
-   in_use and left so. A directory that can't be read keeps nobody from using the disk: its bitmaps are given up by
-   clearing the autoclear bit before the first write, where QEMU refuses to open the image.
+5. A bitmap that was in_use is not touched, nor is a disabled one, but that its table grows with the disk. One that
+   can't be kept (damaged, too large) is marked in_use and left so. A directory that can't be read keeps nobody from
+   using the disk: its bitmaps are given up by clearing the autoclear bit before the first write, where QEMU refuses
+   to open the image. What is changed in place later is looked at before the first write: a cluster that is a
+   bitmap's without having a count could become the guest's.
 6. Unlike QEMU, which clears the autoclear bit for the time of a change to the directory: marking changes one byte per
    entry and clearing the mark too, and what changes in between (a table that had to grow) does so while in_use is
    set, its place and its length in two steps. A crash never costs a bitmap that was not in use.
