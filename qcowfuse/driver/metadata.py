@@ -155,7 +155,8 @@ async def find_metadata(
     shared.update(cluster for cluster in others if _contains(tables, cluster))
     if shared:
         log.warning(
-            "%s: %d clusters, the first at %#x, are claimed by two structures of the image; it needs a check",
+            "%s: two structures of the image lie on the same cluster (%d of them, the first at %#x) and will not be "
+            "written; qcowfuse-img check says more",
             storage.name,
             len(shared),
             min(shared) << bits,
