@@ -52,7 +52,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class ImageSpec:
-    """An image: its layers, the lowest first. ``drops_bitmaps``: a writer that keeps no bitmaps leaks theirs.
+    """An image: its layers, the lowest first.
 
     ``mount_options`` are what qcowfuse has to be told. ``large``: too large to be compared whole; the places in
     ``windows`` (multiples of 64 KiB) are.
@@ -60,7 +60,6 @@ class ImageSpec:
 
     id: str
     layers: tuple[Layer, ...]
-    drops_bitmaps: bool = False
     mount_options: tuple[str, ...] = ()
     windows: tuple[int, ...] = ()
 
@@ -659,10 +658,8 @@ def _features() -> Iterable[ImageSpec]:
     above = Layer("qcow2", SIZE, "cluster_size=4k", steps=(fill(2, 5), unknown_header_parts))
     yield ImageSpec("v3-unknown-header-parts-over-v3", (below, above))
     bitmaps = (fill(1), bitmap("first"), bitmap("second", "-g", "4k"), fill(2, 4))
-    yield ImageSpec("v3-bitmaps", (Layer("qcow2", SIZE, steps=bitmaps),), drops_bitmaps=True)
-    yield ImageSpec(
-        "v3-bitmaps-cluster-512", (Layer("qcow2", SIZE, "cluster_size=512", steps=bitmaps),), drops_bitmaps=True
-    )
+    yield ImageSpec("v3-bitmaps", (Layer("qcow2", SIZE, steps=bitmaps),))
+    yield ImageSpec("v3-bitmaps-cluster-512", (Layer("qcow2", SIZE, "cluster_size=512", steps=bitmaps),))
 
 
 def _large() -> Iterable[ImageSpec]:
