@@ -257,3 +257,31 @@ checked /srv/one.qcow2
 mount -t fuse.qcowfuse /srv/nothing.qcow2 /srv/m && fail "mounted what is not there"
 true
 """)
+
+
+@pytest.mark.usefixtures("instance")
+def test_the_passphrase_is_a_credential(machine: Path, boot: Callable[[str], None]) -> None:
+    """With LoadCredential= in a drop-in an encrypted image is served, to all; without it the log says what to do."""
+    key = machine / "etc/qcowfuse/one.key"
+    key.write_text("open sesame")
+    key.chmod(0o600)
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", f"secret,id=s,file={key}"]
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
+    subprocess.run([*words, "-o", options, machine / "srv/image one.qcow2", "64M"], check=True)
+    boot(r"""
+systemctl start qcowfuse@one && fail "started without a key"
+wait_for eval 'journalctl -u qcowfuse@one | grep -q "systemd credential qcowfuse.key"'
+systemctl reset-failed qcowfuse@one
+drop_in=/etc/systemd/system/qcowfuse@one.service.d
+mkdir -p $drop_in
+printf '[Service]\nLoadCredential=qcowfuse.key:/etc/qcowfuse/%%i.key\n' >$drop_in/key.conf
+systemctl daemon-reload
+systemctl start qcowfuse@one || fail start
+disk="/srv/mount one/disk.raw"
+expect "$(stat -c %s "$disk")" $((64 << 20))
+head -c 300000 /dev/urandom >/srv/data
+dd if=/srv/data of="$disk" conv=notrunc status=none || fail write
+systemctl stop qcowfuse@one || fail stop
+systemctl start qcowfuse@one && cmp -n 300000 /srv/data "$disk" || fail "second start"
+systemctl stop qcowfuse@one || fail stop
+""")
