@@ -5,9 +5,10 @@
    check error.
 2. The parts: ``check_walk`` counts references and finds impossible entries, ``check_compare`` holds the counts
    against the refcounts and the COPIED flags, ``check_snapshots`` reads the snapshot table.
-3. Time goes with the entries in L2 tables: millions in a second where a table has plain data clusters only, about one
-   million in two seconds where zero, compressed or extended entries are among them. Memory goes with the space in
-   use: one refcount for each cluster of it, 32 MiB for 1 TiB in clusters of 64 KiB.
+3. Time goes with the entries in L2 tables. Measured, of processor time, for 16.8 million clusters of 64 KiB (1 TiB):
+   0.5 s where they follow each other in the file, 4 s where they are shuffled among neighbours, 11 s at random.
+   Tables with zero, compressed or extended entries among them take about 1 us an entry. Memory goes with the space in
+   use: one refcount for each cluster of it, 32 MiB for that image.
 
 Source: qcow2 specification; the categories are those of ``qemu-img check``.
 """

@@ -5,7 +5,7 @@
 2. What counts as what is as in ``qemu-img check``, so that numbers can be compared. Deliberately stricter in two
    places, where this project and QEMU itself refuse to read: the zero flag in version 2, and in extended entries.
 3. L2 tables in which every entry has an offset, maybe the COPIED flag, and nothing else are told by looking at the
-   bytes in columns, and those in which the clusters follow each other by one comparison: 20 to 150 ns an entry, and
+   bytes in columns, and those in which the clusters follow each other by one comparison: 30 to 700 ns an entry, and
    about 1 us for each entry of any other table.
 4. The only thing that is ever written here, and only on request, is an L2 entry that claims a cluster at a place that
    none can have and holds no data: it becomes zero, with one write inside one sector, unless the table it is in
