@@ -17,7 +17,7 @@ import trio
 from ..driver.chain import first_encrypted_layer
 from ..driver.inspect import open_shared_storage
 from ..driver.options import OpenOptions
-from ..errors import ImageUsageError, QcowFuseError
+from ..errors import ImageUsageError
 
 CREDENTIAL_NAME = "qcowfuse.key"
 """The credential (``LoadCredential=``) that is used where no file is given."""
@@ -44,8 +44,8 @@ class KeySource:
             return
         try:
             layer = trio.run(lambda: first_encrypted_layer(image, options, opener=open_shared_storage))
-        except (QcowFuseError, OSError):
-            return
+        except Exception:
+            return  # the real opening meets it again, and can say so properly
         if layer is not None:
             self._typed = ask(layer)
 

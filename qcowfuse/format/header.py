@@ -448,6 +448,12 @@ def _check_extensions(header: Qcow2Header) -> None:
                 None,
                 f"LUKS header pointer with crypt_method {header.crypt_method}, expected 2",
             )
+        if extension.magic == EXTENSION_LUKS_HEADER and int.from_bytes(extension.data[:8], "big") % cluster_size:
+            raise FormatError(
+                "LUKS header pointer",
+                None,
+                f"LUKS area at {int.from_bytes(extension.data[:8], 'big'):#x}, expected a multiple of {cluster_size}",
+            )
         if extension.magic == EXTENSION_BITMAPS:
             _check_bitmaps(extension.data, cluster_size, header.autoclear_features)
     raw_data_file = header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE

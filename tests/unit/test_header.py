@@ -333,6 +333,18 @@ def test_luks_pointer_without_luks() -> None:
         parse(h.serialise_header(header))
 
 
+def test_luks_pointer_is_aligned() -> None:
+    """A LUKS area that does not begin with a cluster is refused, as QEMU does it."""
+    for place in ((1 << V3.cluster_bits) + 512, 1 << V3.cluster_bits):
+        pointer = HeaderExtension(EXTENSION_LUKS_HEADER, struct.pack(">QQ", place, 4096))
+        raw = h.serialise_header(replace(V3, crypt_method=2, extensions=(pointer,)))
+        if place % (1 << V3.cluster_bits):
+            with pytest.raises(FormatError, match="LUKS area at"):
+                parse(raw)
+        else:
+            parse(raw)
+
+
 def test_unknown_compression_type_is_unsupported() -> None:
     """A compression type that does not exist yet is refused by its number."""
     with pytest.raises(UnsupportedFeatureError) as caught:
