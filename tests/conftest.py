@@ -7,6 +7,11 @@ import shutil
 from collections.abc import Generator
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says something of the machine, and nothing of the code.
+settings.register_profile("qcowfuse", deadline=None)
+settings.load_profile("qcowfuse")
 
 DECLARED_SKIPS = ("corpus",)
 """Parts of skip reasons that are no failure under QCOWFUSE_NO_SKIPS=1: things that a complete machine may lack."""
