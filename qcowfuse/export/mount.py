@@ -334,6 +334,7 @@ class _Mount:
         with trio.move_on_after(_CHECK_SECONDS):
             try:
                 await self._check_from_outside()
+                mountpoint.raise_read_ahead(self.device)  # only now: the answer to INIT sets it
                 return
             except OSError as exc:
                 problem = str(exc)

@@ -83,7 +83,7 @@ def _job(
     n_ops: int = 0,
     options: tuple[str, ...] = (),
 ) -> Measure:
-    """A fio job: for a time, or one pass over ``n_mib``, or ``n_ops`` (an eighth of either with --quick)."""
+    """A fio job: for a time, or one pass over ``n_mib``, or ``n_ops`` (an eighth with --quick)."""
 
     def measure(served: Served, settings: Settings) -> float:
         share = 8 if settings.quick else 1
@@ -91,7 +91,7 @@ def _job(
         extra = options
         if n_mib:
             amount = {}
-            extra = (*options, f"--size={min(n_mib, settings.size_mib) // share}M")
+            extra = (*options, f"--size={min(n_mib, settings.size_mib)}M")
         elif n_ops:
             amount = {"n_ops": n_ops // share}
         result = fio(served.file, mode, block, depth=depth, direct=direct, options=extra, **amount)

@@ -282,6 +282,15 @@ def test_log_file(image: Path, mount_point: Path, tmp_path: Path) -> None:
     assert "closed" in log.read_text()
 
 
+@pytest.mark.root
+def test_sequential_readers_are_read_ahead_of(image: Path, mount_point: Path) -> None:
+    """Mounted by root, the kernel reads a whole MiB ahead."""
+    with Mounted(image, mount_point) as mount:
+        device = mount.file.stat().st_dev
+        setting = Path(f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb")
+        assert int(setting.read_text()) >= 1024
+
+
 def test_idle_daemon_uses_no_processor_time(image: Path, mount_point: Path) -> None:
     """After work, a daemon with nothing to do does nothing."""
 
