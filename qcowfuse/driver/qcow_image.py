@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager, suppress
 import trio
 
 from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
-from ..format.entries import ALL_BITS, ClusterKind
+from ..format.entries import ALL_BITS, COPIED, ClusterKind
 from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
@@ -125,9 +125,9 @@ class QcowImage:
         self._slice_mask = mapping.slice_mask
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
-        # With a data file every look-up has to see whether the data is in its place, and encrypted data is never
-        # read or written as it is: not here.
-        is_fast = mapping.data is mapping.storage and mapping.encrypted is None
+        # Encrypted data is never read or written as it is, and data in a data file has ways of its own.
+        has_data_file = mapping.data is not mapping.storage
+        is_fast = not has_data_file and mapping.encrypted is None
         self._not_plain = mapping.entry_format.not_plain if is_fast else ALL_BITS
         self._offset_mask = mapping.entry_format.offset_mask
         self._in_place_mask = mapping.entry_format.in_place_mask if is_fast else 0
@@ -136,7 +136,11 @@ class QcowImage:
         self._try_pread = mapping.data.try_pread
         self._try_pwritev = mapping.data.try_pwritev
         self._bitmaps = bitmaps
-        self.try_write: Callable[[int, Buffer], bool] = self._try_write
+        self.try_read: Callable[[int, int], Buffer | None] = self._try_read
+        self._try_write_here = self._try_write
+        if has_data_file and mapping.encrypted is None and not mapping.entry_format.is_extended:
+            self.try_read, self._try_write_here = self._try_read_data_file, self._try_write_data_file
+        self.try_write: Callable[[int, Buffer], bool] = self._try_write_here
         if bitmaps is not None and bitmaps.has_enabled:
             self.try_write = self._try_write_tracked
         self._detect_zeroes = None if detect_zeroes is DetectZeroes.OFF else detect_zeroes
@@ -158,8 +162,8 @@ class QcowImage:
         """The chain, the image itself first."""
         return self._reader.layers
 
-    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """See Image."""
+    def _try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What ``try_read`` is but for a data file, see Image."""
         slice_ = self._slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
         if slice_ is not None:
             entry = slice_.entries[guest_offset >> self._cluster_bits & self._slice_mask]
@@ -196,7 +200,52 @@ class QcowImage:
         if not self._begun or self._bitmaps is None or not 0 <= guest_offset <= self.size - len(data):
             return False
         self._bitmaps.mark(guest_offset, len(data))
-        return self._try_write(guest_offset, data)
+        return self._try_write_here(guest_offset, data)
+
+    def _try_read_data_file(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What ``try_read`` is with a data file: the data must be in its place there."""
+        slice_ = self._slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
+        if slice_ is not None:
+            in_cluster = guest_offset & self._cluster_mask
+            if (
+                slice_.entries[guest_offset >> self._cluster_bits & self._slice_mask]
+                == COPIED | guest_offset - in_cluster
+                and in_cluster + n_bytes <= self.cluster_size
+                and 0 <= guest_offset <= self.size - n_bytes
+            ):
+                cache = self._cache
+                cache.hits += 1
+                if slice_ is not cache.newest:
+                    cache.touch(slice_)
+                return self._try_pread(guest_offset, n_bytes)
+        return self._try_read(guest_offset, n_bytes)
+
+    def _try_write_data_file(self, guest_offset: int, data: Buffer) -> bool:
+        """What ``try_write`` is with a data file: each cluster must be in its place there."""
+        if not self._begun:
+            return False
+        slice_ = self._slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
+        n_bytes = len(data)
+        if slice_ is None or not 0 <= guest_offset <= self.size - n_bytes:
+            return False
+        index = guest_offset >> self._cluster_bits & self._slice_mask
+        entries, expected = slice_.entries, COPIED | guest_offset & ~self._cluster_mask
+        end = COPIED + guest_offset + n_bytes
+        while True:
+            if index > self._slice_mask or entries[index] != expected:
+                return False
+            index += 1
+            expected += self.cluster_size
+            if expected >= end:
+                break
+        ordering = self._ordering
+        if self._frozen is not None or ordering is None or ordering.failure is not None:
+            return False
+        cache = self._cache
+        cache.hits += 1
+        if slice_ is not cache.newest:
+            cache.touch(slice_)
+        return self._try_pwritev(guest_offset, (data,))
 
     def _try_write(self, guest_offset: int, data: Buffer) -> bool:
         """What ``try_write`` is otherwise, see Image."""
