@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import subprocess
 from collections.abc import Iterator
@@ -169,3 +170,29 @@ def test_copy_file_range(tmp_path: Path, arguments: tuple[str, ...]) -> None:
         subprocess.run(["cp", "--reflink=auto", mount.file, tmp_path / "copy"], check=True)
     check_image_file(image)
     qemu.must_run("qemu-img", "compare", "-f", "raw", "-F", "qcow2", tmp_path / "copy", image)
+
+
+@pytest.mark.parametrize("cluster_size", [512, 65536, 2 * MIB])
+def test_direct_io_of_512_and_4096_bytes(tmp_path: Path, cluster_size: int) -> None:
+    """At every alignment that O_DIRECT allows; and what stat and statfs say of the file."""
+    image = create_image(tmp_path / "disk.qcow2", "8M", "-o", f"cluster_size={cluster_size}")
+    expected = bytearray(8 * MIB)
+    with served(image) as mount:
+        fd = os.open(mount.file, os.O_RDWR | os.O_DIRECT)
+        for number, (length, offset) in enumerate(
+            ((512, 512), (4096, 8192), (512, 3 * MIB - 512), (4096, 3 * MIB - 2048), (4096, 8 * MIB - 4096))
+        ):
+            with mmap.mmap(-1, length) as area:
+                area[:] = bytes([number + 1]) * length
+                assert os.pwrite(fd, area, offset) == length
+                expected[offset : offset + length] = area[:]
+                area[:] = bytes(length)
+                assert os.preadv(fd, [area], offset) == length
+                assert area[:] == expected[offset : offset + length]
+        os.close(fd)
+        assert mount.file.read_bytes() == expected
+        status, system = os.stat(mount.file), os.statvfs(mount.file)
+        assert status.st_size == 8 * MIB
+        assert status.st_blksize == min(max(cluster_size, 4096), MIB)
+        assert (system.f_bsize, system.f_blocks) == (cluster_size, 8 * MIB // cluster_size)
+    check_image_file(image)
