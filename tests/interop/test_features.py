@@ -330,3 +330,14 @@ async def test_what_nobody_knows_of_a_header_survives_everything(is_overlay: boo
     assert features(path)[0] == 0
     assert constant() == before
     assert qemu.check(path).clean
+
+
+@pytest.mark.parametrize("format_name", ["vmdk", "vdi", "vhdx", "vpc", "qed"])
+async def test_other_backing_formats_are_refused_by_name(format_name: str, image_folder: Path) -> None:
+    """A backing file of another format than raw and QCOW: its format is named, and nothing is written."""
+    qemu.create(image_folder / "base", format_name, MIB)
+    path = image_folder / "image.qcow2"
+    qemu.create(path, "qcow2", backing="base", backing_format=format_name)
+    for options in (None, READ_ONLY):
+        with pytest.raises(UnsupportedFeatureError, match=f"backing format {format_name}"):
+            await open_image(str(path), options)
