@@ -129,7 +129,7 @@ class RecordedFlush:
 
 
 class RecordingStorage(ForwardingStorage):
-    """Logs writes and flushes, with moments of ``clock``. Truncation is not used by drivers and is refused."""
+    """Logs writes and flushes, with moments of ``clock``."""
 
     def __init__(self, inner: Storage, clock: Clock | None = None) -> None:
         super().__init__(inner)
@@ -165,8 +165,11 @@ class RecordingStorage(ForwardingStorage):
         write.ended = self.clock.tick()
 
     async def truncate(self, n_bytes: int) -> None:
-        """Refused: there is no model of it here."""
-        raise AssertionError("a running image truncates its file")
+        """Logged as a write of the last zero, for a file that grows. Nothing that runs shortens a file."""
+        assert n_bytes > self.inner.size(), "a running image shortens its file"
+        write = self._begin(n_bytes - 1, b"\0")
+        await self.inner.truncate(n_bytes)
+        write.ended = self.clock.tick()
 
     async def flush(self) -> None:
         """Logged if it succeeds."""

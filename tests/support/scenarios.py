@@ -35,7 +35,8 @@ from .shrink import shrink
 KIB = 1 << 10
 Step = tuple[Any, ...]
 """``("write", offset, n_bytes, seed)``, ``("zero" | "discard" | "read", offset, n_bytes)``, ``("flush",)``,
-``("together", steps)``, ``("cancel", number, step)``: cancelled at its storage operation ``number``."""
+``("grow", n_bytes)``, ``("together", steps)``, ``("cancel", number, step)``: cancelled at its storage operation
+``number``. What lies behind the end, because the disk could not grow, is passed over."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,12 @@ class _Run:
             await image.flush()
             record.end_flush(promise)
             return
+        if kind == "grow":
+            await self._grow(image.size + step[1])
+            return
         offset, n_bytes = step[1], step[2]
+        if offset + n_bytes > image.size:
+            return
         if kind == "read":
             await read_image(image, offset, n_bytes)
             return
@@ -142,6 +148,16 @@ class _Run:
         elif not image.try_write(offset, data):
             await image.write(offset, data)
         record.end_write(begun)
+
+    async def _grow(self, size: int) -> None:
+        begun = self.record.begin_grow(size)
+        try:
+            await self.image.grow(size)
+        except OSError as error:
+            if error.errno != errno.EOPNOTSUPP:  # version 2 with snapshots
+                raise
+        else:
+            self.record.end_grow(begun)
 
     async def _cancelled(self, number: int, step: Step) -> None:
         first = len(self.faulty.operations)
@@ -381,9 +397,16 @@ def random_spec(chooser: random.Random) -> ImageSpec:
 
 
 def random_scenario(
-    chooser: random.Random, spec: ImageSpec, *, n_steps: int = 30, may_fail: bool = True, aligned: bool = False
+    chooser: random.Random,
+    spec: ImageSpec,
+    *,
+    n_steps: int = 30,
+    may_fail: bool = True,
+    may_grow: bool = False,
+    aligned: bool = False,
 ) -> Scenario:
     """Operations at random on an image of ``spec``; about half of the scenarios have a fault where they may.
+    Those that have none let the disk grow now and then where they may.
 
     ``aligned``: whole sectors, so that a fault may be added to the scenario.
     """
@@ -396,6 +419,11 @@ def random_scenario(
     steps: list[Step] = []
     for _ in range(chooser.randint(3, n_steps)):
         roll = chooser.random()
+        if may_grow and not with_fault and spec.size <= 256 * KIB and chooser.random() < 0.03:
+            more = chooser.choice((1, 8, 100, 2000)) * SECTOR
+            steps.append(("grow", more))
+            size = end = size // SECTOR * SECTOR + more
+            continue
         if suspend and roll < 0.15:
             steps.append(("together", tuple(_random_group(chooser, start, end))))
         elif suspend and roll < 0.22:
