@@ -262,11 +262,11 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
         calls = 0
         flush = self.flush_storage
 
-        async def last_only() -> None:
+        async def last_only(data: Storage | None = None) -> None:
             nonlocal calls
             calls += 1
             if not final or not calls % 2:
-                await flush()
+                await flush(data)
 
         monkeypatch.setattr(self, "flush_storage", last_only)
         await original(self, final=final)
