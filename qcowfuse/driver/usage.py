@@ -14,9 +14,12 @@ from collections.abc import Sequence
 import trio
 
 from ..format.entries import ClusterKind
+from ..format.extents import count_data
 from ..storage.base import Storage
 from .claims import Generations
 from .mapping import Layer, Mapping, RawLayer
+
+_RUNS_AT_ONCE = 256
 
 
 class Usage:
@@ -107,7 +110,18 @@ class Usage:
                 if slice_ is not None
                 else (await layer.read_slice(position >> layer.slice_shift)).entries
             )
+            n_entries = slice_end - position >> layer.geometry.cluster_bits
+            if n_entries == 1 << layer.slice_bits:
+                n_data = count_data(entries, layer.entry_format, needs_holes=number + 1 < len(self._layers))
+                if n_data is not None:
+                    total += n_data << layer.geometry.cluster_bits
+                    position = slice_end
+                    continue
+            n_runs = 0
             while position < slice_end:
+                n_runs += 1
+                if n_runs % _RUNS_AT_ONCE == 0:
+                    await trio.lowlevel.checkpoint()
                 in_cluster = position & (layer.geometry.cluster_size - 1)
                 run = layer.lookup_run(
                     entries, layer.entry_format, layer.index(position), in_cluster, slice_end - position

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from typing import NamedTuple
 
@@ -76,3 +77,22 @@ def lookup_run(entries: array[int], entry_format: EntryFormat, index: int, in_cl
             break
         covered += cluster_size
     return Run(kind, 0, min(covered, end) - in_cluster)
+
+
+def count_data(entries: array[int], entry_format: EntryFormat, *, needs_holes: bool) -> int | None:
+    """How many clusters of a slice of standard entries hold data, at C speed; None where this does not tell, also
+    because some are unallocated and it matters which (``needs_holes``)."""
+    if entry_format.is_extended:
+        return None
+    n_unallocated = entries.count(0)
+    if n_unallocated and needs_holes:
+        return None
+    if entry_format.version == 1:
+        return len(entries) - n_unallocated
+    # Of each entry the byte with the zero flag and the byte with the compressed flag, as numbers of many bytes.
+    raw = entries.tobytes()
+    low, high = (0, 7) if sys.byteorder == "little" else (7, 0)
+    zero = int.from_bytes(raw[low::8], "big")
+    compressed = int.from_bytes(raw[high::8], "big") >> 6
+    n_zero = (zero & ~compressed & int.from_bytes(b"\1" * len(entries), "big")).bit_count()
+    return len(entries) - n_unallocated - n_zero
