@@ -21,6 +21,7 @@ from ..format.extents import Extent
 from ..storage.base import Buffer
 from .decoded import CompressedSource, DecodedClusters, Key, SequentialReads, Wanted
 from .mapping import Layer, Missing, lookup_chain
+from .quick_read import QuickReader
 from .table_cache import TableCache
 
 
@@ -37,6 +38,7 @@ class ChainReader:
         self._cache = cache
         self._data = tuple(layer.data for layer in layers)
         self._encrypted = tuple(layer.encrypted for layer in layers)
+        self._try_read_quickly = QuickReader(layers, cache).try_read
 
     async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
         """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
@@ -50,6 +52,9 @@ class ChainReader:
 
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes if they can be had at once. Raises CorruptImageError, OSError."""
+        data = self._try_read_quickly(guest_offset, n_bytes)
+        if data is not None:
+            return data
         try:
             extents = lookup_chain(self.layers, guest_offset, n_bytes)
         except Missing:
