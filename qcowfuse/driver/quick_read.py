@@ -84,7 +84,8 @@ class QuickReader:
                 return None
             slice_ = slices.get(guest_offset >> slice_shift << LAYER_BITS | number)
             if slice_ is None:
-                if mapping.l1_table[guest_offset >> step.l1_shift] & step.l1_mask:
+                # Nothing at all may be asked for at the very end, where there is no entry.
+                if not n_bytes or mapping.l1_table[guest_offset >> step.l1_shift] & step.l1_mask:
                     return None
                 continue
             met.append(slice_)

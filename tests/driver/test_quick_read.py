@@ -45,6 +45,7 @@ async def test_same_bytes_as_by_the_long_way(spec: ImageSpec) -> None:
         if data is not None:
             n_answers += 1
             assert bytes(data) == built.contents[start : start + n_bytes]
+    assert not image.try_read(image.size, 0)
     assert (n_answers > 0) is (spec.extended_l2 is False)
     await image.aclose()
 

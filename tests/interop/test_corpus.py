@@ -9,7 +9,7 @@ import pytest
 
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
-from qcowfuse.errors import BackingChainError, FormatError, QcowFuseError, UnsupportedFeatureError
+from qcowfuse.errors import BackingChainError, FormatError, QcowFuseError
 from tests.support import battery, qemu
 from tests.support.oracle import DiskModel, first_difference, reference_bytes
 
@@ -35,9 +35,9 @@ REFUSED: dict[str, type[QcowFuseError]] = {
     "libvirt-qcow2-protocol-backing-nbd.qcow2": BackingChainError,
     "libvirt-qcow2_qcow2-auto.qcow2": BackingChainError,
     "libvirt-qcow2_raw-raw-relative.qcow2": BackingChainError,
-    "libvirt-datafile.qcow2": UnsupportedFeatureError,
-    "libvirt-datafile-emptystr.qcow2": UnsupportedFeatureError,
-    "libvirt-qcow2datafile-datafile.qcow2": UnsupportedFeatureError,
+    "libvirt-datafile.qcow2": BackingChainError,
+    "libvirt-datafile-emptystr.qcow2": FormatError,
+    "libvirt-qcow2datafile-datafile.qcow2": BackingChainError,
 }
 
 pytestmark = pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus of foreign images is not here")
