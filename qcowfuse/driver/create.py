@@ -53,8 +53,8 @@ from ..format.header import (
     V3_KNOWN_HEADER_LENGTH,
     Qcow1Header,
     Qcow2Header,
-    serialise_header,
 )
+from ..format.header_bytes import serialise_header
 from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from .create_encryption import OPTIONS as ENCRYPTION_OPTIONS

@@ -51,8 +51,8 @@ from ..format.header import (
     MAX_SNAPSHOTS,
     SWITCH_FIELDS,
     Qcow2Header,
-    serialise_switch,
 )
+from ..format.header_bytes import serialise_switch
 from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snapshots
 from ..storage.base import Storage
 from .chain import StorageOpener, open_storage

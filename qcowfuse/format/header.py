@@ -23,7 +23,6 @@ from .extensions import (
     find_extension,
     parse_extensions,
     parse_feature_names,
-    serialise_extensions,
 )
 from .geometry import L2_ENTRY_SIZE, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, SECTOR_SIZE, divide_up
 
@@ -84,12 +83,11 @@ V1_MIN_L2_BITS, V1_MAX_L2_BITS = 6, 13
 EXTENDED_L2_MIN_CLUSTER_BITS = 14
 
 _MAGIC_AND_VERSION = struct.Struct(">4sI")
-_V1 = struct.Struct(">4sIQIIQBBHIQ")
-_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-_V3 = struct.Struct(">QQQII")
+V1_STRUCT = struct.Struct(">4sIQIIQBBHIQ")
+V2_STRUCT = struct.Struct(">4sIQIIQIIQQIIQ")
+V3_STRUCT = struct.Struct(">QQQII")
+"""The fields of each version, in their order; those of version 3 stand behind those of version 2."""
 _BITMAPS = struct.Struct(">IIQQ")
-_SWITCH_V2 = struct.Struct(">QIIQQIIQ")
-_SWITCH_V3 = struct.Struct(">QQQ")
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +230,7 @@ def _parse_v1(data: bytes) -> Qcow1Header:
         _padding,
         crypt_method,
         l1_table_offset,
-    ) = _V1.unpack_from(data)
+    ) = V1_STRUCT.unpack_from(data)
     _require(1 < size < OFFSET_LIMIT, 24, f"virtual size {size:#x}, expected 2 to 2^63 - 1")
     _require(
         V1_MIN_CLUSTER_BITS <= cluster_bits <= V1_MAX_CLUSTER_BITS,
@@ -291,7 +289,7 @@ def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
         refcount_table_clusters,
         n_snapshots,
         snapshots_offset,
-    ) = _V2.unpack_from(data)
+    ) = V2_STRUCT.unpack_from(data)
     _require(
         MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS, 20, f"cluster_bits {cluster_bits}, expected 9 to 21"
     )
@@ -302,7 +300,9 @@ def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
     refcount_order, header_length, compression_type = 4, V2_HEADER_LENGTH, COMPRESSION_DEFLATE
     if version == 3:
         _require(len(data) >= V3_MIN_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 104")
-        incompatible, compatible, autoclear, refcount_order, header_length = _V3.unpack_from(area, V2_HEADER_LENGTH)
+        incompatible, compatible, autoclear, refcount_order, header_length = V3_STRUCT.unpack_from(
+            area, V2_HEADER_LENGTH
+        )
         _require(
             V3_MIN_HEADER_LENGTH <= header_length <= cluster_size,
             100,
@@ -500,98 +500,6 @@ def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
         names += unknown_incompatible(header)
     if names:
         raise UnsupportedFeatureError(names)
-
-
-def serialise_header(header: Qcow1Header | Qcow2Header) -> bytes:
-    """The bytes of ``header`` from offset 0 to the end of the backing file's name (or of the extensions).
-
-    The inverse of :func:`parse_header`. Raises FormatError when the parts do not fit where the header says.
-    """
-    if isinstance(header, Qcow1Header):
-        fixed = _V1.pack(
-            MAGIC,
-            1,
-            header.backing_file_offset,
-            header.backing_file_size,
-            header.mtime,
-            header.size,
-            header.cluster_bits,
-            header.l2_bits,
-            0,
-            header.crypt_method,
-            header.l1_table_offset,
-        )
-        return _append_backing_name(fixed, header)
-    fixed = _V2.pack(
-        MAGIC,
-        header.version,
-        header.backing_file_offset,
-        header.backing_file_size,
-        header.cluster_bits,
-        header.size,
-        header.crypt_method,
-        header.l1_size,
-        header.l1_table_offset,
-        header.refcount_table_offset,
-        header.refcount_table_clusters,
-        header.n_snapshots,
-        header.snapshots_offset,
-    )
-    if header.version >= 3:
-        fixed += _V3.pack(
-            header.incompatible_features,
-            header.compatible_features,
-            header.autoclear_features,
-            header.refcount_order,
-            header.header_length,
-        )
-        fixed += bytes([header.compression_type]) + bytes(7)
-        fixed = fixed[: header.header_length] + header.unknown_fields
-    if len(fixed) != header.header_length:
-        raise FormatError("header", 100, f"header_length {header.header_length}, expected {len(fixed)}")
-    end = header.backing_file_offset or 1 << header.cluster_bits
-    if header.extensions:
-        fixed += serialise_extensions(header.extensions)
-        n_padding = -len(header.extensions[-1].data) % 8
-        if len(fixed) - n_padding > end:
-            raise FormatError("header", None, f"extensions end at {len(fixed):#x}, expected at most {end:#x}")
-        fixed = fixed[:end]
-    # Extensions that fill their place to the last byte need no end marker, and there is no room for one.
-    if end - len(fixed) >= 8:
-        fixed += bytes(8)
-    return _append_backing_name(fixed, header)
-
-
-def serialise_switch(header: Qcow2Header) -> bytes:
-    """What stands at :data:`SWITCH_FIELDS`: 48 bytes, in version 3 72. One write of them switches an image from one
-    set of tables to another."""
-    data = _SWITCH_V2.pack(
-        header.size,
-        header.crypt_method,
-        header.l1_size,
-        header.l1_table_offset,
-        header.refcount_table_offset,
-        header.refcount_table_clusters,
-        header.n_snapshots,
-        header.snapshots_offset,
-    )
-    if header.version >= 3:
-        data += _SWITCH_V3.pack(header.incompatible_features, header.compatible_features, header.autoclear_features)
-    return data
-
-
-def _append_backing_name(fixed: bytes, header: Qcow1Header | Qcow2Header) -> bytes:
-    if header.backing_file is None:
-        return fixed
-    name = header.backing_file.encode("utf-8", "surrogateescape").ljust(header.backing_file_size, b"\0")
-    if len(name) != header.backing_file_size or len(fixed) > header.backing_file_offset:
-        raise FormatError(
-            "header",
-            8,
-            f"backing file name of {len(name)} bytes at {header.backing_file_offset:#x}, "
-            f"expected {header.backing_file_size} behind {len(fixed):#x}",
-        )
-    return fixed.ljust(header.backing_file_offset, b"\0") + name
 
 
 def _incompatible_names(incompatible: int, table: bytes) -> tuple[str, ...]:

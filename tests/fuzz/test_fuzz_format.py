@@ -19,9 +19,9 @@ from qcowfuse.format.header import (
     parse_header,
     probe_format,
     refuse_unsupported,
-    serialise_header,
     unknown_incompatible,
 )
+from qcowfuse.format.header_bytes import serialise_header
 from tests.support import qemu
 
 INTERESTING = (0, 1, 7, 8, 9, 21, 22, 63, 64, 72, 104, 105, 112, 511, 512, 1023, 1024, 65535, 65536, 1 << 21)

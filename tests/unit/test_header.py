@@ -19,6 +19,7 @@ from qcowfuse.format.extensions import (
     EXTENSION_LUKS_HEADER,
     HeaderExtension,
 )
+from qcowfuse.format.header_bytes import serialise_header
 
 CLUSTER = 65536
 V2 = h.Qcow2Header(
@@ -61,7 +62,7 @@ def parse_v3(data: bytes) -> h.Qcow2Header:
 
 def patched(header: h.Qcow1Header | h.Qcow2Header, offset: int, data: bytes) -> bytes:
     """The serialised header, padded to a cluster, with some bytes replaced."""
-    whole = bytearray(h.serialise_header(header).ljust(1 << header.cluster_bits, b"\0"))
+    whole = bytearray(serialise_header(header).ljust(1 << header.cluster_bits, b"\0"))
     whole[offset : offset + len(data)] = data
     return bytes(whole)
 
@@ -69,7 +70,7 @@ def patched(header: h.Qcow1Header | h.Qcow2Header, offset: int, data: bytes) -> 
 @pytest.mark.parametrize("header", [V1, V2, V3], ids=["v1", "v2", "v3"])
 def test_minimal_headers_round_trip(header: h.Qcow1Header | h.Qcow2Header) -> None:
     """A header of each version comes back the same."""
-    assert parse(h.serialise_header(header)) == header
+    assert parse(serialise_header(header)) == header
 
 
 def test_fields_by_hand() -> None:
@@ -110,7 +111,7 @@ def test_fields_by_hand() -> None:
 def test_version_2_has_no_feature_bits() -> None:
     """What lies where version 3 has its feature bits is an extension in version 2."""
     extension = HeaderExtension(0xFFFFFFFF, b"\xff" * 20)
-    found = parse_v3(h.serialise_header(replace(V2, extensions=(extension,))))
+    found = parse_v3(serialise_header(replace(V2, extensions=(extension,))))
     assert (found.incompatible_features, found.compatible_features, found.autoclear_features) == (0, 0, 0)
     assert (found.refcount_order, found.header_length, found.extensions) == (4, 72, (extension,))
 
@@ -218,7 +219,7 @@ def test_limits_of_version_1(offset: int, data: bytes, match: str) -> None:
 @pytest.mark.parametrize("header", [V1, V2, V3], ids=["v1", "v2", "v3"])
 def test_cut_short_anywhere(header: h.Qcow1Header | h.Qcow2Header) -> None:
     """A file that ends inside the header is an error; one that ends right behind it is not."""
-    whole = h.serialise_header(header)
+    whole = serialise_header(header)
     n_fixed = {V1: 48, V2: 72, V3: 104}[header]
     for length in range(len(whole) + 1):
         if length < n_fixed:
@@ -238,13 +239,13 @@ def test_too_few_bytes_of_a_longer_file() -> None:
 @pytest.mark.parametrize(("header", "n_bytes"), [(V1, 48), (V2, CLUSTER), (replace(V3, cluster_bits=21), 2 << 20)])
 def test_length_needed(header: h.Qcow1Header | h.Qcow2Header, n_bytes: int) -> None:
     """The parser wants the first cluster of a QCOW2 image and just header and name of version 1."""
-    assert h.header_length_needed(h.serialise_header(header)[:32]) == n_bytes
+    assert h.header_length_needed(serialise_header(header)[:32]) == n_bytes
 
 
 def test_backing_name_of_version_1() -> None:
     """The name of a version 1 image is found where the header says, and is part of what the parser wants."""
     header = replace(V1, backing_file_offset=48, backing_file_size=9, backing_file="base.qcow", l1_table_offset=64)
-    data = h.serialise_header(header)
+    data = serialise_header(header)
     assert h.header_length_needed(data[:32]) == len(data) == 57
     assert parse(data) == header
 
@@ -258,7 +259,7 @@ def test_backing_names_are_bytes(raw: bytes) -> None:
         backing_file_size=len(raw),
         backing_file=raw.decode("utf-8", "surrogateescape"),
     )
-    data = h.serialise_header(header)
+    data = serialise_header(header)
     assert data.endswith(raw)
     assert parse(data) == header
 
@@ -268,18 +269,18 @@ def test_backing_name_ends_at_nul() -> None:
     data = patched(replace(V3, backing_file_offset=120, backing_file_size=6, backing_file="ab"), 120, b"ab\0cd\0")
     found = parse_v3(data)
     assert found.backing_file == "ab"
-    assert parse(h.serialise_header(found)) == found
+    assert parse(serialise_header(found)) == found
     assert parse_v3(patched(found, 120, bytes(6))).backing_file is None
 
 
 def test_backing_format_is_an_extension() -> None:
     """The backing format is what the extension says; none, or an empty one, is None; 16 bytes are too many."""
     header = replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"raw"),))
-    assert parse_v3(h.serialise_header(header)).backing_format == "raw"
+    assert parse_v3(serialise_header(header)).backing_format == "raw"
     assert V3.backing_format is None
     assert replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b""),)).backing_format is None
     with pytest.raises(FormatError, match="backing format name of 16 bytes"):
-        parse(h.serialise_header(replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"x" * 16),))))
+        parse(serialise_header(replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"x" * 16),))))
 
 
 def test_unknown_fields_and_extensions_survive() -> None:
@@ -290,13 +291,13 @@ def test_unknown_fields_and_extensions_survive() -> None:
         unknown_fields=bytes(range(19)),
         extensions=(HeaderExtension(5, b"12345"), HeaderExtension(4, b""), HeaderExtension(5, b"\0" * 9)),
     )
-    assert parse(h.serialise_header(header)) == header
+    assert parse(serialise_header(header)) == header
 
 
 def test_short_header_has_no_compression_type() -> None:
     """A header of 104 bytes ends before the compression type, which is deflate then."""
     header = replace(V3, header_length=104, extensions=(HeaderExtension(1 << 24, b"x"),))
-    assert parse_v3(h.serialise_header(header)) == header
+    assert parse_v3(serialise_header(header)) == header
 
 
 def bitmaps_of(n: int = 1, reserved: int = 0, size: int = 32, offset: int = CLUSTER) -> tuple[HeaderExtension, ...]:
@@ -317,27 +318,27 @@ def bitmaps_of(n: int = 1, reserved: int = 0, size: int = 32, offset: int = CLUS
 def test_bitmaps_are_checked_as_qemu_does(extensions: tuple[HeaderExtension, ...]) -> None:
     """A bitmaps extension that QEMU refuses to open with is refused."""
     with pytest.raises(FormatError, match="bitmaps extension"):
-        parse(h.serialise_header(replace(V3, extensions=extensions, autoclear_features=h.AUTOCLEAR_BITMAPS)))
+        parse(serialise_header(replace(V3, extensions=extensions, autoclear_features=h.AUTOCLEAR_BITMAPS)))
 
 
 def test_bitmaps_without_their_bit_are_ignored() -> None:
     """Without the autoclear bit the bitmaps are stale, so that their extension may say anything."""
     header = replace(V3, extensions=bitmaps_of(n=0, reserved=7))
-    assert parse(h.serialise_header(header)) == header
+    assert parse(serialise_header(header)) == header
 
 
 def test_luks_pointer_without_luks() -> None:
     """A LUKS header pointer in an image that is not encrypted so is refused."""
     header = replace(V3, extensions=(HeaderExtension(EXTENSION_LUKS_HEADER, bytes(16)),))
     with pytest.raises(FormatError, match="LUKS"):
-        parse(h.serialise_header(header))
+        parse(serialise_header(header))
 
 
 def test_luks_pointer_is_aligned() -> None:
     """A LUKS area that does not begin with a cluster is refused, as QEMU does it."""
     for place in ((1 << V3.cluster_bits) + 512, 1 << V3.cluster_bits):
         pointer = HeaderExtension(EXTENSION_LUKS_HEADER, struct.pack(">QQ", place, 4096))
-        raw = h.serialise_header(replace(V3, crypt_method=2, extensions=(pointer,)))
+        raw = serialise_header(replace(V3, crypt_method=2, extensions=(pointer,)))
         if place % (1 << V3.cluster_bits):
             with pytest.raises(FormatError, match="LUKS area at"):
                 parse(raw)
@@ -364,7 +365,7 @@ def test_unknown_compression_type_is_unsupported() -> None:
 )
 def test_unsupported_features_are_named(changes: dict[str, int], names: tuple[str, ...]) -> None:
     """Everything that the image needs and nobody serves is named at once; parsing it is no error."""
-    header = parse_v3(h.serialise_header(replace(V3, **changes)))  # type: ignore[arg-type]
+    header = parse_v3(serialise_header(replace(V3, **changes)))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedFeatureError) as caught:
         h.refuse_unsupported(header)
     assert caught.value.names == names
@@ -380,7 +381,7 @@ def test_served_features_are_not_refused() -> None:
         compatible_features=~0 & (1 << 64) - 1,
         autoclear_features=1,
     )
-    header = parse_v3(h.serialise_header(header))
+    header = parse_v3(serialise_header(header))
     h.refuse_unsupported(header)
     h.refuse_unsupported(V1)
     h.refuse_unsupported(replace(V1, crypt_method=1))
@@ -413,14 +414,14 @@ def test_extended_l2_needs_large_clusters() -> None:
     """Subclusters below 512 bytes do not exist: extended L2 entries need clusters of 16 KiB."""
     header = replace(V3, cluster_bits=13, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2, l1_size=1 << 20)
     with pytest.raises(FormatError, match="cluster_bits 13, expected 14 to 21"):
-        parse(h.serialise_header(header))
+        parse(serialise_header(header))
 
 
 def test_extended_l2_needs_twice_the_l1() -> None:
     """With extended entries an L2 table maps half as much, so that the L1 table must be twice as long."""
     header = replace(V3, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2)
     with pytest.raises(FormatError, match="expected at least 4"):
-        parse(h.serialise_header(header))
+        parse(serialise_header(header))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +437,7 @@ def test_extended_l2_needs_twice_the_l1() -> None:
 def test_parts_that_do_not_fit_are_not_written(header: h.Qcow2Header) -> None:
     """A header whose parts overlap is an error and not a broken image."""
     with pytest.raises(FormatError):
-        h.serialise_header(header)
+        serialise_header(header)
 
 
 NAMES = st.binary(min_size=1, max_size=60).filter(lambda raw: b"\0" not in raw)
@@ -492,11 +493,11 @@ def test_any_header_round_trips(
     if name is not None:
         header = replace(
             header,
-            backing_file_offset=len(h.serialise_header(header)) + gap,
+            backing_file_offset=len(serialise_header(header)) + gap,
             backing_file_size=len(name),
             backing_file=name.decode("utf-8", "surrogateescape"),
         )
-    data = h.serialise_header(header)
+    data = serialise_header(header)
     assert h.parse_header(data, len(data)) == header
     padded = data.ljust(cluster_size, b"\0")
     assert h.parse_header(padded, 1 << 40) == header
