@@ -12,8 +12,9 @@ The packages, each of which imports only from those to its left (a test checks i
 ``export``   the FUSE file; the only place that knows pyfuse3
 ``cli``      arguments to open and serve; exit codes; the only reader of the environment
 
-The way of a read: ``Operations.read`` -> ``QcowImage.try_read`` -> ``FileStorage.try_pread``: three plain calls, one
-dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine.
+The way of a read: ``AtOnce`` -> ``QcowImage.try_read`` -> ``FileStorage.try_pread``: plain calls, one dictionary
+look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine, and then it is
+``Operations.read`` -> ``QcowImage.read``.
 
 The way of a write and of fsync, and the rules that make them safe, are in :mod:`qcowfuse.driver`.
 """

@@ -50,6 +50,10 @@ class Image(Protocol):
     def try_write(self, guest_offset: int, data: Buffer) -> bool:
         """True when the data was written in place at once; False: await :meth:`write`."""
 
+    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+        """True when all of the data was written at once, into new clusters where that was needed; False: await
+        :meth:`write`, a part of the data may have been written. Raises OSError."""
+
     async def write(self, guest_offset: int, data: Buffer) -> None:
         """Write. Raises OutOfRangeError, ReadOnlyImageError, CorruptImageError, OSError."""
 

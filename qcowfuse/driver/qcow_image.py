@@ -289,6 +289,13 @@ class QcowImage:
             cache.touch(slice_)
         return self._try_pwritev(host_offset + in_cluster, (data,))
 
+    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+        """See Image."""
+        n_bytes = len(data)
+        if not 0 <= guest_offset <= self.size - n_bytes or (self._detect_zeroes and is_zero(data)):
+            return False
+        return self._write_at_once(guest_offset, memoryview(data)) == n_bytes
+
     async def write(self, guest_offset: int, data: Buffer) -> None:
         """See Image."""
         if self._detect_zeroes and is_zero(data):

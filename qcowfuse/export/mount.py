@@ -33,6 +33,7 @@ import trio
 from ..driver.image import Image
 from ..errors import MountError
 from . import mountpoint
+from .at_once import AtOnce
 from .extra_operations import ExtraOperations
 from .mountpoint import MountBusyError
 from .operations import Operations, Ownership
@@ -321,7 +322,8 @@ class _Mount:
     async def answer_requests(self) -> None:
         """Answer until the connection is closed; sets :attr:`ended`."""
         try:
-            await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+            with AtOnce(self._operations, self._gate).active():
+                await pyfuse3.main(MIN_TASKS, MAX_TASKS)
         except Exception as exc:
             _log.critical("serving failed, the mount is dead now", exc_info=exc)
             self._failure = exc

@@ -110,8 +110,9 @@ class Operations(pyfuse3.Operations):
         self._grow_lock = trio.Lock()
         self._image = image
         self._size = image.size
-        self._try_read = image.try_read
-        self._try_write = image.try_write
+        self.try_read = image.try_read
+        self._try_write_in_place = image.try_write
+        self._try_write_new = image.try_write_new
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
         self._ownership = ownership
@@ -128,6 +129,21 @@ class Operations(pyfuse3.Operations):
 
     # ---- the hot path ----
 
+    @property
+    def file_inode(self) -> int:
+        """The inode of the one file."""
+        return self._file_inode
+
+    def try_write(self, off: int, data: Buffer) -> bool:
+        """Whether all of ``data`` was written at once; if not, :meth:`write` must be asked, and a part of it may have
+        been written. Raises what the image raises; ``data`` is not kept."""
+        n_bytes = len(data)
+        if off + n_bytes > self._size or not (self._try_write_in_place(off, data) or self._try_write_new(off, data)):
+            return False
+        self._n_writes += 1
+        self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+        return True
+
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
         """The bytes at ``off``, less at the end of the disk."""
         try:
@@ -135,7 +151,7 @@ class Operations(pyfuse3.Operations):
                 size = self._size - off
                 if size <= 0:
                     return b""
-            data = self._try_read(off, size)
+            data = self.try_read(off, size)
             if data is not None:
                 return data
             alone = self.gate.is_idle()
@@ -149,11 +165,8 @@ class Operations(pyfuse3.Operations):
         try:
             if off + len(buf) > self._size:
                 return await self._write_past_end(off, buf)
-            if self._try_write(off, buf):
-                self._n_writes += 1
-                self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
-                return len(buf)
-            await self._write_slowly(off, buf)
+            if not self.try_write(off, buf):
+                await self._write_slowly(off, buf)
         except Exception as exc:
             self._fail("write", exc)
         return len(buf)

@@ -44,6 +44,7 @@ class RequestGate:
         self._spin = spin
         self._n_since_checkpoint = 0
         self._n_without_spin = 0
+        self._has_spun = False
         self._parked: dict[trio.lowlevel.Task, None] = {}
         self._watched = False
         self._closing = False
@@ -60,6 +61,20 @@ class RequestGate:
         """Whether no handler waits for anything and no request waits to be read."""
         return not (self.n_slow or (self._poll is not None and self._poll(0)))
 
+    def n_left_in_burst(self) -> int:
+        """How many requests may be answered before :meth:`wait_readable` has its checkpoint; 1 or more after it."""
+        return (self._burst_while_slow if self.n_slow else self._burst) - self._n_since_checkpoint + 1
+
+    def spin(self, fd: int) -> bool:
+        """Wait for a request as rule 4 says; whether there is one. If not, the next wait won't spin again."""
+        is_there = self._spins(fd)
+        self._has_spun = not is_there
+        return is_there
+
+    def count(self, n_requests: int) -> None:
+        """So many requests were answered without :meth:`wait_readable`."""
+        self._n_since_checkpoint += n_requests
+
     async def wait_readable(self, fd: int) -> None:
         """Return when a request waits at ``fd``; the caller must read it before it awaits anything."""
         woken = False
@@ -69,7 +84,8 @@ class RequestGate:
                 if self._n_since_checkpoint > (self._burst_while_slow if self.n_slow else self._burst):
                     self._n_since_checkpoint = 1
                     await trio.lowlevel.checkpoint()
-                if self._request_waits(fd, spin=not woken):
+                has_spun, self._has_spun = self._has_spun, False
+                if self._request_waits(fd, spin=not (woken or has_spun)):
                     return
                 woken = True  # also when that is cancelled: rule 2
                 if self._watched:
@@ -82,29 +98,37 @@ class RequestGate:
                 self._wake_one()
 
     def _request_waits(self, fd: int, *, spin: bool) -> bool:
+        if self._poller(fd)(0):
+            return True
+        return spin and self._spins(fd)
+
+    def _poller(self, fd: int) -> Callable[[int], list[tuple[int, int]]]:
         poll = self._poll
         if poll is None:
             poller = select.poll()
             poller.register(fd, select.POLLIN)
             poll = self._poll = poller.poll
-        if poll(0):
-            return True
-        if spin and self._spin and not self.n_slow:
-            if self._n_without_spin:
-                self._n_without_spin -= 1
-                return False
-            now, give_way = time.perf_counter, os.sched_yield
-            turn = now()
-            end = turn + self._spin
-            while turn < end:
-                give_way()
-                is_there = poll(0)
-                before, turn = turn, now()
-                if turn - before > _LONG_TURN:
-                    self._n_without_spin = _WITHOUT_SPIN
-                    return bool(is_there)
-                if is_there:
-                    return True
+        return poll
+
+    def _spins(self, fd: int) -> bool:
+        """Wait as rule 4 says; whether there is a request now."""
+        if not self._spin or self.n_slow:
+            return False
+        if self._n_without_spin:
+            self._n_without_spin -= 1
+            return False
+        poll, now, give_way = self._poller(fd), time.perf_counter, os.sched_yield
+        turn = now()
+        end = turn + self._spin
+        while turn < end:
+            give_way()
+            is_there = poll(0)
+            before, turn = turn, now()
+            if turn - before > _LONG_TURN:
+                self._n_without_spin = _WITHOUT_SPIN
+                return bool(is_there)
+            if is_there:
+                return True
         return False
 
     async def _watch(self, fd: int) -> None:

@@ -51,6 +51,10 @@ class MemoryImage:
             self.data[guest_offset : guest_offset + len(data)] = data
         return self.inline
 
+    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+        self._check(guest_offset, len(data))
+        return False
+
     async def write(self, guest_offset: int, data: Buffer) -> None:
         await trio.lowlevel.checkpoint()
         self._check(guest_offset, len(data))

@@ -30,6 +30,13 @@ def command(*arguments: Argument) -> list[str]:
     return [sys.executable, "-m", "qcowfuse", *map(str, arguments)]
 
 
+def _patched(arguments: list[str], patch: str) -> list[str]:
+    if not patch:
+        return arguments
+    python, _, module, *rest = arguments
+    return [python, "-c", f"{patch}\nimport runpy\nrunpy.run_module({module!r}, run_name='__main__')", *rest]
+
+
 def environment(**extra: str) -> dict[str, str]:
     """The environment for :func:`command`, whatever the working directory."""
     return {**os.environ, "PYTHONPATH": str(REPOSITORY), **extra}
@@ -97,15 +104,19 @@ class Mounted:
         *options: Argument,
         foreground: bool = True,
         name: str = "disk.raw",
+        patch: str = "",
     ) -> None:
-        """Start and wait until it serves. Raises AssertionError with what it printed, when it doesn't."""
+        """Start and wait until it serves. Raises AssertionError with what it printed, when it doesn't.
+
+        ``patch``: statements that the process runs before it starts, to change what a test wants changed.
+        """
         self.image = image
         self.mount_point = mount_point
         self.file = mount_point / name if mount_point.is_dir() else mount_point
         self.process: subprocess.Popen[str] | None = None
         if foreground:
             self.process = subprocess.Popen(
-                command("-f", *options, image, mount_point),
+                _patched(command("-f", *options, image, mount_point), patch),
                 stderr=subprocess.PIPE,
                 stdin=subprocess.DEVNULL,
                 text=True,

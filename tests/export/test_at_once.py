@@ -1,0 +1,324 @@
+"""Requests answered at once: which ones are, which are handed on unchanged, and when all is left to libfuse."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import select
+import socket
+import struct
+from collections.abc import Iterator
+
+import pytest
+
+from qcowfuse.export import at_once
+from qcowfuse.export.at_once import AtOnce, _Buffer, _FuseBuf
+from qcowfuse.export.got_slot import SlotError
+from qcowfuse.export.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
+from qcowfuse.export.poll_first import RequestGate
+from tests.support.memory_image import MemoryImage
+
+FILE = FILE_INODE_IN_DIRECTORY
+READ, WRITE, GETATTR = 15, 16, 3
+N_BUFFER = (1 << 20) + 4096
+
+
+def header(opcode: int, n_bytes: int, *, unique: int = 7, inode: int = FILE, n_extra: int = 0) -> bytes:
+    return struct.pack("<IIQQIIIHH", n_bytes, opcode, unique, inode, 0, 0, 0, n_extra, 0)
+
+
+def read_request(off: int, size: int, **extra: int) -> bytes:
+    return header(READ, 80, **extra) + struct.pack("<QQIIQII", 1, off, size, 0, 0, 0, 0)
+
+
+def write_request(off: int, data: bytes, *, n_stated: int | None = None, **extra: int) -> bytes:
+    size = len(data) if n_stated is None else n_stated
+    return header(WRITE, 80 + len(data), **extra) + struct.pack("<QQIIQII", 1, off, size, 0, 0, 0, 0) + data
+
+
+class Kernel:
+    """The kernel's side of the connection, and an :class:`AtOnce` on the other."""
+
+    def __init__(self, image: MemoryImage, *, burst: int = 32) -> None:
+        self.socket, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._ours.setblocking(False)
+        self.gate = RequestGate(burst=burst, spin=0)
+        operations = Operations(
+            image, file_name=b"disk.raw", ownership=Ownership(5, 6, 0o600), mtime_ns=0, gate=self.gate
+        )
+        self.operations = operations
+        self.at_once = AtOnce(operations, self.gate)
+        self.at_once._fd = self._ours.fileno()
+        self._memory = ctypes.create_string_buffer(N_BUFFER)
+        self.fuse_buf = _FuseBuf(flags=5, mem=ctypes.addressof(self._memory))
+        self._buffer = _Buffer(self.fuse_buf, ctypes.addressof(self._memory), N_BUFFER)
+
+    def receive(self, *requests: bytes) -> int:
+        for request in requests:
+            self.socket.send(request)
+        return self.at_once._receive_into(self._buffer)
+
+    def handed_on(self, n_bytes: int) -> bytes:
+        assert self.fuse_buf.size == n_bytes
+        assert self.fuse_buf.flags == 0
+        return self._memory.raw[:n_bytes]
+
+    def reply(self) -> tuple[int, int, bytes]:
+        """Unique number, error, the rest."""
+        data = self.socket.recv(N_BUFFER, socket.MSG_DONTWAIT)
+        n_bytes, error, unique = struct.unpack_from("<IiQ", data)
+        assert n_bytes == len(data)
+        return unique, error, data[16:]
+
+    def has_reply(self) -> bool:
+        return bool(select.select([self.socket], [], [], 0)[0])
+
+    def close(self) -> None:
+        self.socket.close()
+        self._ours.close()
+
+
+@pytest.fixture
+def image() -> MemoryImage:
+    image = MemoryImage(1 << 20)
+    image.data[:] = os.urandom(1 << 20)
+    return image
+
+
+@pytest.fixture
+def kernel(image: MemoryImage) -> Iterator[Kernel]:
+    kernel = Kernel(image)
+    yield kernel
+    kernel.close()
+
+
+def test_a_read_is_answered(kernel: Kernel, image: MemoryImage) -> None:
+    """Header and data, and then there is nothing more to do."""
+    assert kernel.receive(read_request(4096, 8192, unique=99)) == -errno.EINTR
+    assert kernel.reply() == (99, 0, bytes(image.data[4096:12288]))
+    assert not kernel.has_reply()
+    assert kernel.at_once.n_answered == 1
+
+
+def test_a_write_is_answered(kernel: Kernel, image: MemoryImage) -> None:
+    """The data is in the image, and the next close will flush."""
+    data = os.urandom(5000)
+    assert kernel.receive(write_request(123, data, unique=5)) == -errno.EINTR
+    unique, error, rest = kernel.reply()
+    assert (unique, error, struct.unpack("<II", rest)) == (5, 0, (5000, 0))
+    assert bytes(image.data[123:5123]) == data
+    assert kernel.operations._n_writes == 1
+
+
+def test_several_requests_are_answered_in_their_order(kernel: Kernel, image: MemoryImage) -> None:
+    """A read after a write of the same bytes sees them, with one call of libfuse's."""
+    requests = [
+        write_request(0, b"first", unique=1),
+        read_request(0, 5, unique=2),
+        write_request(0, b"later", unique=3),
+    ]
+    assert kernel.receive(*requests, read_request(0, 5, unique=4)) == -errno.EINTR
+    assert [kernel.reply()[0] for _ in range(4)] == [1, 2, 3, 4]
+    assert kernel.at_once.n_answered == 4
+    assert bytes(image.data[:5]) == b"later"
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        header(GETATTR, 56) + bytes(16),
+        read_request(0, 512, inode=1),
+        write_request(0, b"x" * 512, inode=1),
+        read_request((1 << 20) - 512, 1024),
+        read_request(1 << 63, 512),
+        write_request((1 << 20) - 512, b"x" * 1024),
+        write_request(0, b"x" * 512, n_stated=1024),
+        write_request(0, b"x" * 512, n_stated=511),
+        write_request(0, b""),
+        read_request(0, 512, n_extra=1),
+        read_request(0, 512)[:-8],
+    ],
+    ids=[
+        *("another opcode", "read of another inode", "write of another inode", "read past the end", "read far out"),
+        *("write past the end", "too short", "too long", "of nothing", "with extensions", "cut short"),
+    ],
+)
+def test_what_is_not_plain_is_handed_on(kernel: Kernel, image: MemoryImage, request_: bytes) -> None:
+    """Unanswered, unchanged, and without any effect."""
+    before = bytes(image.data)
+    assert kernel.receive(request_) == len(request_)
+    assert kernel.handed_on(len(request_)) == request_
+    assert not kernel.has_reply()
+    assert image.data == before
+    assert kernel.at_once.n_answered == 0
+
+
+@pytest.mark.parametrize("request_", [read_request(0, 512), write_request(0, b"x" * 512)])
+def test_what_would_have_to_wait_is_handed_on(image: MemoryImage, request_: bytes) -> None:
+    """An image that declines is asked again by pyfuse3's handlers."""
+    image.inline = False
+    kernel = Kernel(image)
+    assert kernel.receive(request_) == len(request_)
+    assert kernel.handed_on(len(request_)) == request_
+    assert not kernel.has_reply()
+    kernel.close()
+
+
+@pytest.mark.parametrize("failure", [OSError(errno.EIO, "disk"), RuntimeError("bug")])
+@pytest.mark.parametrize("request_", [read_request(0, 512), write_request(0, b"x" * 512)])
+def test_errors_are_decided_elsewhere(
+    kernel: Kernel, image: MemoryImage, request_: bytes, failure: Exception
+) -> None:
+    """Whatever the image raises, the request is handed on, and answered there."""
+    image.failure = failure
+    assert kernel.receive(request_) == len(request_)
+    assert kernel.handed_on(len(request_)) == request_
+    assert not kernel.has_reply()
+
+
+def test_answered_requests_before_one_that_is_handed_on(kernel: Kernel) -> None:
+    """The replies are out before libfuse gets its request; what comes after stays where it is."""
+    last = header(GETATTR, 56) + bytes(16)
+    assert kernel.receive(read_request(0, 512, unique=1), last, read_request(0, 512, unique=3)) == len(last)
+    assert kernel.handed_on(len(last)) == last
+    assert kernel.reply()[0] == 1
+    assert not kernel.has_reply()
+    assert kernel.at_once._receive_into(kernel._buffer) == -errno.EINTR
+    assert kernel.reply()[0] == 3
+
+
+def test_others_get_their_turn(image: MemoryImage) -> None:
+    """After a burst the call returns, though there is more; fewer make a burst while a handler waits."""
+    kernel = Kernel(image, burst=4)
+    requests = [read_request(0, 512, unique=number) for number in range(7)]
+    assert kernel.receive(*requests) == -errno.EINTR
+    assert kernel.at_once.n_answered in (4, 5)
+    assert kernel.gate.n_left_in_burst() <= 1
+    kernel.close()
+
+
+def test_an_interrupted_request_needs_no_reply(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel refuses a reply to a request that it gave up: the next one is served all the same."""
+    real, refusals = os.writev, [OSError(errno.ENOENT, "gone")]
+
+    def writev(fd: int, parts: tuple[bytes, ...]) -> int:
+        if refusals:
+            raise refusals.pop()
+        return real(fd, parts)
+
+    monkeypatch.setattr(os, "writev", writev)
+    assert kernel.receive(read_request(0, 512, unique=1), read_request(0, 512, unique=2)) == -errno.EINTR
+    assert kernel.reply()[0] == 2
+    assert not kernel.has_reply()
+
+
+def test_a_refused_reply_becomes_an_error(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody waits for ever for a reply that could not be sent."""
+
+    def writev(fd: int, parts: tuple[bytes, ...]) -> int:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "writev", writev)
+    assert kernel.receive(read_request(0, 512, unique=1)) == -errno.EINTR
+    assert kernel.reply() == (1, -errno.EIO, b"")
+
+
+class Libfuse:
+    """Stands in for libfuse: receives with a buffer of its own."""
+
+    def __init__(self, kernel: Kernel, request_: bytes) -> None:
+        self.kernel, self.request = kernel, request_
+        libc = ctypes.CDLL(None)
+        libc.malloc.restype = ctypes.c_void_p
+        self.memory = libc.malloc(ctypes.c_size_t(N_BUFFER))
+        self.fuse_buf = _FuseBuf()
+        at_once = kernel.at_once
+        at_once._receive_by_libfuse = self.receive
+        at_once._fd_of = lambda session: at_once._fd
+        at_once._usable_size = libc.malloc_usable_size
+        at_once._usable_size.argtypes, at_once._usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
+        self.n_received = 0
+
+    @property
+    def address(self) -> int:
+        return ctypes.addressof(self.fuse_buf)
+
+    def receive(self, session: int, address: int) -> int:
+        self.n_received += 1
+        ctypes.memmove(self.memory, self.request, len(self.request))
+        self.fuse_buf.mem, self.fuse_buf.size = self.memory, len(self.request)
+        return len(self.request)
+
+
+def test_a_buffer_is_libfuses_until_it_is_known(kernel: Kernel) -> None:
+    """The first request of each buffer goes libfuse's way; then requests are received here, until it has another."""
+    init = header(26, 104) + bytes(64)
+    libfuse = Libfuse(kernel, init)
+    assert kernel.at_once._receive(0, libfuse.address) == len(init)
+    kernel.socket.send(read_request(0, 512))
+    assert kernel.at_once._receive(0, libfuse.address) == -errno.EINTR
+    assert kernel.reply()[0] == 7
+    assert libfuse.n_received == 1
+    libfuse.fuse_buf.mem = None
+    assert kernel.at_once._receive(0, libfuse.address) == len(init)
+    assert libfuse.n_received == 2
+    assert kernel.at_once.refusal is None
+
+
+@pytest.mark.parametrize("surprise", ["size", "flags", "mem", "content"])
+def test_an_unknown_kind_of_buffer_ends_it(kernel: Kernel, surprise: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where libfuse's buffer is not what it must be, all requests are libfuse's from then on."""
+    init = header(26, 104) + bytes(64)
+    libfuse = Libfuse(kernel, init)
+    original = libfuse.receive
+
+    def receive(session: int, address: int) -> int:
+        n_bytes = original(session, address)
+        if surprise == "content":
+            ctypes.memset(libfuse.memory, 0, 4)
+        else:
+            setattr(libfuse.fuse_buf, surprise, {"size": 1, "flags": 2, "mem": None}[surprise])
+        return n_bytes
+
+    kernel.at_once._receive_by_libfuse = receive
+    for _ in range(3):
+        assert kernel.at_once._receive(0, libfuse.address) == len(init)
+    assert libfuse.n_received == 3
+    assert kernel.at_once.refusal is not None
+
+
+def test_the_end_of_the_connection_is_for_libfuse(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ENODEV is met again by libfuse, which ends the session; EAGAIN from it means: ask again."""
+    init = header(26, 104) + bytes(64)
+    libfuse = Libfuse(kernel, init)
+    kernel.at_once._receive(0, libfuse.address)
+
+    def readv(fd: int, buffers: object) -> int:
+        raise OSError(errno.ENODEV, "unmounted")
+
+    monkeypatch.setattr(os, "readv", readv)
+    kernel.at_once._receive_by_libfuse = lambda session, address: 0
+    assert kernel.at_once._receive(0, libfuse.address) == 0
+    kernel.at_once._receive_by_libfuse = lambda session, address: -errno.EAGAIN
+    assert kernel.at_once._receive(0, libfuse.address) == -errno.EINTR
+
+
+def test_without_a_slot_nothing_is_diverted(monkeypatch: pytest.MonkeyPatch, image: MemoryImage) -> None:
+    """On a surprise the block runs all the same, and the reason is kept."""
+
+    def no_object(library: object) -> object:
+        raise SlotError("not today")
+
+    monkeypatch.setattr(at_once, "LoadedObject", no_object)
+    hook = AtOnce(Kernel(image).operations, RequestGate())
+    with hook.active():
+        pass
+    assert hook.refusal == "not today"
+
+
+def test_the_slot_is_found_and_given_back(image: MemoryImage) -> None:
+    """pyfuse3 as installed can be diverted."""
+    hook = AtOnce(Kernel(image).operations, RequestGate())
+    with hook.active():
+        assert hook.refusal is None

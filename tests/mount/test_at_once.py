@@ -1,0 +1,107 @@
+"""Requests that are answered without libfuse, on a real mount: the same bytes, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support import qemu
+from tests.support.mounting import Mounted
+
+pytestmark = [pytest.mark.mount, pytest.mark.root]
+
+SIZE = 32 << 20
+REFUSED = """
+from qcowfuse.export import at_once
+def refuse(library):
+    raise at_once.SlotError('not today')
+at_once.LoadedObject = refuse
+"""
+
+
+def verify_with_fio(file: Path, folder: Path) -> None:
+    """Random blocks of several sizes, many in flight; then all of them are read, and their checksums verified."""
+    options = (
+        *("--name=job", f"--filename={file}", "--size=8M", "--offset_increment=8M", "--numjobs=4", "--rw=randwrite"),
+        *(
+            "--bsrange=512-128k",
+            "--direct=1",
+            "--ioengine=libaio",
+            "--iodepth=16",
+            "--verify=crc32c",
+            "--do_verify=1",
+        ),
+        *("--verify_fatal=1", "--allow_file_create=0", "--randrepeat=1"),
+    )
+    done = subprocess.run(["fio", *options], cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("slow", [False, True], ids=["quick", "with-delays"])
+@pytest.mark.parametrize("patch", ["", REFUSED], ids=["at-once", "by-libfuse"])
+def test_the_bytes_are_the_same_either_way(tmp_path: Path, patch: str, slow: bool) -> None:
+    """fio verifies what it wrote, where requests are answered at once, where they can't be, and where both happens.
+
+    By libfuse alone the log says why."""
+    image = tmp_path / "image"
+    qemu.create(image, "qcow2", SIZE)
+    (tmp_path / "mnt").mkdir()
+    options = ("--debug-io-delay", "100us") if slow else ()
+    with Mounted(image, tmp_path / "mnt", "-d", *options, patch=patch) as mount:
+        verify_with_fio(mount.file, tmp_path)
+        mount.close()
+        answered = re.search(r"(\d+) requests were answered at once", mount.log)
+        assert ("not today" in mount.log) is bool(patch)
+        assert bool(answered) is not bool(patch)
+        if answered and not slow:
+            assert int(answered[1]) > 100
+    assert qemu.check(image).clean
+
+
+def test_killed_readers_leave_the_others_alone(tmp_path: Path) -> None:
+    """Readers and writers are killed in the middle of their requests, again and again; one that lives on sees its own
+    data all the time."""
+    image = tmp_path / "image"
+    qemu.create(image, "qcow2", SIZE)
+    (tmp_path / "mnt").mkdir()
+    with Mounted(image, tmp_path / "mnt", "--debug-io-delay", "50us") as mount:
+        failures: list[str] = []
+        ended = threading.Event()
+
+        def use() -> None:
+            with open(mount.file, "r+b", buffering=0) as file:
+                number = 0
+                while not ended.is_set():
+                    number += 1
+                    block = number.to_bytes(8, "little") * 512
+                    file.seek(number % 256 * 4096)
+                    file.write(block)
+                    file.seek(number % 256 * 4096)
+                    if file.read(4096) != block:
+                        failures.append(f"block {number}")
+
+        user = threading.Thread(target=use)
+        user.start()
+        try:
+            for number in range(60):
+                source, target = ("/dev/zero", mount.file) if number % 2 else (mount.file, "/dev/null")
+                flag = "oflag=direct" if number % 2 else "iflag=direct"
+                place = "seek=8" if number % 2 else "skip=8"
+                process = subprocess.Popen(
+                    ["dd", f"if={source}", f"of={target}", "bs=1M", "count=20", flag, place, "conv=notrunc"],
+                    stderr=subprocess.DEVNULL,
+                )
+                time.sleep(0.003 + number % 7 * 0.003)
+                process.kill()
+                process.wait(30)
+        finally:
+            ended.set()
+            user.join(30)
+        assert not user.is_alive()
+        assert not failures
+    assert qemu.check(image).clean
