@@ -24,7 +24,7 @@ from contextlib import suppress
 import trio
 
 from ..errors import QcowFuseError
-from ..format.cow_plan import Action, CowPlan, plan_write, shortened
+from ..format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
 from ..format.entries import ClusterKind
 from ..format.extents import Extent
 from ..format.geometry import MAX_CLUSTER_BITS
@@ -76,6 +76,7 @@ class Writer:
         self._claims = Claims()
         self._table_lock = trio.Lock()
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
+        self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
@@ -149,17 +150,35 @@ class Writer:
             return 0
         in_cluster = guest_offset & self._cluster_mask
         index = mapping.index(guest_offset)
-        plan = self._plan_write(slice_.entries, mapping.entry_format, index, in_cluster, len(view))
+        start = guest_offset - in_cluster
+        n_bytes = len(view)
+        n_clusters = in_cluster + n_bytes + self._cluster_mask >> self._cluster_bits
+        entries = slice_.entries
+        is_new = self._has_plain_entries and n_clusters <= min(len(entries) - index, MAX_CLUSTERS_PER_ALLOCATION)
+        if is_new and not any(entries[index : index + n_clusters]):
+            # The usual case, where nothing lies below: what the general way finds out, for a tenth of its time.
+            plan = CowPlan(
+                Action.ALLOCATE,
+                n_clusters,
+                0,
+                in_cluster,
+                n_bytes,
+                (n_clusters << self._cluster_bits) - in_cluster - n_bytes,
+            )
+        else:
+            plan = self._plan_write(entries, mapping.entry_format, index, in_cluster, n_bytes)
+            if plan.action is not Action.ALLOCATE:
+                return 0
+            start = guest_offset - plan.head
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            try:
+                extents = lookup_chain(self._reader.layers, start, n_covered)
+            except Missing:
+                return 0
+            if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
+                return 0
         first = guest_offset >> self._cluster_bits
-        if plan.action is not Action.ALLOCATE or self._claims.first_conflict(first, first + plan.n_clusters):
-            return 0
-        start = guest_offset - plan.head
-        n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
-        try:
-            extents = lookup_chain(self._reader.layers, start, n_covered)
-        except Missing:
-            return 0
-        if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
+        if self._claims.first_conflict(first, first + plan.n_clusters):
             return 0
         run = self._allocator.try_allocate(plan.n_clusters)
         if run is None:
