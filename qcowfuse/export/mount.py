@@ -297,7 +297,7 @@ class _Mount:
         if self._image.read_only:
             options.add("ro")
         self.extra = ExtraOperations(self._operations)
-        hook = SessionHook(self.extra)
+        hook = self._hook = SessionHook(self.extra)  # kept, since libfuse holds addresses of what it owns
         before = mountpoint.device_at(self.path)
         said = ""
         with captured_stderr() as captured:

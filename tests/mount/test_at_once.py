@@ -24,6 +24,17 @@ at_once.LoadedObject = refuse
 """
 
 
+COLLECTED_BEFORE_SERVING = """
+import gc
+from qcowfuse.export import at_once
+init = at_once.AtOnce.__init__
+def collect_first(*arguments):
+    gc.collect()
+    init(*arguments)
+at_once.AtOnce.__init__ = collect_first
+"""
+
+
 def verify_with_fio(file: Path, folder: Path) -> None:
     """Random blocks of several sizes, many in flight; then all of them are read, and their checksums verified."""
     options = (
@@ -105,3 +116,13 @@ def test_killed_readers_leave_the_others_alone(tmp_path: Path) -> None:
         assert not user.is_alive()
         assert not failures
     assert qemu.check(image).clean
+
+
+def test_what_libfuse_calls_is_no_garbage(tmp_path: Path) -> None:
+    """The garbage collector may look at everything after mounting and before the first request."""
+    image = tmp_path / "image"
+    qemu.create(image, "qcow2", SIZE)
+    (tmp_path / "mnt").mkdir()
+    with Mounted(image, tmp_path / "mnt", patch=COLLECTED_BEFORE_SERVING) as mount:
+        mount.file.read_bytes()
+        subprocess.run(["fallocate", "-p", "-l", "64K", mount.file], check=True)
