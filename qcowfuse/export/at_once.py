@@ -50,6 +50,9 @@ _log = logging.getLogger(__name__)
 class QuickHandlers(Protocol):
     """What :class:`~qcowfuse.export.operations.Operations` can do without waiting."""
 
+    has_declined: bool
+    """Set here when a try was in vain: the request that is handed on then need not be tried again."""
+
     @property
     def file_inode(self) -> int:
         """The inode of the one file."""
@@ -186,21 +189,20 @@ class AtOnce:
                     try:
                         if opcode == _FUSE_READ:
                             data = try_read(off, size)
-                            if data is not None:
+                            if data is None:
+                                handlers.has_declined = True
+                            else:
                                 _reply(fd, unique, (_REPLY.pack(_REPLY.size + len(data), 0, unique), data))
                                 # Free before the next is made: the same memory, in the processor's cache still.
                                 del data
                                 n_answered += 1
                                 continue
-                        elif (
-                            opcode == _FUSE_WRITE
-                            and n_bytes == _WRITE_BYTES + size
-                            and size
-                            and try_write(off, view[_WRITE_BYTES:n_bytes])
-                        ):
-                            _reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
-                            n_answered += 1
-                            continue
+                        elif opcode == _FUSE_WRITE and n_bytes == _WRITE_BYTES + size and size:
+                            if try_write(off, view[_WRITE_BYTES:n_bytes]):
+                                _reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
+                                n_answered += 1
+                                continue
+                            handlers.has_declined = True
                     except Exception as exc:
                         _log.debug("not answered at once: %r", exc)
                 buffer.fuse_buf.size = n_bytes

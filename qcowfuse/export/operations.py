@@ -103,6 +103,7 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = False
+        self.has_declined = False
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
         self._n_writers = 0
@@ -140,9 +141,12 @@ class Operations(pyfuse3.Operations):
         n_bytes = len(data)
         if off + n_bytes > self._size or not (self._try_write_in_place(off, data) or self._try_write_new(off, data)):
             return False
+        self._note_write()
+        return True
+
+    def _note_write(self) -> None:
         self._n_writes += 1
         self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
-        return True
 
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
         """The bytes at ``off``, less at the end of the disk."""
@@ -151,9 +155,12 @@ class Operations(pyfuse3.Operations):
                 size = self._size - off
                 if size <= 0:
                     return b""
-            data = self.try_read(off, size)
-            if data is not None:
-                return data
+            if self.has_declined:
+                self.has_declined = False
+            else:
+                data = self.try_read(off, size)
+                if data is not None:
+                    return data
             alone = self.gate.is_idle()
             with self._slow():
                 return await self._image.read(off, size, alone=alone)
@@ -165,8 +172,12 @@ class Operations(pyfuse3.Operations):
         try:
             if off + len(buf) > self._size:
                 return await self._write_past_end(off, buf)
-            if not self.try_write(off, buf):
-                await self._write_slowly(off, buf)
+            if self.has_declined:
+                self.has_declined = False
+            elif self._try_write_in_place(off, buf):
+                self._note_write()
+                return len(buf)
+            await self._write_slowly(off, buf)
         except Exception as exc:
             self._fail("write", exc)
         return len(buf)
@@ -176,8 +187,7 @@ class Operations(pyfuse3.Operations):
             with self._slow():
                 await self._image.write(off, data)
         finally:
-            self._n_writes += 1
-            self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+            self._note_write()
 
     async def _write_past_end(self, off: int, buf: bytes) -> int:
         if self._is_growable:
@@ -227,8 +237,7 @@ class Operations(pyfuse3.Operations):
                 with self._slow():
                     await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
             finally:
-                self._n_writes += 1
-                self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+                self._note_write()
             self._on_discard()
         except Exception as exc:
             self._fail("fallocate", exc)

@@ -165,6 +165,36 @@ def test_what_would_have_to_wait_is_handed_on(image: MemoryImage, request_: byte
     kernel.close()
 
 
+class Counting(MemoryImage):
+    """Never inline; counts what it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__(inline=False)
+        self.n_tries = 0
+
+    def try_read(self, guest_offset: int, n_bytes: int) -> None:
+        self.n_tries += 1
+
+    def try_write(self, guest_offset: int, data: object) -> bool:
+        self.n_tries += 1
+        return False
+
+
+async def test_what_was_declined_is_not_tried_again() -> None:
+    """One try for each request: the handler that the request is handed on to goes straight to the awaited call, and
+    the request after that is tried again."""
+    image = Counting()
+    kernel = Kernel(image)
+    kernel.receive(write_request(0, b"x" * 512))
+    assert await kernel.operations.write(FILE, 0, b"x" * 512) == 512
+    kernel.receive(read_request(0, 512))
+    assert bytes(await kernel.operations.read(FILE, 0, 512)) == b"x" * 512
+    assert image.n_tries == 2
+    await kernel.operations.read(FILE, 0, 512)
+    assert image.n_tries == 3
+    kernel.close()
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.EIO, "disk"), RuntimeError("bug")])
 @pytest.mark.parametrize("request_", [read_request(0, 512), write_request(0, b"x" * 512)])
 def test_errors_are_decided_elsewhere(
