@@ -43,7 +43,7 @@ from ..format.bitmaps import Contents, DirtyBits, table_entries_needed
 from ..format.entries import parse_table, serialise_table
 from ..format.extensions import EXTENSION_BITMAPS, find_extension, printable
 from ..format.geometry import WORD_SIZE, divide_up
-from ..format.header import AUTOCLEAR_BITMAPS, Qcow2Header
+from ..format.header import Qcow2Header
 from ..storage.base import Buffer, Storage
 from .allocation import HostRun, RefcountAllocator
 from .metadata import MetadataClusters
@@ -408,11 +408,6 @@ class KeptBitmaps:
     async def _write(self, host_offset: int, data: Buffer) -> None:
         if not self._storage.try_pwritev(host_offset, (data,)):
             await self._storage.pwritev(host_offset, (data,))
-
-
-def kept_autoclear_bits(bitmaps: KeptBitmaps | None) -> int:
-    """The autoclear bits that stay true while the image is written to."""
-    return 0 if bitmaps is None else AUTOCLEAR_BITMAPS
 
 
 def _shown(entry: BitmapEntry) -> str:

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import trio
 
 from ..errors import QcowFuseError
-from ..format.compression import decompress_cluster, decompress_start
+from ..format.compression import decompress_cluster, decompress_start, require_decoder
 from ..format.entries import EntryFormat
 from ..format.header import COMPRESSION_DEFLATE
 from ..storage.base import Buffer, Storage
@@ -57,6 +57,7 @@ class CompressedSource:
         self.entry_format = entry_format
         self.compression_type = compression_type
         self.cluster_size = 1 << entry_format.cluster_bits
+        require_decoder(compression_type)
 
 
 class Wanted(NamedTuple):

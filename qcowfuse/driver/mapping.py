@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import CorruptImageError
 from ..format.entries import ClusterKind, EntryFormat, parse_table
@@ -21,8 +21,10 @@ from ..format.extents import MISS, Extent, Run, lookup_run
 from ..format.geometry import Geometry
 from ..format.subclusters import lookup_run_extended
 from ..storage.base import Storage
-from .encryption import EncryptedData
 from .table_cache import LAYER_BITS, L2Slice, TableCache
+
+if TYPE_CHECKING:
+    from .encryption import EncryptedData
 
 _MAX_L1_SCAN = 4096
 _CONTIGUOUS = (ClusterKind.DATA, ClusterKind.ENCRYPTED)

@@ -22,15 +22,17 @@ from bisect import bisect_left
 from collections.abc import Iterable
 from heapq import merge
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 from ..errors import CorruptImageError, FormatError
 from ..format.entries import OFFSET_MASK
 from ..format.header import CRYPT_LUKS, Qcow2Header
-from ..format.luks import luks_area
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
-from ..format.snapshots import Snapshot
 from ..storage.base import Storage
 from .snapshot_table import load_snapshots
+
+if TYPE_CHECKING:
+    from ..format.snapshots import Snapshot
 
 log = logging.getLogger(__name__)
 MAX_IN_SET = 100_000
@@ -144,6 +146,8 @@ async def find_metadata(
         *_snapshot_l1_places(snapshots, bits),
     ]
     if header.crypt_method == CRYPT_LUKS:
+        from ..format.luks import luks_area
+
         places.append(luks_area(header.extensions))
     others = [cluster for place in places for cluster in _clusters(*place, bits)]
     blocks = (entry & REFCOUNT_TABLE_OFFSET_MASK for entry in filter(None, refcount_table))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..storage.latency import DelayModel as DelayModel  # cli takes it from here
+from ..storage.delay_model import DelayModel as DelayModel  # cli takes it from here
 from .detect_zeroes import DetectZeroes as DetectZeroes
 
 MAX_BACKING_DEPTH = 200

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -22,7 +23,6 @@ from ..format.entries import ALL_BITS, COPIED, ClusterKind
 from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
-from .bitmaps import KeptBitmaps
 from .claims import Generations
 from .cow import Writer
 from .data_file import DataClusters
@@ -35,6 +35,9 @@ from .ordering import Ordering
 from .reading import ChainReader
 from .table_cache import LAYER_BITS, TableCache
 from .usage import Usage
+
+if TYPE_CHECKING:
+    from .bitmaps import KeptBitmaps
 
 log = logging.getLogger(__name__)
 _SHORT_READ = "request for {n_bytes} bytes at {guest_offset:#x} of a disk of {size} bytes"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import parse_table
 from ..format.header import Qcow2Header
-from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, Snapshot, parse_snapshot
 from ..storage.base import Storage
+
+if TYPE_CHECKING:
+    from ..format.snapshots import Snapshot
 
 _CHUNK = 1 << 20
 _MAX_NAMES_SHOWN = 20
@@ -17,6 +20,10 @@ _MAX_NAMES_SHOWN = 20
 
 async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
     """The table of snapshots and its length in bytes. Raises FormatError, OSError."""
+    if not header.n_snapshots:
+        return (), 0
+    from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, parse_snapshot
+
     snapshots: list[Snapshot] = []
     buffer = bytearray()
     buffer_offset = position = 0

@@ -11,9 +11,7 @@ its first 4 KiB: zlib 13, ISA-L 153.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import zstandard
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FormatError
 from .geometry import SECTOR_SIZE
@@ -29,6 +27,9 @@ try:
 except ImportError:
     import zlib as stream_deflate  # type: ignore[no-redef]
 
+if TYPE_CHECKING:
+    import zstandard
+
 _STRUCTURE = "compressed cluster"
 _MAX_WINDOW_BITS = 15
 _DeflateError: type[Exception] = deflate.error  # type: ignore[assignment]  # the stubs say that it is an instance
@@ -39,8 +40,7 @@ _StreamError: type[Exception] = stream_deflate.error  # type: ignore[assignment]
 _idle_zstd: list[zstandard.ZstdDecompressor] = []
 
 
-@dataclass(frozen=True, slots=True)
-class CompressedCluster:
+class CompressedCluster(NamedTuple):
     """Where a compressed cluster lies: ``host_offset`` at any byte, ``n_bytes`` (1 to two clusters) to read."""
 
     host_offset: int
@@ -106,7 +106,16 @@ def _inflate(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
         raise FormatError(_STRUCTURE, None, f"broken deflate stream ({error})") from None
 
 
+def require_decoder(compression_type: int) -> None:
+    """Load what the clusters of an image need, when it is opened. Deflate is always there: no header tells whether
+    an image has clusters packed with it."""
+    if compression_type == COMPRESSION_ZSTD:
+        import zstandard  # noqa: F401
+
+
 def _decompress_zstd(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+    import zstandard
+
     try:
         decompressor = _idle_zstd.pop()
     except IndexError:

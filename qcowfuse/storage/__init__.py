@@ -7,26 +7,5 @@
 
 ``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``syscalls`` what the standard library
 lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a
-known delay on each access, and an image that is locked in RAM.
+known delay (``delay_model``) on each access, and an image that is locked in RAM.
 """
-
-from __future__ import annotations
-
-from .base import Buffer, Storage, StorageCounters
-from .file import FileStorage, open_file_storage
-from .latency import DelayModel, LatencyStorage
-from .locks import acquire_image_lock, wait_image_lock
-from .memory import ResidentStorage
-
-__all__ = [
-    "Buffer",
-    "DelayModel",
-    "FileStorage",
-    "LatencyStorage",
-    "ResidentStorage",
-    "Storage",
-    "StorageCounters",
-    "acquire_image_lock",
-    "open_file_storage",
-    "wait_image_lock",
-]

@@ -8,7 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from qcowfuse.storage.latency import DelayModel, LatencyStorage, TimerSleep
+from qcowfuse.storage.delay_model import DelayModel
+from qcowfuse.storage.latency import LatencyStorage, TimerSleep
 from tests.support.memory_storage import MemoryStorage
 
 KIB = 1024
