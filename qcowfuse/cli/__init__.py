@@ -1,8 +1,8 @@
 """The command line: arguments to an open image and a mount; exit codes; the only reader of the environment.
 
-Modules: ``main`` (the program), ``arguments`` (what the user can say), ``mount_options`` (the list after ``-o``, as
-mount(8) passes it), ``passphrase`` (of encrypted images), ``exit_codes``, ``logs`` (standard error, syslog or a
-file).
+Modules: ``main`` (the program), ``serving`` (the process that serves, when it is one), ``arguments`` (what the user
+can say) with ``parser``, ``mount_options`` (the list after ``-o``, as mount(8) passes it), ``passphrase`` (of
+encrypted images), ``exit_codes``, ``failures`` (in words), ``logs`` (standard error, syslog or a file).
 
 The second program, qcowfuse-img: ``img`` (its sub-commands), ``img_output`` (JSON and text), ``img_progress``.
 """

@@ -11,7 +11,6 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from enum import IntEnum
 from typing import NoReturn
 
@@ -309,7 +308,7 @@ def _resize(given: argparse.Namespace) -> int:
 
     async def run() -> int:
         wanted = parse_size(given.size.removeprefix("+"))
-        image = await open_image(given.image, replace(options, passphrase=key))
+        image = await open_image(given.image, options._replace(passphrase=key))
         try:
             before = image.size
             await image.grow(before + wanted if given.size.startswith("+") else wanted)

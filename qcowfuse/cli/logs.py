@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import logging
-import logging.handlers
 import os
 import sys
 
 _SYSLOG = "/dev/log"
 _ROOT = logging.getLogger()
-
-
-class _SyslogHandler(logging.handlers.SysLogHandler):
-    append_nul = False
 
 
 def log_to_stderr(*, debug: bool) -> None:
@@ -27,11 +22,6 @@ def log_to_stderr(*, debug: bool) -> None:
         logging.getLogger(noisy).setLevel(logging.DEBUG if debug else logging.WARNING)
 
 
-def quieten() -> None:
-    """Only warnings and errors: while the shell waits, it wants to see no more."""
-    _ROOT.setLevel(max(_ROOT.level, logging.WARNING))
-
-
 def log_to_file(path: str) -> None:
     """Append to a file. Raises OSError."""
     handler = logging.FileHandler(os.path.abspath(path), encoding="utf-8")
@@ -39,12 +29,20 @@ def log_to_file(path: str) -> None:
     _ROOT.handlers[:] = [handler]
 
 
-def log_to_syslog() -> None:
-    """To the local syslog (journald listens there too), or nowhere when there is none."""
+def open_syslog() -> logging.Handler:
+    """The local syslog (journald listens there too), or nowhere when there is none."""
+    from logging.handlers import SysLogHandler
+
     try:
-        handler: logging.Handler = _SyslogHandler(_SYSLOG, logging.handlers.SysLogHandler.LOG_DAEMON)
+        syslog = SysLogHandler(_SYSLOG, SysLogHandler.LOG_DAEMON)
     except OSError:
-        handler = logging.NullHandler()
-    handler.setFormatter(logging.Formatter(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))
+        return logging.NullHandler()
+    syslog.append_nul = False
+    syslog.setFormatter(logging.Formatter(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))
+    return syslog
+
+
+def log_to(handler: logging.Handler) -> None:
+    """Log there and nowhere else from now on."""
     _ROOT.handlers[:] = [handler]
     _ROOT.setLevel(logging.INFO)

@@ -1,29 +1,30 @@
 """The program: from arguments to a mount that serves, and an exit code with at most one line.
 
 With the debug option, tracebacks too.
+
+1. What serves (trio, pyfuse3, the driver: nine tenths of the time that a start takes) is imported by the process that
+   is going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
+2. A stop signal in that time is a failure to start like any other.
 """
 
 from __future__ import annotations
 
-import errno
 import functools
+import gc
 import logging
 import os
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 
-import sdnotify
-import trio
-
-from ..driver.chain import open_image
-from ..errors import ImageUsageError, QcowFuseError
-from ..export.mount import Notices, serve
-from ..export.outside import Outside
-from ..export.process import Starter, leave_session, run_as_daemon
+from ..errors import ImageUsageError, MountError
+from ..export.process import Starter, run_as_daemon
 from . import logs
 from .arguments import Arguments, parse_arguments
 from .exit_codes import ExitCode, exit_code_of
+from .failures import describe
 from .passphrase import KeySource
 
 _log = logging.getLogger("qcowfuse")
@@ -41,42 +42,35 @@ def main(argv: Sequence[str] | None = None) -> int:
         key.prepare(arguments.image, arguments.open_options)
         if arguments.foreground:
             return _run(arguments, key, None)
-        return run_as_daemon(functools.partial(_run, arguments, key))
+        code = run_as_daemon(functools.partial(_run, arguments, key))
     except ImageUsageError as exc:
-        print(f"qcowfuse: {_describe(exc, arguments)}", file=sys.stderr)
+        print(f"qcowfuse: {describe(exc, arguments)}", file=sys.stderr)
         return exit_code_of(exc)
     except KeyboardInterrupt:
         return 128 + 2
     finally:
         key.wipe()
+    # The interpreter's own way out takes a few milliseconds, and the shell waits for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
-    notifier = sdnotify.SystemdNotifier()
     is_ready = False
 
-    def on_ready(description: str) -> None:
+    def on_ready() -> None:
         nonlocal is_ready
         is_ready = True
-        if starter is not None:
-            leave_session()
-            outside.leave_session()
-            if arguments.log_file is None:
-                logs.log_to_syslog()
-            starter.report(ExitCode.OK)
-        notifier.notify(f"READY=1\nSTATUS={_printable(description)}")
-
-    def on_stopping(text: str) -> None:
-        notifier.notify(f"STOPPING=1\nSTATUS={_printable(text)}")
 
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
-        opener = functools.partial(open_image, arguments.image, replace(arguments.open_options, passphrase=key))
-        with Outside() as outside:
-            trio.run(serve, opener, arguments.mount, outside, Notices(on_ready, on_stopping))
+        with _stop_signals_raised(), _garbage_kept():
+            from .serving import serve_image
+        serve_image(arguments, key, starter, on_ready)
     except BaseException as exc:
-        code, line = exit_code_of(exc), _describe(exc, arguments)
+        code, line = exit_code_of(exc), describe(exc, arguments)
         if is_ready or arguments.log_file is not None:
             _log.error("%s", line, exc_info=arguments.debug or code is ExitCode.UNEXPECTED)
         elif arguments.debug:
@@ -91,22 +85,29 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     return ExitCode.OK
 
 
-def _describe(exc: BaseException, arguments: Arguments) -> str:
-    """One line for a person."""
-    if isinstance(exc, OSError):
-        path = arguments.image if exc.filename is None else os.fsdecode(exc.filename)
-        text = f"{path}: {exc.strerror or exc}"
-        if exc.errno == errno.EROFS and not arguments.open_options.read_only:
-            text += " (-r serves the image read-only)"
-    elif isinstance(exc, QcowFuseError):
-        text = str(exc)
-        if arguments.image not in text and not text.startswith(arguments.mount.mount_point):
-            text = f"{arguments.image}: {text}"
-    else:
-        text = f"unexpected failure, please report it: {type(exc).__name__}: {exc} (--debug shows more)"
-    return _printable(" ".join(text.split("\n")))
+@contextmanager
+def _stop_signals_raised() -> Iterator[None]:
+    """Turn SIGTERM and SIGINT into a MountError while there is no event loop to hear of them."""
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        raise MountError(f"stopped by {signal.Signals(number).name} before the image was open")
+
+    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
-def _printable(text: str) -> str:
-    """Without control characters: file names may hold anything."""
-    return "".join(c if c.isprintable() or 0xDC80 <= ord(c) <= 0xDCFF else "?" for c in text)
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No garbage collection while modules are imported: nearly all that they make is there to stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()  # collections to come need not look at it, either
+    finally:
+        if was_enabled:
+            gc.enable()

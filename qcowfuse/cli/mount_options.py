@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 
 _KERNEL_FLAGS = frozenset(str.split("nosuid nodev noexec sync dirsync noatime nodiratime"))
 _FUSE_FLAGS = frozenset({"allow_other", "allow_root"})
@@ -35,13 +34,13 @@ class MountOptionError(ValueError):
     """An option that is not accepted; the message names it."""
 
 
-@dataclass(slots=True)
 class MountOptions:
     """The sorted list: for libfuse, our flags, our values (both by long name)."""
 
-    fuse: set[str] = field(default_factory=set)
-    flags: set[str] = field(default_factory=set)
-    values: dict[str, str] = field(default_factory=dict)
+    def __init__(self) -> None:
+        self.fuse: set[str] = set()
+        self.flags: set[str] = set()
+        self.values: dict[str, str] = {}
 
 
 def split_options(text: str) -> list[str]:

@@ -7,16 +7,12 @@
 
 from __future__ import annotations
 
-import getpass
 import os
 import stat
 from collections.abc import Mapping
 
-import trio
-
-from ..driver.chain import first_encrypted_layer
-from ..driver.inspect import open_shared_storage
 from ..driver.options import OpenOptions
+from ..driver.quick_look import may_need_passphrase
 from ..errors import ImageUsageError
 
 CREDENTIAL_NAME = "qcowfuse.key"
@@ -40,8 +36,13 @@ class KeySource:
 
         What else is wrong with the image is left to whoever opens it. Raises ImageUsageError.
         """
-        if self._key_file is not None:
+        if self._key_file is not None or not may_need_passphrase(image):
             return
+        import trio
+
+        from ..driver.chain import first_encrypted_layer
+        from ..driver.inspect import open_shared_storage
+
         try:
             layer = trio.run(lambda: first_encrypted_layer(image, options, opener=open_shared_storage))
         except Exception:
@@ -91,6 +92,8 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
                 f"{image}: there is no terminal to ask for a passphrase: give --key-file PATH"
             ) from None
         raise _no_key(image) from None
+    import getpass
+
     shown = "".join(character if character.isprintable() else "?" for character in image)
     try:
         typed = getpass.getpass(f"Passphrase of {shown}: ")

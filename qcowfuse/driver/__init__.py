@@ -9,11 +9,12 @@ data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allo
 ``ordering`` (rules R1 to R5, flush), ``growing``, ``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty
 bitmaps kept right), ``usage`` (what ``du`` should say).
 
-The tools beside the virtual disk: ``inspect`` (what an image says about itself), ``extent_map`` (what lies where),
-``create`` with ``new_file`` and ``create_encryption`` (new images), ``snapshot_edit`` with ``shadow_refcounts``
-(internal snapshots of an image at rest, by one write of the header), ``check`` and ``repair`` (consistency, and
-mending it; ``check_walk``, ``check_snapshots``, ``check_compare``, ``check_result`` and ``reference_counts`` are
-parts of them). ``chain`` has a dirty image repaired before it is written.
+The tools beside the virtual disk: ``quick_look`` (before there is an event loop), ``inspect`` (what an image says
+about itself), ``extent_map`` (what lies where), ``create`` with ``new_file`` and ``create_encryption`` (new
+images), ``snapshot_edit`` with ``shadow_refcounts`` (internal snapshots of an image at rest, by one write of the
+header), ``check`` and ``repair`` (consistency, and mending it; ``check_walk``, ``check_snapshots``,
+``check_compare``, ``check_result`` and ``reference_counts`` are parts of them). ``chain`` has a dirty image
+repaired before it is written.
 
 Theory of operation
 -------------------

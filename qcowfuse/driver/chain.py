@@ -46,7 +46,7 @@ from ..format.header import (
     probe_format,
     refuse_unsupported,
 )
-from ..storage.base import Storage
+from ..storage.base import Storage, pread
 from ..storage.file import FileStorage, open_file_storage
 from ..storage.locks import wait_image_lock
 from .allocation import Allocator, AppendAllocator, RefcountAllocator
@@ -128,7 +128,7 @@ async def open_image(
     """
     options = options or OpenOptions()
     if options.snapshot is not None:
-        options = replace(options, read_only=True)
+        options = options._replace(read_only=True)
     async with AsyncExitStack() as stack:
         layers = await _open_chain(path, options, opener, stack)
         if options.snapshot is not None:
@@ -147,7 +147,7 @@ async def first_encrypted_layer(path: str, options: OpenOptions, *, opener: Stor
     Raises what :func:`open_image` raises.
     """
     async with AsyncExitStack() as stack:
-        for layer in await _open_chain(path, replace(options, read_only=True), opener, stack):
+        for layer in await _open_chain(path, options._replace(read_only=True), opener, stack):
             if _is_encrypted(layer):
                 return layer.path
     return None
@@ -232,14 +232,14 @@ async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _
     """Read a layer's header and L1 table. ``format_name``: raw, qcow (any version), or None to go by content."""
     if format_name == "raw":
         return _Opened(path, storage, None, array("Q"))
-    start = await storage.pread(0, min(512, storage.size()))
+    start = await pread(storage, 0, min(512, storage.size()))
     probed = probe_format(bytes(start))
     if probed is None:
         if format_name is None:
             return _Opened(path, storage, None, array("Q"))
         raise FormatError("header", 0, f"no QCOW image: starts with {bytes(start[:4]).hex(' ') or 'nothing'}")
     wanted = min(header_length_needed(bytes(start)), storage.size())
-    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size())
+    header = parse_header(bytes(await pread(storage, 0, wanted)), storage.size())
     if isinstance(header, Qcow2Header):
         refuse_unsupported(header)
         n_entries, l1_offset = header.l1_size, header.l1_table_offset
@@ -260,7 +260,7 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
     snapshot = find_snapshot(layer.path, snapshots, id_or_name)
     l1_table = await load_snapshot_l1_table(layer.storage, header, snapshot)
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
-    header = replace(header, size=size, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size)
+    header = header._replace(size=size, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size)
     n_needed = _geometry_of(header).n_l1_entries
     if n_needed * 8 > MAX_L1_SIZE:
         raise FormatError("snapshot table entry", None, f"disk of {size} bytes, more than any L1 table can map")
@@ -441,7 +441,7 @@ async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> tu
     if isinstance(header, Qcow1Header):
         return AppendAllocator(layer.storage, 1 << header.cluster_bits), MetadataClusters(header.cluster_bits)
     table_bytes = header.refcount_table_clusters << header.cluster_bits
-    table = parse_table(await layer.storage.pread(header.refcount_table_offset, table_bytes))
+    table = parse_table(await pread(layer.storage, header.refcount_table_offset, table_bytes))
     metadata = await find_metadata(layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
     allocator = RefcountAllocator(
         layer.storage,

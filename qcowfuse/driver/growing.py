@@ -15,7 +15,6 @@ import errno
 import logging
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
-from dataclasses import replace
 
 import trio
 
@@ -85,7 +84,7 @@ class Grower:
                 raise ImageUsageError(f"{self._path}: has {old_size} bytes, and a disk cannot be made smaller")
             if size == old_size:
                 return
-            geometry = replace(self._mapping.geometry, size=size)
+            geometry = self._mapping.geometry.with_size(size)
             if geometry.n_l1_entries * 8 > MAX_L1_SIZE:
                 raise OSError(errno.EFBIG, f"{size} bytes need an L1 table of more than 32 MiB", self._path)
             if self._refusal is not None:

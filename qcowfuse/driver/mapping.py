@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
@@ -121,7 +120,7 @@ class Mapping:
 
     def resize(self, size: int) -> None:
         """Map ``size`` bytes from now on; what a longer L1 table adds is empty."""
-        self.geometry = replace(self.geometry, size=size)
+        self.geometry = self.geometry.with_size(size)
         self.size = size
         n_missing = max(self.geometry.n_l1_entries - len(self.l1_table), 0)
         self.l1_table.frombytes(bytes(n_missing * self.l1_table.itemsize))

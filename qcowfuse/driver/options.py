@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ..storage.delay_model import DelayModel as DelayModel  # cli takes it from here
 from .detect_zeroes import DetectZeroes as DetectZeroes
@@ -16,16 +16,14 @@ PassphraseSource = Callable[[str], bytearray]
 """Path of an encrypted layer to the passphrase, which the caller overwrites. Raises ImageUsageError, OSError."""
 
 
-@dataclass(frozen=True, slots=True)
-class L2CacheSize:
+class L2CacheSize(NamedTuple):
     """The budget of the L2 cache: ``n_bytes``, or ``n_tables`` whole tables of the top image; 0 is off."""
 
     n_bytes: int | None = None
     n_tables: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class OpenOptions:
+class OpenOptions(NamedTuple):
     """``l2_cache_size`` None: cover the whole disk, 32 MiB at most. ``lock_wait`` in seconds: how long to
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
     ``detect_zeroes``: what a write of zeroes becomes.
@@ -44,7 +42,11 @@ class OpenOptions:
     snapshot: str | None = None
     backing_format: str | None = None
     data_file: str | None = None
-    passphrase: PassphraseSource | None = field(default=None, repr=False, compare=False)
+    passphrase: PassphraseSource | None = None
     tables_only: bool = False
     io_delay: DelayModel | None = None
     image_in_memory: bool = False
+
+    def __repr__(self) -> str:
+        shown = (f"{name}={value!r}" for name, value in self._asdict().items() if name != "passphrase")
+        return f"OpenOptions({', '.join(shown)})"

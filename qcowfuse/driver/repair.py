@@ -32,7 +32,6 @@ import logging
 import struct
 import time
 from array import array
-from dataclasses import replace
 
 from ..errors import FormatError, ImageUsageError, UnsupportedFeatureError
 from ..format.entries import serialise_table
@@ -304,15 +303,14 @@ class _Repair:
             await self._write_structure(walk.counts, plan, table)
         await self._storage.flush()
         fields = struct.pack(">QI", plan.table_cluster << self._cluster_bits, plan.n_table_clusters)
-        header = replace(
-            self.header,
+        header = self.header._replace(
             refcount_table_offset=plan.table_cluster << self._cluster_bits,
             refcount_table_clusters=plan.n_table_clusters,
         )
         if table:
             offset = plan.table_cluster + plan.n_table_clusters << self._cluster_bits
             fields += struct.pack(">IQ", len(snapshots.snapshots), offset)
-            header = replace(header, n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
+            header = header._replace(n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
         await self._write_header(REFCOUNT_TABLE_FIELD, fields)
         self.header = header
 
@@ -344,13 +342,13 @@ class _Repair:
         autoclear = self.header.autoclear_features
         if autoclear & ~KNOWN_AUTOCLEAR:
             await self._write_header(AUTOCLEAR_FIELD, (autoclear & KNOWN_AUTOCLEAR).to_bytes(8, "big"))
-            self.header = replace(self.header, autoclear_features=autoclear & KNOWN_AUTOCLEAR)
+            self.header = self.header._replace(autoclear_features=autoclear & KNOWN_AUTOCLEAR)
 
     async def _clear_marks(self) -> None:
         features = self.header.incompatible_features
         if marks := features & (INCOMPATIBLE_DIRTY | INCOMPATIBLE_CORRUPT):
             await self._write_header(INCOMPATIBLE_FIELD, (features & ~marks).to_bytes(8, "big"))
-            self.header = replace(self.header, incompatible_features=features & ~marks)
+            self.header = self.header._replace(incompatible_features=features & ~marks)
 
     def _note_freed(self, cluster: int) -> None:
         if self._freed and sum(self._freed[-1]) == cluster:

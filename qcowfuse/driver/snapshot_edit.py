@@ -34,7 +34,6 @@ import time
 from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 
 import trio
 
@@ -383,12 +382,11 @@ class _Editor:
         if l1_table != self._l1_table:
             l1_table_offset = await self._write_new(_serialised(l1_table), "the L1 table")
             await self._shadow.add(header.l1_table_offset, header.l1_size * WORD_SIZE, -1)
-            header = replace(header, l1_table_offset=l1_table_offset, l1_size=len(l1_table))
+            header = header._replace(l1_table_offset=l1_table_offset, l1_size=len(l1_table))
         if snapshots is not None:
             header = await self._write_snapshots(header, snapshots)
         table = await self._shadow.write()
-        header = replace(
-            header,
+        header = header._replace(
             refcount_table_offset=table.host_offset,
             refcount_table_clusters=table.n_clusters,
             size=header.size if size is None else size,
@@ -408,7 +406,7 @@ class _Editor:
             raise ImageUsageError(f"the snapshot table would have more than {MAX_SNAPSHOT_TABLE_SIZE} bytes")
         place = await self._write_new(data, "the snapshot table")
         await self._shadow.add(header.snapshots_offset, self._snapshots_bytes, -1)
-        return replace(header, n_snapshots=len(snapshots), snapshots_offset=place)
+        return header._replace(n_snapshots=len(snapshots), snapshots_offset=place)
 
 
 def _serialised(table: array[int]) -> bytes:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import parse_table
 from ..format.header import Qcow2Header
-from ..storage.base import Storage
+from ..storage.base import Storage, pread
 
 if TYPE_CHECKING:
     from ..format.snapshots import Snapshot
@@ -66,7 +66,7 @@ async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> a
     table = array("Q")
     end = host_offset + n_entries * 8
     for start in range(host_offset, end, _CHUNK):  # by and by: it may have 32 MiB
-        table.extend(parse_table(await storage.pread(start, min(_CHUNK, end - start))))
+        table.extend(parse_table(await pread(storage, start, min(_CHUNK, end - start))))
     return table
 
 

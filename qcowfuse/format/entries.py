@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import sys
 from array import array
-from dataclasses import dataclass, field
 from enum import IntEnum
 
 from ..errors import CorruptImageError
@@ -43,33 +42,55 @@ class ClusterKind(IntEnum):
     ENCRYPTED = 4
 
 
-@dataclass(frozen=True, slots=True)
 class EntryFormat:
     """The bits of one image's entries; make one with :func:`entry_format`."""
 
-    version: int
-    cluster_bits: int
-    offset_mask: int
-    copied: int
-    compressed: int
-    reads_zero: int
-    l1_offset_mask: int
-    is_extended: bool
-    has_data_file: bool = False
-    cluster_mask: int = field(init=False)
-    not_plain: int = field(init=False)
-    in_place_mask: int = field(init=False)
-    in_place_value: int = field(init=False)
+    __slots__ = (
+        "cluster_bits",
+        "cluster_mask",
+        "compressed",
+        "copied",
+        "has_data_file",
+        "in_place_mask",
+        "in_place_value",
+        "is_extended",
+        "l1_offset_mask",
+        "not_plain",
+        "offset_mask",
+        "reads_zero",
+        "version",
+    )
 
-    def __post_init__(self) -> None:
-        misaligned = ((1 << self.cluster_bits) - 1) & self.offset_mask if self.version > 1 else 0
-        zero_bit = READS_ZERO if self.version > 1 else 0
-        not_plain = self.compressed | zero_bit | misaligned
-        object.__setattr__(self, "cluster_mask", self.offset_mask | (self.copied if self.has_data_file else 0))
+    def __init__(
+        self,
+        *,
+        version: int,
+        cluster_bits: int,
+        offset_mask: int,
+        copied: int,
+        compressed: int,
+        reads_zero: int,
+        l1_offset_mask: int,
+        is_extended: bool,
+        has_data_file: bool = False,
+    ) -> None:
+        self.version = version
+        self.cluster_bits = cluster_bits
+        self.offset_mask = offset_mask
+        self.copied = copied
+        self.compressed = compressed
+        self.reads_zero = reads_zero
+        self.l1_offset_mask = l1_offset_mask
+        self.is_extended = is_extended
+        self.has_data_file = has_data_file
+        misaligned = ((1 << cluster_bits) - 1) & offset_mask if version > 1 else 0
+        zero_bit = READS_ZERO if version > 1 else 0
+        not_plain = compressed | zero_bit | misaligned
+        self.cluster_mask = offset_mask | (copied if has_data_file else 0)
         # An extended entry is never told by one word: its tests never succeed.
-        object.__setattr__(self, "not_plain", ALL_BITS if self.is_extended else not_plain)
-        object.__setattr__(self, "in_place_mask", 0 if self.is_extended else not_plain | self.copied)
-        object.__setattr__(self, "in_place_value", 1 if self.is_extended else self.copied)
+        self.not_plain = ALL_BITS if is_extended else not_plain
+        self.in_place_mask = 0 if is_extended else not_plain | copied
+        self.in_place_value = 1 if is_extended else copied
 
     @property
     def words(self) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import FormatError
 
@@ -27,16 +27,14 @@ _HEAD = struct.Struct(">II")
 _FEATURE_ENTRY = struct.Struct(">BB46s")
 
 
-@dataclass(frozen=True, slots=True)
-class HeaderExtension:
+class HeaderExtension(NamedTuple):
     """One extension: its 32-bit ``magic`` and its ``data`` without the padding."""
 
     magic: int
     data: bytes
 
 
-@dataclass(frozen=True, slots=True)
-class FeatureName:
+class FeatureName(NamedTuple):
     """The name that the image's writer gave to feature bit ``bit`` (0 to 255) of ``kind`` (0 to 2 are known)."""
 
     kind: int

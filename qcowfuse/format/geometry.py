@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import NewType
 
 from ..errors import FormatError
@@ -40,7 +39,6 @@ def round_up(value: int, unit: int) -> int:
     return -(-value // unit) * unit
 
 
-@dataclass(frozen=True, slots=True)
 class Geometry:
     """Sizes and shifts of one image.
 
@@ -49,18 +47,25 @@ class Geometry:
     Raises FormatError for numbers that no valid image has.
     """
 
-    cluster_bits: int
-    l2_bits: int
-    size: int
-    words_per_entry: int = 1
+    __slots__ = ("cluster_bits", "l2_bits", "size", "words_per_entry")
 
-    def __post_init__(self) -> None:
+    def __init__(self, *, cluster_bits: int, l2_bits: int, size: int, words_per_entry: int = 1) -> None:
+        self.cluster_bits = cluster_bits
+        self.l2_bits = l2_bits
+        self.size = size
+        self.words_per_entry = words_per_entry
         if not MIN_CLUSTER_BITS <= self.cluster_bits <= MAX_CLUSTER_BITS:
             raise FormatError("header", 20, f"cluster_bits {self.cluster_bits}, expected 9 to 21")
         if not 1 <= self.l2_bits <= MAX_CLUSTER_BITS - 3:
             raise FormatError("header", None, f"l2_bits {self.l2_bits}, expected 1 to 18")
         if self.size < 0 or self.size >= 1 << 63:
             raise FormatError("header", 24, f"virtual size {self.size:#x}, expected less than 2^63")
+
+    def with_size(self, size: int) -> Geometry:
+        """The same image with a disk of ``size`` bytes. Raises FormatError."""
+        return Geometry(
+            cluster_bits=self.cluster_bits, l2_bits=self.l2_bits, size=size, words_per_entry=self.words_per_entry
+        )
 
     @property
     def cluster_size(self) -> int:

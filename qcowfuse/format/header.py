@@ -9,8 +9,7 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import FormatError, UnsupportedFeatureError
 from .extensions import (
@@ -90,8 +89,7 @@ V3_STRUCT = struct.Struct(">QQQII")
 _BITMAPS = struct.Struct(">IIQQ")
 
 
-@dataclass(frozen=True, slots=True)
-class Qcow1Header:
+class Qcow1Header(NamedTuple):
     """The header of a version 1 image. ``size`` in bytes, ``mtime`` of the backing file in seconds."""
 
     backing_file_offset: int
@@ -115,8 +113,7 @@ class Qcow1Header:
         return self.size // SECTOR_SIZE * SECTOR_SIZE
 
 
-@dataclass(frozen=True, slots=True)
-class Qcow2Header:
+class Qcow2Header(NamedTuple):
     """The header of a version 2 or 3 image; version 2 has the values that version 3 gives to absent fields.
 
     ``size`` in bytes, ``l1_size`` in entries, ``unknown_fields`` the bytes between the fields known here and

@@ -13,25 +13,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Protocol
 
 Buffer = bytes | bytearray | memoryview
 
 
-@dataclass(slots=True)
+async def pread(storage: Storage, host_offset: int, n_bytes: int) -> Buffer:
+    """:meth:`Storage.pread` without a hop to a thread where the bytes can be had at once; for opening."""
+    data = storage.try_pread(host_offset, n_bytes)
+    return await storage.pread(host_offset, n_bytes) if data is None else data
+
+
 class StorageCounters:
     """What reached the backend: one count per call, inline or not; ``_bytes`` in bytes."""
 
-    reads: int = 0
-    writes: int = 0
-    flushes: int = 0
-    read_bytes: int = 0
-    written_bytes: int = 0
+    __slots__ = ("flushes", "read_bytes", "reads", "writes", "written_bytes")
+
+    def __init__(self) -> None:
+        self.reads = self.writes = self.flushes = 0
+        self.read_bytes = self.written_bytes = 0
 
     def as_dict(self) -> dict[str, int]:
         """The counts by name."""
-        return asdict(self)
+        return {
+            "reads": self.reads,
+            "writes": self.writes,
+            "flushes": self.flushes,
+            "read_bytes": self.read_bytes,
+            "written_bytes": self.written_bytes,
+        }
 
 
 class Storage(Protocol):

@@ -37,9 +37,9 @@ def refuse(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 def test_defaults() -> None:
     """Without options: a writable daemon, the file disk.raw, the write-back cache on, some patience for a lock."""
     given = parse()
-    assert (given.image, given.mount.mount_point, given.mount.file_name) == ("image", "mount", "disk.raw")
-    assert not any((given.foreground, given.debug, given.open_options.read_only, given.mount.fuse_options))
-    assert given.mount.writeback_cache
+    assert (given.image, given.mount_point, given.file_name) == ("image", "mount", "disk.raw")
+    assert not any((given.foreground, given.debug, given.open_options.read_only, given.fuse_options))
+    assert given.writeback_cache
     assert given.open_options.lock_wait == 5
     assert given.open_options.l2_cache_size is None
 
@@ -61,7 +61,7 @@ def test_own_options_have_two_ways_in() -> None:
     assert long.open_options.read_only
     assert long.open_options.backing_format == "qcow2"
     assert long.open_options.data_file == "d.raw"
-    assert long.mount.fuse_options == {"allow_other"}
+    assert long.fuse_options == {"allow_other"}
 
 
 def test_what_mount_adds_is_accepted() -> None:
@@ -71,7 +71,7 @@ def test_what_mount_adds_is_accepted() -> None:
 
 def test_kernel_flags_are_passed_on() -> None:
     """nosuid, nodev, noexec, noatime and sync reach the mount; a later opposite takes them back."""
-    assert parse("-o", "nosuid,nodev,noexec,noatime,sync,exec").mount.fuse_options == {
+    assert parse("-o", "nosuid,nodev,noexec,noatime,sync,exec").fuse_options == {
         *("nosuid", "nodev", "noatime", "sync")
     }
 
@@ -90,8 +90,8 @@ def test_debug_stays_in_the_foreground() -> None:
 
 def test_ownership_options() -> None:
     """uid, gid and umask are numbers, the mask in octal."""
-    mount = parse("-o", "uid=1000,gid=100,umask=022").mount
-    assert (mount.uid, mount.gid, mount.umask) == (1000, 100, 0o022)
+    given = parse("-o", "uid=1000,gid=100,umask=022")
+    assert (given.uid, given.gid, given.umask) == (1000, 100, 0o022)
 
 
 @pytest.mark.parametrize(

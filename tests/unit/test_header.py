@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -36,7 +35,7 @@ V2 = h.Qcow2Header(
     n_snapshots=0,
     snapshots_offset=0,
 )
-V3 = replace(V2, version=3, header_length=112)
+V3 = V2._replace(version=3, header_length=112)
 V1 = h.Qcow1Header(
     backing_file_offset=0,
     backing_file_size=0,
@@ -111,7 +110,7 @@ def test_fields_by_hand() -> None:
 def test_version_2_has_no_feature_bits() -> None:
     """What lies where version 3 has its feature bits is an extension in version 2."""
     extension = HeaderExtension(0xFFFFFFFF, b"\xff" * 20)
-    found = parse_v3(serialise_header(replace(V2, extensions=(extension,))))
+    found = parse_v3(serialise_header(V2._replace(extensions=(extension,))))
     assert (found.incompatible_features, found.compatible_features, found.autoclear_features) == (0, 0, 0)
     assert (found.refcount_order, found.header_length, found.extensions) == (4, 72, (extension,))
 
@@ -236,7 +235,7 @@ def test_too_few_bytes_of_a_longer_file() -> None:
         h.parse_header(data[:512], len(data))
 
 
-@pytest.mark.parametrize(("header", "n_bytes"), [(V1, 48), (V2, CLUSTER), (replace(V3, cluster_bits=21), 2 << 20)])
+@pytest.mark.parametrize(("header", "n_bytes"), [(V1, 48), (V2, CLUSTER), (V3._replace(cluster_bits=21), 2 << 20)])
 def test_length_needed(header: h.Qcow1Header | h.Qcow2Header, n_bytes: int) -> None:
     """The parser wants the first cluster of a QCOW2 image and just header and name of version 1."""
     assert h.header_length_needed(serialise_header(header)[:32]) == n_bytes
@@ -244,7 +243,7 @@ def test_length_needed(header: h.Qcow1Header | h.Qcow2Header, n_bytes: int) -> N
 
 def test_backing_name_of_version_1() -> None:
     """The name of a version 1 image is found where the header says, and is part of what the parser wants."""
-    header = replace(V1, backing_file_offset=48, backing_file_size=9, backing_file="base.qcow", l1_table_offset=64)
+    header = V1._replace(backing_file_offset=48, backing_file_size=9, backing_file="base.qcow", l1_table_offset=64)
     data = serialise_header(header)
     assert h.header_length_needed(data[:32]) == len(data) == 57
     assert parse(data) == header
@@ -253,8 +252,7 @@ def test_backing_name_of_version_1() -> None:
 @pytest.mark.parametrize("raw", [b"b\xff\xfe.raw", "grüße".encode(), b"a" * 1023])
 def test_backing_names_are_bytes(raw: bytes) -> None:
     """Names of any bytes survive, undecodable ones as the surrogates of os.fsdecode."""
-    header = replace(
-        V3,
+    header = V3._replace(
         backing_file_offset=120,
         backing_file_size=len(raw),
         backing_file=raw.decode("utf-8", "surrogateescape"),
@@ -266,7 +264,7 @@ def test_backing_names_are_bytes(raw: bytes) -> None:
 
 def test_backing_name_ends_at_nul() -> None:
     """A name is cut at its first NUL, as everything written in C cuts it, and never holds one."""
-    data = patched(replace(V3, backing_file_offset=120, backing_file_size=6, backing_file="ab"), 120, b"ab\0cd\0")
+    data = patched(V3._replace(backing_file_offset=120, backing_file_size=6, backing_file="ab"), 120, b"ab\0cd\0")
     found = parse_v3(data)
     assert found.backing_file == "ab"
     assert parse(serialise_header(found)) == found
@@ -275,18 +273,17 @@ def test_backing_name_ends_at_nul() -> None:
 
 def test_backing_format_is_an_extension() -> None:
     """The backing format is what the extension says; none, or an empty one, is None; 16 bytes are too many."""
-    header = replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"raw"),))
+    header = V3._replace(extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"raw"),))
     assert parse_v3(serialise_header(header)).backing_format == "raw"
     assert V3.backing_format is None
-    assert replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b""),)).backing_format is None
+    assert V3._replace(extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b""),)).backing_format is None
     with pytest.raises(FormatError, match="backing format name of 16 bytes"):
-        parse(serialise_header(replace(V3, extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"x" * 16),))))
+        parse(serialise_header(V3._replace(extensions=(HeaderExtension(EXTENSION_BACKING_FORMAT, b"x" * 16),))))
 
 
 def test_unknown_fields_and_extensions_survive() -> None:
     """Fields behind the known ones and extensions of unknown magic come back byte for byte and in order."""
-    header = replace(
-        V3,
+    header = V3._replace(
         header_length=131,
         unknown_fields=bytes(range(19)),
         extensions=(HeaderExtension(5, b"12345"), HeaderExtension(4, b""), HeaderExtension(5, b"\0" * 9)),
@@ -296,7 +293,7 @@ def test_unknown_fields_and_extensions_survive() -> None:
 
 def test_short_header_has_no_compression_type() -> None:
     """A header of 104 bytes ends before the compression type, which is deflate then."""
-    header = replace(V3, header_length=104, extensions=(HeaderExtension(1 << 24, b"x"),))
+    header = V3._replace(header_length=104, extensions=(HeaderExtension(1 << 24, b"x"),))
     assert parse_v3(serialise_header(header)) == header
 
 
@@ -318,18 +315,18 @@ def bitmaps_of(n: int = 1, reserved: int = 0, size: int = 32, offset: int = CLUS
 def test_bitmaps_are_checked_as_qemu_does(extensions: tuple[HeaderExtension, ...]) -> None:
     """A bitmaps extension that QEMU refuses to open with is refused."""
     with pytest.raises(FormatError, match="bitmaps extension"):
-        parse(serialise_header(replace(V3, extensions=extensions, autoclear_features=h.AUTOCLEAR_BITMAPS)))
+        parse(serialise_header(V3._replace(extensions=extensions, autoclear_features=h.AUTOCLEAR_BITMAPS)))
 
 
 def test_bitmaps_without_their_bit_are_ignored() -> None:
     """Without the autoclear bit the bitmaps are stale, so that their extension may say anything."""
-    header = replace(V3, extensions=bitmaps_of(n=0, reserved=7))
+    header = V3._replace(extensions=bitmaps_of(n=0, reserved=7))
     assert parse(serialise_header(header)) == header
 
 
 def test_luks_pointer_without_luks() -> None:
     """A LUKS header pointer in an image that is not encrypted so is refused."""
-    header = replace(V3, extensions=(HeaderExtension(EXTENSION_LUKS_HEADER, bytes(16)),))
+    header = V3._replace(extensions=(HeaderExtension(EXTENSION_LUKS_HEADER, bytes(16)),))
     with pytest.raises(FormatError, match="LUKS"):
         parse(serialise_header(header))
 
@@ -338,7 +335,7 @@ def test_luks_pointer_is_aligned() -> None:
     """A LUKS area that does not begin with a cluster is refused, as QEMU does it."""
     for place in ((1 << V3.cluster_bits) + 512, 1 << V3.cluster_bits):
         pointer = HeaderExtension(EXTENSION_LUKS_HEADER, struct.pack(">QQ", place, 4096))
-        raw = serialise_header(replace(V3, crypt_method=2, extensions=(pointer,)))
+        raw = serialise_header(V3._replace(crypt_method=2, extensions=(pointer,)))
         if place % (1 << V3.cluster_bits):
             with pytest.raises(FormatError, match="LUKS area at"):
                 parse(raw)
@@ -350,7 +347,7 @@ def test_unknown_compression_type_is_unsupported() -> None:
     """A compression type that does not exist yet is refused by its number."""
     with pytest.raises(UnsupportedFeatureError) as caught:
         parse(
-            patched(replace(V3, incompatible_features=h.INCOMPATIBLE_COMPRESSION, compression_type=1), 104, b"\x02")
+            patched(V3._replace(incompatible_features=h.INCOMPATIBLE_COMPRESSION, compression_type=1), 104, b"\x02")
         )
     assert caught.value.names == ("compression type 2",)
 
@@ -365,7 +362,7 @@ def test_unknown_compression_type_is_unsupported() -> None:
 )
 def test_unsupported_features_are_named(changes: dict[str, int], names: tuple[str, ...]) -> None:
     """Everything that the image needs and nobody serves is named at once; parsing it is no error."""
-    header = parse_v3(serialise_header(replace(V3, **changes)))  # type: ignore[arg-type]
+    header = parse_v3(serialise_header(V3._replace(**changes)))  # type: ignore[arg-type]
     with pytest.raises(UnsupportedFeatureError) as caught:
         h.refuse_unsupported(header)
     assert caught.value.names == names
@@ -374,8 +371,7 @@ def test_unsupported_features_are_named(changes: dict[str, int], names: tuple[st
 def test_served_features_are_not_refused() -> None:
     """Encryption, dirty, corrupt, zstd and any compatible or autoclear bit are no reason to refuse."""
     bits = h.INCOMPATIBLE_DIRTY | h.INCOMPATIBLE_CORRUPT | h.INCOMPATIBLE_COMPRESSION
-    header = replace(
-        V3,
+    header = V3._replace(
         incompatible_features=bits,
         compression_type=1,
         compatible_features=~0 & (1 << 64) - 1,
@@ -384,8 +380,8 @@ def test_served_features_are_not_refused() -> None:
     header = parse_v3(serialise_header(header))
     h.refuse_unsupported(header)
     h.refuse_unsupported(V1)
-    h.refuse_unsupported(replace(V1, crypt_method=1))
-    h.refuse_unsupported(replace(V3, crypt_method=2))
+    h.refuse_unsupported(V1._replace(crypt_method=1))
+    h.refuse_unsupported(V3._replace(crypt_method=2))
     assert h.unknown_incompatible(header) == ()
     assert header.dirty
     assert header.corrupt
@@ -397,29 +393,29 @@ def test_unknown_bits_are_named_by_the_image() -> None:
         struct.pack(">BB46s", kind, bit, name)
         for kind, bit, name in ((1, 6, b"wrong"), (0, 6, b"right\n\x1b[31m"), (0, 6, b"late"), (2, 7, b"wrong"))
     )
-    header = replace(V3, incompatible_features=3 << 6, extensions=(HeaderExtension(EXTENSION_FEATURE_NAMES, table),))
+    header = V3._replace(incompatible_features=3 << 6, extensions=(HeaderExtension(EXTENSION_FEATURE_NAMES, table),))
     assert h.unknown_incompatible(header) == ("right??[31m", "incompatible feature bit 7")
 
 
 def test_unknown_bit_beats_a_broken_rest() -> None:
     """With an unknown incompatible bit nothing else is judged: the refusal names the bit."""
-    data = patched(replace(V3, incompatible_features=1 << 20), 40, struct.pack(">Q", 1))
+    data = patched(V3._replace(incompatible_features=1 << 20), 40, struct.pack(">Q", 1))
     with pytest.raises(UnsupportedFeatureError, match="bit 20"):
         h.refuse_unsupported(parse(data))
     with pytest.raises(UnsupportedFeatureError, match="bit 20"):
-        parse(patched(replace(V3, incompatible_features=1 << 20), 112, struct.pack(">II", 1, 0xFFFFFFFF)))
+        parse(patched(V3._replace(incompatible_features=1 << 20), 112, struct.pack(">II", 1, 0xFFFFFFFF)))
 
 
 def test_extended_l2_needs_large_clusters() -> None:
     """Subclusters below 512 bytes do not exist: extended L2 entries need clusters of 16 KiB."""
-    header = replace(V3, cluster_bits=13, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2, l1_size=1 << 20)
+    header = V3._replace(cluster_bits=13, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2, l1_size=1 << 20)
     with pytest.raises(FormatError, match="cluster_bits 13, expected 14 to 21"):
         parse(serialise_header(header))
 
 
 def test_extended_l2_needs_twice_the_l1() -> None:
     """With extended entries an L2 table maps half as much, so that the L1 table must be twice as long."""
-    header = replace(V3, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2)
+    header = V3._replace(incompatible_features=h.INCOMPATIBLE_EXTENDED_L2)
     with pytest.raises(FormatError, match="expected at least 4"):
         parse(serialise_header(header))
 
@@ -427,11 +423,11 @@ def test_extended_l2_needs_twice_the_l1() -> None:
 @pytest.mark.parametrize(
     "header",
     [
-        replace(V3, header_length=120),
-        replace(V3, backing_file="name", backing_file_size=4, backing_file_offset=100),
-        replace(V3, backing_file="name", backing_file_size=3, backing_file_offset=200),
-        replace(V3, extensions=(HeaderExtension(EXTENSION_DATA_FILE, bytes(CLUSTER)),)),
-        replace(V3, extensions=(HeaderExtension(7, bytes(20)),), backing_file_offset=128, backing_file_size=0),
+        V3._replace(header_length=120),
+        V3._replace(backing_file="name", backing_file_size=4, backing_file_offset=100),
+        V3._replace(backing_file="name", backing_file_size=3, backing_file_offset=200),
+        V3._replace(extensions=(HeaderExtension(EXTENSION_DATA_FILE, bytes(CLUSTER)),)),
+        V3._replace(extensions=(HeaderExtension(7, bytes(20)),), backing_file_offset=128, backing_file_size=0),
     ],
 )
 def test_parts_that_do_not_fit_are_not_written(header: h.Qcow2Header) -> None:
@@ -470,8 +466,7 @@ def test_any_header_round_trips(
 ) -> None:
     """parse(serialise(header)) is the header, for headers with anything in them that is allowed."""
     cluster_size = 1 << cluster_bits
-    header = replace(
-        V2,
+    header = V2._replace(
         version=version,
         cluster_bits=cluster_bits,
         size=size,
@@ -481,8 +476,7 @@ def test_any_header_round_trips(
         extensions=tuple(extensions),
     )
     if version == 3:
-        header = replace(
-            header,
+        header = header._replace(
             incompatible_features=bits[0],
             compatible_features=bits[1],
             autoclear_features=bits[2] & ~h.AUTOCLEAR_RAW_DATA_FILE,
@@ -491,8 +485,7 @@ def test_any_header_round_trips(
             unknown_fields=unknown,
         )
     if name is not None:
-        header = replace(
-            header,
+        header = header._replace(
             backing_file_offset=len(serialise_header(header)) + gap,
             backing_file_size=len(name),
             backing_file=name.decode("utf-8", "surrogateescape"),

@@ -1,0 +1,49 @@
+"""The process that serves: opens and mounts, tells whoever waits for it, and serves to the end.
+
+1. All that a mount needs is imported here or when the image is opened, before the mount exists. A mount that serves
+   imports nothing: the file could lie on that very mount, and memory for it could depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import sdnotify
+import trio
+
+from ..driver.chain import open_image
+from ..export.mount import Notices, serve
+from ..export.outside import Outside
+from ..export.process import Starter, leave_session
+from . import logs
+from .arguments import Arguments
+from .exit_codes import ExitCode
+from .failures import printable
+from .passphrase import KeySource
+
+
+def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, on_ready: Callable[[], None]) -> None:
+    """Serve until unmounted or told to stop. ``starter`` is told when the mount is ready, after ``on_ready``.
+
+    Raises what opening, mounting and closing raise.
+    """
+    notifier = sdnotify.SystemdNotifier()
+    syslog = logs.open_syslog() if starter is not None and arguments.log_file is None else None
+
+    def ready(description: str) -> None:
+        on_ready()
+        if starter is not None:
+            leave_session()
+            outside.leave_session()
+            if syslog is not None:
+                logs.log_to(syslog)
+            starter.report(ExitCode.OK)
+        notifier.notify(f"READY=1\nSTATUS={printable(description)}")
+
+    def stopping(text: str) -> None:
+        notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
+
+    opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
+    with Outside() as outside:
+        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(ready, stopping))

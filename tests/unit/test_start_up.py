@@ -1,0 +1,124 @@
+"""What a start imports, and when: the time of a start is the time of its imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+NEEDLESS_FOR_A_PLAIN_IMAGE = {
+    "argparse",
+    "cryptography",
+    "getpass",
+    "zstandard",
+    *(f"qcowfuse.cli.{name}" for name in ("img", "parser")),
+    *(f"qcowfuse.driver.{name}" for name in ("bitmaps", "check", "create", "encryption", "inspect", "repair")),
+    *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "luks", "snapshots")),
+    *(f"qcowfuse.storage.{name}" for name in ("latency", "memory")),
+}
+NO_IMPORTS = """
+class NoImports:
+    def find_spec(self, name, path=None, target=None):
+        raise AssertionError(f"{name} is imported while the disk is in use")
+"""
+
+
+def run(script: str, *arguments: str) -> str:
+    """The output of a script in a process of its own, in which nothing of ours is imported yet."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *arguments],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_starter_imports_nothing_that_serves() -> None:
+    """The process that parses a plain command line and forks has neither trio, nor pyfuse3, nor the driver."""
+    imported = run(
+        """
+        import json, sys
+        from qcowfuse.cli.main import parse_arguments
+        parse_arguments(["image", "mount"])
+        print(json.dumps(sorted(sys.modules)))
+        """
+    )
+    modules = set(json.loads(imported))
+    assert "qcowfuse.cli.main" in modules
+    assert not modules & {"trio", "pyfuse3", "ssl", "qcowfuse.driver.chain", *NEEDLESS_FOR_A_PLAIN_IMAGE}
+
+
+def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
+    """All that serves a plain image is imported when it is open: nothing for other kinds of images, and nothing
+    more while the disk is read, written, discarded, grown, flushed and closed."""
+    image = tmp_path / "plain.qcow2"
+    run("from qcowfuse.cli.img import main; import sys; sys.exit(main())", "create", "-q", str(image), "64M")
+    imported = run(
+        NO_IMPORTS
+        + textwrap.dedent(
+            """
+            import json, sys
+            import trio
+            from qcowfuse.cli.arguments import parse_arguments
+            import qcowfuse.cli.serving as serving
+
+            given = parse_arguments([sys.argv[1], "mount"])
+            given.mount_settings()
+
+            async def use():
+                image = await serving.open_image(given.image, given.open_options)
+                print(json.dumps(sorted(sys.modules)))
+                sys.meta_path.insert(0, NoImports())
+                await image.write(5 << 20, b"x" * 70000)
+                await image.write(1000, b"y")
+                assert bytes(await image.read((5 << 20) - 1, 3)) == b"\\0xx"
+                await image.write_zeroes(5 << 20, 65536, unmap=False)
+                await image.write_zeroes(0, 1 << 20, unmap=True)
+                await image.flush()
+                await image.grow(65 << 20)
+                await image.count_allocated()
+                image.statistics()
+                await image.aclose()
+
+            trio.run(use)
+            """
+        ),
+        str(image),
+    )
+    modules = set(json.loads(imported))
+    assert {"pyfuse3", "qcowfuse.export.mount", "qcowfuse.driver.qcow_image"} <= modules
+    assert not modules & NEEDLESS_FOR_A_PLAIN_IMAGE
+
+
+def test_decoders_are_imported_when_the_image_is_opened() -> None:
+    """Compressed clusters of either kind need no import any more once an image that may have them is open."""
+    run(
+        NO_IMPORTS
+        + textwrap.dedent(
+            """
+            import sys, zlib
+            from qcowfuse.driver.decoded import CompressedSource
+            from qcowfuse.format.compression import decompress_cluster, decompress_start
+            from qcowfuse.format.entries import entry_format
+
+            packed = zlib.compressobj(9, zlib.DEFLATED, -12)
+            packed = packed.compress(bytes(65536)) + packed.flush()
+            for kind in (0, 1):
+                CompressedSource(None, entry_format(3, 16), kind)
+            sys.meta_path.insert(0, NoImports())
+            assert decompress_cluster(packed, 0, 65536) == bytes(65536)
+            assert decompress_start(packed, 4096) == bytes(4096)
+            try:
+                decompress_cluster(b"no zstd", 1, 65536)
+            except Exception as error:
+                assert "broken zstd stream" in str(error), error
+            """
+        )
+    )
