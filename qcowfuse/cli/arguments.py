@@ -115,6 +115,12 @@ def _discards(text: str) -> bool:
     return text == "unmap"
 
 
+def _uses_io_uring(text: str) -> bool:
+    if text not in ("io_uring", "threads"):
+        raise ValueError(f"{text!r} is neither io_uring nor threads")
+    return text == "io_uring"
+
+
 def _backing_format(text: str) -> str:
     if text not in ("raw", "qcow2"):
         raise ValueError(f"{text!r} is neither raw nor qcow2")
@@ -198,6 +204,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             backing_format=value("backing-format", _backing_format),
             data_file=value("data-file", str),
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
+            io_uring=value("aio", _uses_io_uring) is not False,
             io_delay=value("debug-io-delay", DelayModel.parse),
             image_in_memory=flag("debug-image-in-memory"),
         ),

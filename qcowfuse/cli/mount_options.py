@@ -24,7 +24,7 @@ _OWN_FLAGS = frozenset(
 )
 _OWN_VALUES = frozenset(
     str.split(
-        "name snapshot backing-format data-file key-file l2-cache-size lock-wait discard detect-zeroes log-file "
+        "name snapshot backing-format data-file key-file l2-cache-size lock-wait aio discard detect-zeroes log-file "
         "debug-io-delay uid gid umask fsname"
     )
 )

@@ -99,6 +99,11 @@ for its users. SIGUSR1 prints the counters to the log.""",
         help=f"how long to wait for an image that is in use ({default_lock_wait:g})",
     )
     tuning.add_argument(
+        "--aio",
+        metavar="io_uring|threads",
+        help="how to wait for reads from the disk (default: io_uring, and threads where it is not to be had)",
+    )
+    tuning.add_argument(
         "--discard",
         metavar="unmap|ignore",
         help="what a discard (fstrim) does: give space back to the host (unmap, the default), or only zero (ignore)",

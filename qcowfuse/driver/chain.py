@@ -86,7 +86,7 @@ async def open_storage(path: str, writable: bool, options: OpenOptions) -> Stora
 
     Raises OSError, ImageLockedError.
     """
-    file: FileStorage = await open_file_storage(path, writable=writable)
+    file: FileStorage = await open_file_storage(path, writable=writable, io_uring=options.io_uring)
     storage: Storage = file
     try:
         await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)

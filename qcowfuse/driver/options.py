@@ -30,6 +30,7 @@ class OpenOptions(NamedTuple):
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
     ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
     ``data_file``: the external data file, where it is not the one that the image names.
+    ``io_uring``: what must wait for the disk is read by io_uring, where that can be had.
     ``passphrase`` is asked once when a layer is encrypted; ``tables_only``: encrypted layers stay locked, and their
     data cannot be read.
     ``io_delay`` and ``image_in_memory`` are for measuring."""
@@ -44,6 +45,7 @@ class OpenOptions(NamedTuple):
     data_file: str | None = None
     passphrase: PassphraseSource | None = None
     tables_only: bool = False
+    io_uring: bool = False
     io_delay: DelayModel | None = None
     image_in_memory: bool = False
 

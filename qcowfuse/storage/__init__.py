@@ -1,11 +1,12 @@
 """Bytes at offsets, asynchronously: the layer below the image drivers, which knows nothing of QCOW.
 
-1. Inline where the kernel can answer at once, a worker thread where it can't; which of the two is found
+1. Inline where the kernel can answer at once, io_uring or a worker thread where it can't; which of them is found
    out once, at open (``file``). An event loop that waits for a disk serves nobody.
 2. A storage is used from one trio thread only. It holds no lock: overlapping writes are the caller's affair.
 3. ``OSError`` is what comes out, untouched; a failed flush is final (``base``, rule 4).
 
-``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``syscalls`` what the standard library
+``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``ring`` its reads by
+io_uring, ``syscalls`` what the standard library
 lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a
 known delay (``delay_model``) on each access, and an image that is locked in RAM.
 """

@@ -1,4 +1,4 @@
-"""FileStorage: a regular file or block device, inline where the kernel answers at once, else in a thread.
+"""FileStorage: a regular file or block device, inline where the kernel answers at once, else in a thread or a ring.
 
 1. How to read and write inline is found out once, at open, from the file system and one trial read:
 
@@ -15,6 +15,10 @@
 2. The descriptor is looked up on each call and is -1 after :meth:`FileStorage.aclose`: a late call gets
    EBADF and can never reach another file that was given the same number.
 3. Buffers are bytes, bytearrays, or contiguous memoryviews of bytes.
+4. A refused RWF_NOWAIT read has set the disk to work already. Who asks for the same bytes again is refused
+   without asking the kernel, once: callers go on to :meth:`FileStorage.pread` with several attempts on their way.
+5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB; all else
+   goes to a thread.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from .base import Buffer, StorageCounters
+from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
 from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, fallocate
 from .workers import retain_worker_pool
 
@@ -187,7 +192,7 @@ class FileStorage:
     try_pread_into: _TryPreadInto
     try_pwritev: _TryPwritev
 
-    def __init__(self, fd: int, path: str, *, writable: bool) -> None:
+    def __init__(self, fd: int, path: str, *, writable: bool, io_uring: bool = False) -> None:
         self._fd = fd
         self._name = path
         self._writable = writable
@@ -203,7 +208,11 @@ class FileStorage:
         self._is_closing = False
         self._closed = trio.Event()
         self.counters = StorageCounters()
+        self._declined_offset = -1
         self._pool = retain_worker_pool()
+        self._ring: ReadRing | None = None
+        if io_uring and not self._in_memory:
+            self._ring = retain_read_ring()
         self._bind()
 
     def _bind(self) -> None:
@@ -271,10 +280,14 @@ class FileStorage:
         return data + read_all(self._fd, host_offset + len(data), n_bytes - len(data))
 
     def _nowait_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        if host_offset == self._declined_offset:
+            self._declined_offset = -1
+            return None
         buffer = bytearray(n_bytes)
         try:
             n_read = _preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
         except BlockingIOError:
+            self._declined_offset = host_offset
             return None
         except OSError as error:
             self._on_nowait_error(error)
@@ -352,19 +365,24 @@ class FileStorage:
     def _decline_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
         return False
 
-    # -- in a worker thread
+    # -- in a worker thread, or by io_uring
 
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """All ``n_bytes``, zero-filled past the end. Raises OSError."""
         self.counters.reads += 1
         self.counters.read_bytes += n_bytes
+        if self._ring is not None and n_bytes <= MAX_READ_BYTES:
+            return await self._run_in_ring(self._ring, host_offset, n_bytes)
         return await self._run(read_all, host_offset, n_bytes)
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, with zeroes past the end. Raises OSError."""
         self.counters.reads += 1
         self.counters.read_bytes += len(buffer)
-        await self._run(read_all_into, host_offset, buffer)
+        if self._ring is not None and len(buffer) <= MAX_READ_BYTES:
+            buffer[:] = await self._run_in_ring(self._ring, host_offset, len(buffer))
+        else:
+            await self._run(read_all_into, host_offset, buffer)
 
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers back to back. Raises OSError; ENOSPC may leave a first part written."""
@@ -436,6 +454,8 @@ class FileStorage:
                 await self._idle.wait()
         fd, self._fd = self._fd, -1
         self._pool.release()
+        if self._ring is not None:
+            self._ring.release()
         try:
             os.close(fd)
         finally:
@@ -448,6 +468,19 @@ class FileStorage:
         self._n_in_flight += 1
         try:
             return await self._pool.run(function, self._fd, *args)
+        finally:
+            self._n_in_flight -= 1
+            if self._n_in_flight == 0 and self._is_closing:
+                self._idle.set()
+
+    async def _run_in_ring(self, ring: ReadRing, host_offset: int, n_bytes: int) -> Buffer:
+        """A read by io_uring, and in a thread where that declines."""
+        if self._is_closing:
+            raise OSError(errno.EBADF, "storage is closed", self._name)
+        self._n_in_flight += 1
+        try:
+            data = await ring.read(self._fd, host_offset, n_bytes)
+            return await self._pool.run(read_all, self._fd, host_offset, n_bytes) if data is None else data
         finally:
             self._n_in_flight -= 1
             if self._n_in_flight == 0 and self._is_closing:
@@ -488,11 +521,14 @@ def _open(path: str, writable: bool) -> int:
     return fd
 
 
-async def open_file_storage(path: str, *, writable: bool) -> FileStorage:
-    """Open a regular file or block device. Raises OSError, with the file name, for anything else."""
+async def open_file_storage(path: str, *, writable: bool, io_uring: bool = False) -> FileStorage:
+    """Open a regular file or block device; ``io_uring``: for reads, where it can be had.
+
+    Raises OSError, with the file name, for anything else.
+    """
     fd = await trio.to_thread.run_sync(_open, path, writable)
     try:
-        return FileStorage(fd, path, writable=writable)
+        return FileStorage(fd, path, writable=writable, io_uring=io_uring)
     except BaseException:
         os.close(fd)
         raise

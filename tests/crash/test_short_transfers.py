@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage.base import Buffer
@@ -73,16 +74,17 @@ async def write(image: QcowImage, offset: int, data: bytes) -> None:
         await image.write(offset, data)
 
 
+@pytest.mark.parametrize("io_uring", [False, True], ids=["threads", "io_uring"])
 @pytest.mark.parametrize("spec", SPECS)
 async def test_short_reads_and_writes_are_completed(
-    spec: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    spec: str, io_uring: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody notices: contents and image are as with full transfers."""
     built = build_image(SPECS[spec])
     path = write_chain(str(tmp_path), built.files)
     chooser = random.Random(spec)
     short = ShortCalls(chooser, monkeypatch)
-    image = await open_image(path)
+    image = await open_image(path, OpenOptions(io_uring=io_uring))
     oracle = bytearray(built.contents)
     for number in range(60):
         n_bytes = chooser.randint(1, 12 * KIB)

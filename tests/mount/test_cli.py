@@ -42,6 +42,7 @@ def test_defaults() -> None:
     assert given.writeback_cache
     assert given.open_options.lock_wait == 5
     assert given.open_options.l2_cache_size is None
+    assert given.open_options.io_uring
 
 
 def test_own_options_have_two_ways_in() -> None:
@@ -49,19 +50,22 @@ def test_own_options_have_two_ways_in() -> None:
     long = parse(
         *("--read-only", "--name=x.raw", "--l2-cache-size=64M", "--lock-wait=1", "--no-writeback-cache", "-f"),
         *("--debug-io-delay=1ms", "--debug-image-in-memory", "--allow-other", "--log-file=/tmp/l"),
-        *("--backing-format=qcow2", "--data-file=d.raw"),
+        *("--backing-format=qcow2", "--data-file=d.raw", "--aio=threads"),
     )
     short = parse(
         "-o",
         "ro,name=x.raw,l2_cache_size=64M,lock-wait=1,no_writeback_cache,foreground",
         "-o",
         "debug-io-delay=1ms,debug_image_in_memory,allow_other,log-file=/tmp/l,backing_format=qcow2,data_file=d.raw",
+        "-o",
+        "aio=threads",
     )
     assert long == short
     assert long.open_options.read_only
     assert long.open_options.backing_format == "qcow2"
     assert long.open_options.data_file == "d.raw"
     assert long.fuse_options == {"allow_other"}
+    assert not long.open_options.io_uring
 
 
 def test_what_mount_adds_is_accepted() -> None:
@@ -167,6 +171,7 @@ def test_bad_cache_sizes(text: str) -> None:
         ["--lock-wait", "-1", "image", "mount"],
         ["--lock-wait", "nan", "image", "mount"],
         ["--debug-io-delay", "fast", "image", "mount"],
+        ["--aio", "native", "image", "mount"],
         ["-o", "umask=9", "image", "mount"],
         ["-o", "uid=root", "image", "mount"],
         ["-o", "remount", "image", "mount"],

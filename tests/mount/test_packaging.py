@@ -57,6 +57,7 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert "# qcowfuse" in str(metadata.get_payload())
     needed = [line for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line]
     assert {line.split(">=")[0].split("<")[0] for line in needed} == {
+        "caio",
         "cryptography",
         "isal",
         "zlib-ng",

@@ -1,0 +1,196 @@
+"""Reads that have to wait for the disk, by io_uring: no thread for each, and none of the hand-overs between threads.
+
+1. It only reads, and only into buffers of its own: the kernel can never write into memory that a caller has freed.
+2. A read that fails, comes back short or finds the ring full is for the caller to do again in a thread, which says
+   what is wrong. So whatever io_uring can't do on some kernel or file system costs time, not correctness.
+3. A read that has begun is waited for, cancelled or not, as in :mod:`.workers`.
+4. One ring for each trio run, in the thread that made it. Without it (old kernel, seccomp, a sysctl, no binding)
+   everything works by threads.
+5. While a read is the only one, its answer is waited for by spinning: on a fast disk it is there before a process
+   has gone to sleep and been woken. On a slow one that is soon given up, for a while.
+
+Measured on a cold file on ext4 with reads of 4 KiB at depth 16: 2.6 times as many as by :mod:`.workers`, for a
+quarter of the processor time; through a mount 1.4 times as many, and 1.8 times at depth 1.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import ModuleType
+from typing import Any
+
+import trio
+
+MAX_READS = 128
+"""Reads in flight at most."""
+
+MAX_READ_BYTES = 128 << 10
+"""Longer reads are better off in a thread, which copies them beside the trio thread."""
+
+_RETRY_SECONDS = 0.005
+_SPIN = 60e-6
+_MAX_FUTILE = 4
+_WITHOUT_SPIN = 64
+
+
+_log = logging.getLogger(__name__)
+
+
+class _Read:
+    """One read on its way; ``result`` is a count of bytes or a negative errno."""
+
+    __slots__ = ("result", "task")
+
+    def __init__(self) -> None:
+        self.result: int | None = None
+        self.task: trio.lowlevel.Task | None = None
+
+    def done(self, result: int) -> None:
+        """The kernel has answered; called in the trio thread, perhaps before the task sleeps."""
+        self.result = result
+        if self.task is not None:
+            trio.lowlevel.reschedule(self.task)
+
+
+def load_binding() -> ModuleType:
+    """caio's module for io_uring. Raises ImportError, with the reason, where there is no io_uring to be had.
+
+    Not by ``import``: the package would load its other parts and asyncio, and probe the kernel, for 0.1 s.
+    """
+    package = importlib.util.find_spec("caio")
+    places = package and package.submodule_search_locations
+    spec = places and importlib.machinery.PathFinder.find_spec("caio.linux_uring", places)
+    if not spec or spec.loader is None:
+        raise ImportError("the Python package caio, or its part for io_uring, is not installed")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+class ReadRing:
+    """Submission and completion of reads for the storages of one trio run."""
+
+    def __init__(self) -> None:
+        """Raises ImportError or OSError where io_uring can't be used."""
+        binding = load_binding()
+        try:
+            self._context: Any = binding.Context(MAX_READS)
+            self._new_read: Callable[[int, int, int], Any] = binding.Operation.read
+            self._fd: int = self._context.fileno
+        except (AttributeError, TypeError, SystemError) as error:
+            raise ImportError(f"caio: {error}") from error
+        self._n_in_flight = 0
+        self._n_users = 0
+        self._is_stuck = False
+        self._n_without_spin = 0
+        self._n_futile = 0
+        self._scope = trio.CancelScope()
+
+    async def read(self, fd: int, host_offset: int, n_bytes: int) -> bytes | None:
+        """All ``n_bytes``, or None: then the caller reads in another way (rule 2). Cancellation waits (rule 3)."""
+        await trio.lowlevel.checkpoint_if_cancelled()
+        if self._n_in_flight >= MAX_READS or self._is_stuck:
+            return None
+        read = _Read()
+        operation = self._new_read(n_bytes, fd, host_offset)
+        operation.set_callback(read.done)
+        self._context.submit(operation)
+        self._n_in_flight += 1
+        self._flush()
+        if read.result is None and self._n_in_flight == 1:
+            self._spin(read)
+        if read.result is None:
+            read.task = trio.lowlevel.current_task()
+            await trio.lowlevel.wait_task_rescheduled(_refuse_abort)
+        self._n_in_flight -= 1
+        if read.result != n_bytes:
+            return None
+        data: bytes = operation.get_value()
+        return data
+
+    def retain(self) -> ReadRing:
+        """One more user."""
+        if not self._n_users:
+            trio.lowlevel.spawn_system_task(self._watch, self._scope, name="qcowfuse io_uring")
+        self._n_users += 1
+        return self
+
+    def release(self) -> None:
+        """One user less; the last one, whose reads have all ended, gives up the ring."""
+        self._n_users -= 1
+        if not self._n_users:
+            self._scope.cancel()
+            _current_ring.set(None)
+
+    def _flush(self) -> None:
+        """Hand what was submitted to the kernel, and take what it has answered."""
+        try:
+            self._context.flush()
+            self._is_stuck = False
+        except SystemError:
+            # Out of memory, most likely. What was submitted stays in the ring: the watcher tries again.
+            self._is_stuck = True
+            os.eventfd_write(self._fd, 1)
+
+    def _spin(self, read: _Read) -> None:
+        """Wait a little for the only read there is (rule 5)."""
+        if self._n_without_spin:
+            self._n_without_spin -= 1
+            return
+        take, now, give_way = self._context.process_events, time.perf_counter, os.sched_yield
+        end = now() + _SPIN
+        while now() < end:
+            give_way()
+            if take() and read.result is not None:
+                self._n_futile = 0
+                return
+        self._n_futile += 1
+        if self._n_futile == _MAX_FUTILE:
+            self._n_futile = 0
+            self._n_without_spin = _WITHOUT_SPIN
+
+    async def _watch(self, scope: trio.CancelScope) -> None:
+        with scope:
+            while True:
+                await trio.lowlevel.wait_readable(self._fd)
+                with suppress(BlockingIOError):
+                    self._context.poll()
+                while self._context.process_events():
+                    pass
+                if self._is_stuck:
+                    await trio.sleep(_RETRY_SECONDS)
+                    self._flush()
+        del self._context  # with it goes the ring, and its descriptors
+
+
+def _refuse_abort(_raise_cancel: object) -> trio.lowlevel.Abort:
+    return trio.lowlevel.Abort.FAILED
+
+
+_current_ring: trio.lowlevel.RunVar[ReadRing | None] = trio.lowlevel.RunVar("qcowfuse io_uring", None)
+_is_refused: trio.lowlevel.RunVar[bool] = trio.lowlevel.RunVar("qcowfuse without io_uring", False)
+
+
+def retain_read_ring() -> ReadRing | None:
+    """The ring of this trio run with one more user; give it back with :meth:`ReadRing.release`.
+
+    None where io_uring can't be used; then the log says why, once.
+    """
+    ring = _current_ring.get()
+    if ring is None:
+        if _is_refused.get():
+            return None
+        try:
+            ring = ReadRing()
+        except (OSError, ImportError) as error:
+            _is_refused.set(True)
+            _log.info("reads that wait for the disk go by threads: no io_uring: %s", " ".join(str(error).split()))
+            return None
+        _current_ring.set(ring)
+    return ring.retain()

@@ -1,0 +1,242 @@
+"""Reads by io_uring: the right bytes, what the ring declines, cancellation, closing, and doing without."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import trio
+
+from qcowfuse.storage import ring as ring_module
+from qcowfuse.storage.file import FileStorage, open_file_storage
+from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing
+
+CONTENTS = random.Random(1).randbytes(3 << 20)
+
+
+@pytest.fixture
+async def storage(tmp_path: Path) -> AsyncIterator[FileStorage]:
+    """A file on a disk, of which nothing is in the page cache."""
+    path = tmp_path / "image"
+    path.write_bytes(CONTENTS)
+    opened = await open_file_storage(str(path), writable=True, io_uring=True)
+    assert opened._ring is not None
+    drop(opened)
+    yield opened
+    await opened.aclose()
+
+
+def drop(storage: FileStorage) -> None:
+    os.fsync(storage.fileno())
+    os.posix_fadvise(storage.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def read(storage: FileStorage, host_offset: int, n_bytes: int) -> bytes:
+    """As the driver does, the second attempt included."""
+    for _ in range(2):
+        data = storage.try_pread(host_offset, n_bytes)
+        if data is not None:
+            return bytes(data)
+    if host_offset & 1:
+        buffer = bytearray(b"\xff" * n_bytes)
+        await storage.pread_into(host_offset, memoryview(buffer))
+        return bytes(buffer)
+    return bytes(await storage.pread(host_offset, n_bytes))
+
+
+async def test_many_reads_at_once_give_the_right_bytes(storage: FileStorage) -> None:
+    """More than the ring holds, of all sizes, cold and warm, up to and past the end of the file."""
+    generator = random.Random(2)
+
+    async def one(host_offset: int, n_bytes: int) -> None:
+        expected = CONTENTS[host_offset : host_offset + n_bytes].ljust(n_bytes, b"\0")
+        assert await read(storage, host_offset, n_bytes) == expected
+
+    for _ in range(3):
+        drop(storage)
+        async with trio.open_nursery() as nursery:
+            for _ in range(3 * MAX_READS):
+                n_bytes = generator.choice((1, 512, 4096, 65536, MAX_READ_BYTES, MAX_READ_BYTES + 1))
+                nursery.start_soon(one, generator.randrange(len(CONTENTS) + 5000), n_bytes)
+
+
+async def test_a_read_sees_what_was_written_before(storage: FileStorage) -> None:
+    """Inline writes and writes in a thread, between reads by io_uring of the same bytes."""
+    for number in range(50):
+        data = bytes([number]) * 5000
+        assert await storage.pread(123, 5000) is not None
+        if not (number & 1 and storage.try_pwritev(123, [data])):
+            await storage.pwritev(123, [data])
+        assert await storage.pread(123, 5000) == data
+
+
+async def test_a_cancelled_read_is_waited_for(storage: FileStorage) -> None:
+    """It ends, the cancellation is seen at the next checkpoint, and closing finds nothing in flight."""
+    ended = []
+
+    async def one(number: int) -> None:
+        data = await storage.pread(number * 4096, 4096)
+        ended.append(data == CONTENTS[number * 4096 :][:4096])
+
+    async with trio.open_nursery() as nursery:
+        for number in range(20):
+            nursery.start_soon(one, number * 7)
+        while storage._n_in_flight < 20 - len(ended):
+            await trio.lowlevel.checkpoint()
+        nursery.cancel_scope.cancel()
+    assert all(ended)
+    with trio.CancelScope() as scope:
+        scope.cancel()
+        await storage.pread(0, 4096)
+    assert scope.cancelled_caught
+    assert len(ended) == 20
+    await storage.aclose()
+
+
+async def test_storages_share_a_ring_and_the_last_one_gives_it_up(tmp_path: Path) -> None:
+    """As with the pool of threads; a storage that comes later has a new one, and no descriptor is left behind."""
+    path = tmp_path / "image"
+    path.write_bytes(CONTENTS)
+    n_descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(3):
+        first = await open_file_storage(str(path), writable=False, io_uring=True)
+        second = await open_file_storage(str(path), writable=False, io_uring=True)
+        assert first._ring is second._ring
+        await first.aclose()
+        drop(second)
+        assert await second.pread(4096, 4096) == CONTENTS[4096:8192]
+        await second.aclose()
+        del first, second
+        await trio.testing.wait_all_tasks_blocked()
+    assert len(os.listdir("/proc/self/fd")) <= n_descriptors
+
+
+class FakeContext:
+    """An io_uring that answers when told to, with the results that it is given."""
+
+    def __init__(self, n_reads: int) -> None:
+        self.fileno = os.eventfd(0, os.EFD_NONBLOCK)
+        self.submitted: deque[SimpleNamespace] = deque()
+        self.n_failures = 0
+
+    def submit(self, operation: SimpleNamespace) -> int:
+        self.submitted.append(operation)
+        return 1
+
+    def flush(self) -> int:
+        if self.n_failures:
+            self.n_failures -= 1
+            raise SystemError(11, "Resource temporarily unavailable")
+        for operation in self.submitted:
+            os.eventfd_write(self.fileno, 1)
+            operation.is_handed_over = True
+        return 0
+
+    def poll(self) -> int:
+        return os.eventfd_read(self.fileno)
+
+    def process_events(self) -> int:
+        n_done = 0
+        while self.submitted and self.submitted[0].is_handed_over:
+            operation = self.submitted.popleft()
+            operation.done(operation.result(operation))
+            n_done += 1
+        return n_done
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """A binding whose reads end with ``results``, one after the other, and then as they should."""
+    binding = SimpleNamespace(results=deque(), contexts=[])
+
+    def new_context(n_reads: int) -> FakeContext:
+        binding.contexts.append(FakeContext(n_reads))
+        context: FakeContext = binding.contexts[-1]
+        return context
+
+    def new_read(n_bytes: int, fd: int, host_offset: int) -> SimpleNamespace:
+        def set_callback(done: Callable[[int], None]) -> None:
+            operation.done = done
+
+        def result(_: object) -> int:
+            return int(binding.results.popleft()) if binding.results else n_bytes
+
+        operation = SimpleNamespace(is_handed_over=False, set_callback=set_callback, result=result)
+        operation.get_value = lambda: os.pread(fd, n_bytes, host_offset)
+        return operation
+
+    binding.Context = new_context
+    binding.Operation = SimpleNamespace(read=new_read)
+    monkeypatch.setattr(ring_module, "load_binding", lambda: binding)
+    return binding
+
+
+@pytest.mark.parametrize("result", [-5, -11, -22, 0, 4095], ids=["EIO", "EAGAIN", "EINVAL", "nothing", "short"])
+async def test_what_the_ring_can_not_read_a_thread_reads(
+    fake: SimpleNamespace, storage: FileStorage, result: int
+) -> None:
+    """Errors and short reads of the ring's cost a second read, which has the last word."""
+    fake.results.append(result)
+    assert await storage.pread(8192, 4096) == CONTENTS[8192:12288]
+    assert not fake.results
+    assert storage.counters.reads == 1
+
+
+async def test_a_ring_that_takes_nothing_is_tried_again(fake: SimpleNamespace, storage: FileStorage) -> None:
+    """What was submitted ends when the kernel takes it at last; meanwhile threads read."""
+    (context,) = fake.contexts
+    context.n_failures = 3
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(storage.pread, 0, 4096)
+        await trio.testing.wait_all_tasks_blocked()
+        assert await storage.pread(8192, 4096) == CONTENTS[8192:12288]
+        assert len(context.submitted) == 1
+    assert not context.submitted
+    assert not context.n_failures
+    assert await storage.pread(4096, 4096) == CONTENTS[4096:8192]
+
+
+async def test_without_io_uring_threads_read_and_the_log_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """However many files are opened."""
+
+    def refuse() -> None:
+        raise ImportError("io_uring_setup failed:\n  not permitted")
+
+    monkeypatch.setattr(ring_module, "load_binding", refuse)
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "image"
+    path.write_bytes(CONTENTS)
+    for _ in range(2):
+        opened = await open_file_storage(str(path), writable=False, io_uring=True)
+        drop(opened)
+        assert await opened.pread(4096, 4096) == CONTENTS[4096:8192]
+        await opened.aclose()
+    (record,) = caplog.records
+    assert record.message.endswith("no io_uring: io_uring_setup failed: not permitted")
+
+
+async def test_an_unknown_binding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A caio that is not what it was counts as none."""
+    monkeypatch.setattr(ring_module, "load_binding", lambda: SimpleNamespace(Context=lambda: None))
+    with pytest.raises(ImportError, match="caio"):
+        ReadRing()
+
+
+async def test_a_storage_in_memory_needs_no_ring(tmp_path: Path) -> None:
+    """There, no read ever waits."""
+    path = Path("/dev/shm") / f"qcowfuse-ring-{os.getpid()}"
+    path.write_bytes(b"x")
+    try:
+        opened = await open_file_storage(str(path), writable=False, io_uring=True)
+        assert opened._ring is None
+        await opened.aclose()
+    finally:
+        path.unlink()
