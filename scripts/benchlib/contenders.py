@@ -200,7 +200,7 @@ def find_contenders(peers: Path | None) -> list[Contender]:
     else:
         missing.append(QSD)
     if nbdfuse and qemu_nbd:
-        version = f"{run(nbdfuse, '--version').strip()}, {run(qemu_nbd, '--version').splitlines()[0]}"
+        version = f"{run(nbdfuse, '--version').splitlines()[0]}, {run(qemu_nbd, '--version').splitlines()[0]}"
         found.append(Contender("nbdfuse+qemu-nbd", partial(serve_qemu_nbd, nbdfuse, qemu_nbd), True, version))
     else:
         missing.append("nbdfuse+qemu-nbd")
