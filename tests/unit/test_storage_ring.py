@@ -20,9 +20,18 @@ from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing
 CONTENTS = random.Random(1).randbytes(3 << 20)
 
 
+def need_io_uring() -> None:
+    """Skip where there is none."""
+    try:
+        ring_module.load_binding()
+    except ImportError as error:
+        pytest.skip(f"no io_uring: {error}")
+
+
 @pytest.fixture
 async def storage(tmp_path: Path) -> AsyncIterator[FileStorage]:
     """A file on a disk, of which nothing is in the page cache."""
+    need_io_uring()
     path = tmp_path / "image"
     path.write_bytes(CONTENTS)
     opened = await open_file_storage(str(path), writable=True, io_uring=True)
@@ -101,6 +110,7 @@ async def test_a_cancelled_read_is_waited_for(storage: FileStorage) -> None:
 
 async def test_storages_share_a_ring_and_the_last_one_gives_it_up(tmp_path: Path) -> None:
     """As with the pool of threads; a storage that comes later has a new one, and no descriptor is left behind."""
+    need_io_uring()
     path = tmp_path / "image"
     path.write_bytes(CONTENTS)
     n_descriptors = len(os.listdir("/proc/self/fd"))
