@@ -2,8 +2,8 @@
 
 Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
 ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
-``table_cache`` (LRU of L2 slices), ``reading``, ``quick_read`` and ``decoded`` (fetching extents, compressed
-clusters),
+``table_cache`` (LRU of L2 slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching
+extents, compressed clusters),
 ``snapshot_table``, ``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest
 data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
 ``ordering`` (rules R1 to R5, flush), ``growing``, ``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty

@@ -204,6 +204,9 @@ class QcowImage:
             if host_offset:
                 data = self._try_pread(host_offset, n_bytes)
                 return await self._pread(host_offset, n_bytes) if data is None else data
+            wanted = self._reader.find_single(guest_offset, n_bytes)
+            if wanted is not None:
+                return await self._reader.read_single(wanted, guest_offset, n_bytes, alone=alone)
             return await self._reader.read(guest_offset, n_bytes, alone=alone)
         except CorruptImageError as error:
             await self._freeze(error)

@@ -19,10 +19,11 @@ from ..errors import CorruptImageError, QcowFuseError
 from ..format.entries import ClusterKind
 from ..format.extents import Extent
 from ..storage.base import Buffer
-from .decoded import CompressedSource, DecodedClusters, Key, SequentialReads, Wanted
-from .mapping import Layer, Missing, lookup_chain
+from .decoded import CompressedSource, DecodedClusters, SequentialReads, Wanted
+from .decoded_cache import Decoded, Key
+from .mapping import Layer, Mapping, Missing, lookup_chain
 from .quick_read import QuickReader
-from .table_cache import TableCache
+from .table_cache import LAYER_BITS, L2Slice, TableCache
 
 
 class ChainReader:
@@ -39,6 +40,10 @@ class ChainReader:
         self._data = tuple(layer.data for layer in layers)
         self._encrypted = tuple(layer.encrypted for layer in layers)
         self._try_read_quickly = QuickReader(layers, cache).try_read
+        # Where one word tells all of a cluster, compressed clusters of the top layer are found without look-ups.
+        top = layers[0]
+        is_simple = isinstance(top, Mapping) and not top.entry_format.is_extended and top.encrypted is None
+        self._top = top if isinstance(top, Mapping) and is_simple and top.data is top.storage else None
 
     async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
         """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
@@ -53,6 +58,8 @@ class ChainReader:
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes if they can be had at once. Raises CorruptImageError, OSError."""
         data = self._try_read_quickly(guest_offset, n_bytes)
+        if data is None:
+            data = self._try_decoded(guest_offset, n_bytes)
         if data is not None:
             return data
         try:
@@ -81,11 +88,14 @@ class ChainReader:
             storage = self._data[extent.layer]
             data = storage.try_pread(extent.value, n_bytes)
             return await storage.pread(extent.value, n_bytes) if data is None else data
-        clusters: dict[Key, bytes] = {}
+        clusters: dict[Key, Decoded] = {}
         if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
             clusters = await self._load_compressed(extents, guest_offset, n_bytes, alone=alone)
-            if len(extents) == 1:
-                return _part(clusters[extents[0].layer, extents[0].value], extents[0], self._cluster_mask(extents[0]))
+            if all(extent.kind == ClusterKind.COMPRESSED for extent in extents):
+                pieces = _Pieces()
+                for extent in extents:
+                    pieces.add(clusters[extent.layer, extent.value], extent, self._cluster_mask(extent))
+                return pieces.joined()
         buffer = bytearray(n_bytes)
         view = memoryview(buffer)
         waiting: list[tuple[Extent, memoryview]] = []
@@ -93,7 +103,9 @@ class ChainReader:
             start = extent.guest_offset - guest_offset
             part = view[start : start + extent.n_bytes]
             if extent.kind == ClusterKind.COMPRESSED:
-                part[:] = _part(clusters[extent.layer, extent.value], extent, self._cluster_mask(extent))
+                pieces = _Pieces()
+                pieces.add(clusters[extent.layer, extent.value], extent, self._cluster_mask(extent))
+                part[:] = pieces.joined()
             elif not self._try_fetch(extent, part):
                 waiting.append((extent, part))
         if len(waiting) == 1:
@@ -111,9 +123,75 @@ class ChainReader:
         """End what goes on in the background; before the storages are closed. Idempotent."""
         await self.decoded.aclose()
 
+    def find_single(self, guest_offset: int, n_bytes: int) -> Wanted | None:
+        """The one compressed cluster of the top layer that a range lies in; None where it lies elsewhere or that
+        takes longer to find out. Counts as a read: :meth:`read_single` must follow."""
+        found = self._slice_of(guest_offset, n_bytes)
+        source = self._sources[0]
+        if found is None or source is None:
+            return None
+        slice_, index = found
+        entry = slice_.entries[index]
+        in_cluster = guest_offset & source.cluster_size - 1
+        end = in_cluster + n_bytes
+        if not entry & source.entry_format.compressed or end > source.cluster_size:
+            return None
+        self._look_ahead(guest_offset, n_bytes)
+        # The read after a random one will be somewhere else; but one that begins with a cluster may go on with it.
+        return Wanted(0, entry, source, end if self._sequential.is_random and in_cluster else source.cluster_size)
+
+    async def read_single(self, wanted: Wanted, guest_offset: int, n_bytes: int, *, alone: bool) -> Buffer:
+        """The bytes of a range in the cluster ``wanted``. Otherwise like :meth:`read`."""
+        cluster = self.decoded.try_decode(wanted, alone=alone)
+        if cluster is None:
+            cluster = await self.decoded.load_single(wanted)
+        start = cluster.start + (guest_offset & wanted.source.cluster_size - 1)
+        return memoryview(cluster.buffer)[start : start + n_bytes]
+
+    def _slice_of(self, guest_offset: int, n_bytes: int) -> tuple[L2Slice, int] | None:
+        """The slice of the top layer that maps all of a range, and the index in it."""
+        top = self._top
+        if top is None or not n_bytes or guest_offset + n_bytes > top.size:
+            return None
+        shift = top.slice_shift
+        slice_ = self._cache.slices.get(guest_offset >> shift << LAYER_BITS)
+        if slice_ is None or guest_offset + n_bytes - 1 >> shift != guest_offset >> shift:
+            return None
+        return slice_, top.index(guest_offset)
+
+    def _try_decoded(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """The bytes of compressed clusters of the top layer that are all decoded."""
+        found = self._slice_of(guest_offset, n_bytes)
+        source = self._sources[0]
+        if found is None or source is None:
+            return None
+        slice_, index = found
+        cluster_size = source.cluster_size
+        in_cluster = guest_offset & cluster_size - 1
+        end = in_cluster + n_bytes
+        if end <= cluster_size:
+            cluster = self.decoded.get(0, slice_.entries[index], end)
+            if cluster is None:
+                return None
+            data: Buffer = memoryview(cluster.buffer)[cluster.start + in_cluster : cluster.start + end]
+        else:
+            n_clusters = -(-end // cluster_size)
+            parts = self.decoded.get_all(0, slice_.entries[index : index + n_clusters], cluster_size)
+            if parts is None:
+                return None
+            views = [memoryview(buffer)[first:last] for buffer, first, last in parts]
+            views[0] = views[0][in_cluster:]
+            views[-1] = views[-1][: len(views[-1]) - (n_clusters * cluster_size - end)]
+            data = views[0] if len(views) == 1 else b"".join(views)
+        self._cache.hits += 1
+        if slice_ is not self._cache.newest:
+            self._cache.touch(slice_)
+        self._look_ahead(guest_offset, n_bytes)
+        return data
+
     def _try_compressed(self, extents: Sequence[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes of extents of which some are compressed, if all are decoded and at hand."""
-        parts: list[Buffer] = []
+        pieces = _Pieces()
         for extent in extents:
             if extent.kind == ClusterKind.COMPRESSED:
                 mask = self._cluster_mask(extent)
@@ -121,33 +199,31 @@ class ChainReader:
                 cluster = self.decoded.get(extent.layer, extent.value, end)
                 if cluster is None:
                     return None
-                parts.append(_part(cluster, extent, mask))
+                pieces.add(cluster, extent, mask)
             else:
                 data = bytearray(extent.n_bytes)
                 if not self._try_fetch(extent, memoryview(data)):
                     return None
-                parts.append(data)
+                pieces.add_whole(data)
         self._look_ahead(guest_offset, n_bytes)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return pieces.joined()
 
     async def _load_compressed(
         self, extents: Sequence[Extent], guest_offset: int, n_bytes: int, *, alone: bool
-    ) -> dict[Key, bytes]:
+    ) -> dict[Key, Decoded]:
         """The decoded clusters of all compressed extents."""
         self._look_ahead(guest_offset, n_bytes)
         if len(extents) > 1:
             return await self.decoded.load(wanted for extent in extents for wanted in self._wanted(extent))
         extent = extents[0]
         (wanted,) = self._wanted(extent)
-        mask = wanted.source.cluster_size - 1
-        in_cluster = guest_offset & mask
+        in_cluster = guest_offset & wanted.source.cluster_size - 1
         if self._sequential.is_random and in_cluster:
-            # The next read will be somewhere else. (One that begins with a cluster may go on with it.)
             wanted = wanted._replace(n_bytes=in_cluster + n_bytes)
-        cluster = self.decoded.try_decode(wanted) if alone else None
-        if cluster is not None:
-            return {(extent.layer, extent.value): cluster}
-        return await self.decoded.load((wanted,))
+        cluster = self.decoded.try_decode(wanted, alone=alone)
+        if cluster is None:
+            cluster = await self.decoded.load_single(wanted)
+        return {(extent.layer, extent.value): cluster}
 
     def _look_ahead(self, guest_offset: int, n_bytes: int) -> None:
         start, end = self._sequential.note(guest_offset, n_bytes)
@@ -157,6 +233,18 @@ class ChainReader:
 
     def _compressed_in(self, start: int, end: int) -> Iterator[Wanted]:
         """The compressed clusters of a guest range, as far as the tables are in memory."""
+        found = self._slice_of(start, end - start)
+        source = self._sources[0]
+        if found is not None and source is not None:
+            slice_, index = found
+            entries = slice_.entries[
+                index : index + -(-(end - (start & -source.cluster_size)) // source.cluster_size)
+            ]
+            compressed = source.entry_format.compressed
+            if all(entry & compressed for entry in entries):
+                for entry in entries:
+                    yield Wanted(0, entry, source, source.cluster_size)
+                return
         try:
             extents = lookup_chain(self.layers, start, end - start)
         except (Missing, CorruptImageError):
@@ -200,6 +288,35 @@ class ChainReader:
             errors.append(error)
 
 
-def _part(cluster: bytes, extent: Extent, cluster_mask: int) -> memoryview:
-    in_cluster = extent.guest_offset & cluster_mask
-    return memoryview(cluster)[in_cluster : in_cluster + extent.n_bytes]
+class _Pieces:
+    """The bytes of a reply; what lies back to back in one buffer is handed out as it is."""
+
+    __slots__ = ("_buffer", "_end", "_parts", "_start")
+
+    def __init__(self) -> None:
+        self._parts: list[Buffer] = []
+        self._buffer: Buffer = b""
+        self._start = self._end = 0
+
+    def add(self, cluster: Decoded, extent: Extent, cluster_mask: int) -> None:
+        """The part of a decoded cluster that an extent names."""
+        start = cluster.start + (extent.guest_offset & cluster_mask)
+        if cluster.buffer is not self._buffer or start != self._end:
+            self._finish()
+            self._buffer, self._start = cluster.buffer, start
+        self._end = start + extent.n_bytes
+
+    def add_whole(self, data: Buffer) -> None:
+        """Bytes from elsewhere."""
+        self._finish()
+        self._parts.append(data)
+
+    def joined(self) -> Buffer:
+        """All of them."""
+        self._finish()
+        return self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
+
+    def _finish(self) -> None:
+        if self._end > self._start:
+            self._parts.append(memoryview(self._buffer)[self._start : self._end])
+        self._buffer, self._start, self._end = b"", 0, 0

@@ -11,6 +11,8 @@ its first 4 KiB: zlib 13, ISA-L 153.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import FormatError
@@ -35,6 +37,10 @@ _MAX_WINDOW_BITS = 15
 _DeflateError: type[Exception] = deflate.error  # type: ignore[assignment]  # the stubs say that it is an instance
 _StreamError: type[Exception] = stream_deflate.error  # type: ignore[assignment]
 
+Buffer = bytes | bytearray | memoryview
+Outcome = bytes | memoryview | FormatError
+"""A cluster, or what is wrong with it."""
+
 # A decompressor serves one thread at a time, and a new one costs half as much as a cluster. Taking from a list and
 # giving back are atomic; there are never more than threads that decode.
 _idle_zstd: list[zstandard.ZstdDecompressor] = []
@@ -49,13 +55,10 @@ class CompressedCluster(NamedTuple):
 
 def parse_compressed_entry(entry: int, cluster_bits: int) -> CompressedCluster:
     """The place that a QCOW2 L2 entry with the compressed flag (bit 62) names; the flags are ignored."""
-    offset_bits = 62 - (cluster_bits - 8)
+    offset_bits = 70 - cluster_bits
     host_offset = entry & ((1 << offset_bits) - 1)
     n_more_sectors = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
-    return CompressedCluster(
-        host_offset=host_offset,
-        n_bytes=(n_more_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE,
-    )
+    return CompressedCluster(host_offset, (n_more_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE)
 
 
 def parse_compressed_entry_v1(entry: int, cluster_bits: int) -> CompressedCluster:
@@ -71,7 +74,7 @@ def parse_compressed_entry_v1(entry: int, cluster_bits: int) -> CompressedCluste
     return CompressedCluster(host_offset=host_offset, n_bytes=n_bytes)
 
 
-def decompress_cluster(data: bytes | bytearray | memoryview, compression_type: int, cluster_size: int) -> bytes:
+def decompress_cluster(data: Buffer, compression_type: int, cluster_size: int) -> bytes:
     """Exactly ``cluster_size`` bytes out of ``data``. Safe to call from several threads at once.
 
     Version 1 images use compression type 0 as well. Raises FormatError for a broken stream and for one that
@@ -88,7 +91,26 @@ def decompress_cluster(data: bytes | bytearray | memoryview, compression_type: i
     return cluster
 
 
-def decompress_start(data: bytes | bytearray | memoryview, n_bytes: int) -> bytes | None:
+def decompress_clusters(packed: Sequence[Buffer], compression_type: int, cluster_size: int) -> list[Outcome]:
+    """For each of several clusters what :func:`decompress_cluster` gives or raises.
+
+    Those of zstd are unpacked without coming back for the interpreter's lock in between, where nothing is unusual
+    about any of them; they are parts of one buffer then.
+    """
+    if compression_type == COMPRESSION_ZSTD and len(packed) > 1:
+        clusters = _decompress_zstd_batch(packed, cluster_size)
+        if clusters is not None:
+            return clusters
+    outcomes: list[Outcome] = []
+    for data in packed:
+        try:
+            outcomes.append(decompress_cluster(data, compression_type, cluster_size))
+        except FormatError as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def decompress_start(data: Buffer, n_bytes: int) -> bytes | None:
     """The first ``n_bytes`` of a cluster that is packed with deflate; None where :func:`decompress_cluster` has
     to tell what is wrong with it."""
     try:
@@ -98,7 +120,7 @@ def decompress_start(data: bytes | bytearray | memoryview, n_bytes: int) -> byte
     return start if len(start) == n_bytes else None
 
 
-def _inflate(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+def _inflate(data: Buffer, cluster_size: int) -> bytes:
     # Writers use a window of 2^12; a reader with the largest window takes every smaller one too.
     try:
         return deflate.decompressobj(-_MAX_WINDOW_BITS).decompress(data, cluster_size)
@@ -113,7 +135,26 @@ def require_decoder(compression_type: int) -> None:
         import zstandard  # noqa: F401
 
 
-def _decompress_zstd(data: bytes | bytearray | memoryview, cluster_size: int) -> bytes:
+def _decompress_zstd_batch(packed: Sequence[Buffer], cluster_size: int) -> list[Outcome] | None:
+    import zstandard
+
+    try:
+        decompressor = _idle_zstd.pop()
+    except IndexError:
+        decompressor = zstandard.ZstdDecompressor()
+    sizes = cluster_size.to_bytes(8, sys.byteorder) * len(packed)
+    try:
+        batch = decompressor.multi_decompress_to_buffer(list(packed), decompressed_sizes=sizes)
+    except (zstandard.ZstdError, ValueError, AttributeError):  # also where the backend is not the one in C
+        return None
+    finally:
+        _idle_zstd.append(decompressor)
+    clusters = [memoryview(batch[number]) for number in range(len(batch))]  # type: ignore[arg-type]
+    is_whole = len(clusters) == len(packed) and all(len(cluster) == cluster_size for cluster in clusters)
+    return list(clusters) if is_whole else None
+
+
+def _decompress_zstd(data: Buffer, cluster_size: int) -> bytes:
     import zstandard
 
     try:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
 
@@ -11,13 +12,14 @@ import pytest
 import trio
 import trio.testing
 
-from qcowfuse.driver import decoded
-from qcowfuse.driver.decoded import AHEAD_BYTES, CACHE_BYTES, SequentialReads
+from qcowfuse.driver import decoded, decoded_cache
+from qcowfuse.driver.decoded import AHEAD_BYTES, SequentialReads
+from qcowfuse.driver.decoded_cache import CACHE_BYTES, DecodedCache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.reading import ChainReader
 from qcowfuse.errors import FormatError
-from qcowfuse.format.compression import decompress_cluster
+from qcowfuse.format.compression import Outcome, decompress_cluster, decompress_clusters
 from qcowfuse.storage.base import Buffer, Storage
 from tests.support.faults import FaultyStorage, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
@@ -55,6 +57,16 @@ async def until_idle(reader: ChainReader) -> None:
             await ended.wait()
 
 
+def held(reader: ChainReader) -> int:
+    """Bytes of all buffers in which anything that can be found lies."""
+    return sum(len(run.buffer) for run in reader.decoded._cache._runs.values())
+
+
+def last_used(reader: ChainReader) -> int:
+    """Bytes of the buffer that was used last."""
+    return len(next(reversed(reader.decoded._cache._runs.values())).buffer)
+
+
 @pytest.fixture
 def decodings(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
     """The compressed data of every decoding, in the order in which they begin."""
@@ -64,7 +76,12 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.append(bytes(data))
         return decompress_cluster(data, compression_type, cluster_size)
 
+    def noting_all(packed: Sequence[Buffer], compression_type: int, cluster_size: int) -> list[Outcome]:
+        seen.extend(map(bytes, packed))
+        return decompress_clusters(packed, compression_type, cluster_size)
+
     monkeypatch.setattr(decoded, "decompress_cluster", noting)
+    monkeypatch.setattr(decoded, "decompress_clusters", noting_all)
     return seen
 
 
@@ -151,21 +168,20 @@ async def test_random_small_reads_decode_only_the_start(alone: bool, decodings: 
                     found = await image.read(guest_offset, KIB, alone=alone)
                 assert bytes(found) == contents[guest_offset : guest_offset + KIB]
                 if in_cluster == 20 * KIB:
-                    assert len(next(reversed(reader.decoded._clusters.values()))) == 21 * KIB
-            assert len(next(reversed(reader.decoded._clusters.values()))) == CLUSTER
+                    assert last_used(reader) == 21 * KIB
+            assert last_used(reader) == CLUSTER
         assert len(decodings) == 6
-        assert sum(map(len, reader.decoded._clusters.values())) == reader.decoded._used
+        assert held(reader) == reader.decoded._cache.used
 
 
 async def test_the_cache_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading more than the cache holds keeps no more than it may."""
-    monkeypatch.setattr(decoded, "CACHE_BYTES", CACHE_BYTES // 4)
+    monkeypatch.setattr(decoded_cache, "CACHE_BYTES", CACHE_BYTES // 4)
     spec = ImageSpec(size=12 * MIB, cluster_size=CLUSTER, fill=1.0, compression="zstd")
     async with opened(spec) as (image, reader, _):
         for guest_offset in range(0, spec.size, CLUSTER):
             await read(image, guest_offset, CLUSTER)
-            kept = reader.decoded._clusters.values()
-            assert sum(map(len, kept)) == reader.decoded._used <= decoded.CACHE_BYTES
+            assert held(reader) == reader.decoded._cache.used <= decoded_cache.CACHE_BYTES
         assert image.statistics()["decoded_clusters.misses"] == spec.size // CLUSTER
 
 
@@ -174,15 +190,177 @@ async def test_one_large_read_decodes_on_two_processors(monkeypatch: pytest.Monk
     barrier = threading.Barrier(2, timeout=10)
     first_two = iter((True, True))
 
-    def meeting(data: Buffer, compression_type: int, cluster_size: int) -> bytes:
+    def meeting(packed: Sequence[Buffer], compression_type: int, cluster_size: int) -> list[Outcome]:
         if next(first_two, False):
             barrier.wait()
-        return decompress_cluster(data, compression_type, cluster_size)
+        return decompress_clusters(packed, compression_type, cluster_size)
 
-    monkeypatch.setattr(decoded, "decompress_cluster", meeting)
+    monkeypatch.setattr(decoded, "decompress_clusters", meeting)
     async with opened() as (image, reader, contents):
         reader.decoded._n_threads = 2
         assert bytes(await image.read(0, MIB)) == contents[:MIB]
+
+
+@pytest.mark.parametrize("spec", [SPEC, ZSTD], ids=["zlib", "zstd"])
+@pytest.mark.parametrize("suspend", [False, True], ids=["inline", "suspending"])
+async def test_reads_at_the_same_time_are_decoded_together(
+    spec: ImageSpec, suspend: bool, decodings: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many random reads at once: the right bytes, few hops to a thread, each cluster decoded once, each in a buffer
+    of its own."""
+    n_jobs = 0
+    async with opened(spec, suspend=suspend) as (image, reader, contents):
+        run_jobs = reader.decoded._run_jobs
+
+        async def counting(jobs: Sequence[decoded._Job]) -> list[decoded.Outcomes]:
+            nonlocal n_jobs
+            n_jobs += len(jobs)
+            return await run_jobs(jobs)
+
+        monkeypatch.setattr(reader.decoded, "_run_jobs", counting)
+
+        async def check(number: int) -> None:
+            guest_offset = number * 5 % 16 * 8 * CLUSTER + 5 * KIB
+            data = await image.read(guest_offset, 4 * KIB)
+            assert bytes(data) == contents[guest_offset : guest_offset + 4 * KIB]
+
+        async with trio.open_nursery() as nursery:
+            for number in (*range(16), *range(8)):
+                nursery.start_soon(check, number)
+        n_decoded = image.statistics()["decoded_clusters.misses"]
+        if spec is SPEC:  # of a cluster packed with deflate the start, and all of it for a read that comes again
+            assert 16 <= n_decoded <= 24
+        else:
+            assert n_decoded == len(decodings) == 16
+        assert n_jobs <= 6
+        assert len(reader.decoded._cache._runs) == 16
+        assert not reader.decoded._decoding
+        assert held(reader) == reader.decoded._cache.used
+
+
+@pytest.mark.parametrize("compression", ["zlib", "zstd"])
+async def test_an_error_among_reads_at_the_same_time(compression: str) -> None:
+    """Of reads that are decoded together those fail whose cluster is broken or can't be read, and no others."""
+    spec = ImageSpec(size=4 * MIB, cluster_size=CLUSTER, fill=1.0, compression=compression)
+    built = build_image(spec)
+    image = await open_memory_image(built.files, read_only=True)
+    places = []
+    for number in range(8):
+        extent = (await image._reader.lookup(number * 3 * CLUSTER, CLUSTER))[0]
+        source = image._reader._sources[0]
+        assert source is not None
+        places.append(source.entry_format.compressed_cluster(extent.value))
+    await image.aclose()
+    broken = bytearray(built.files[TOP])
+    broken[places[2].host_offset : places[2].host_offset + 16] = b"\xff" * 16
+    faulty: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> Storage:
+        faulty.append(FaultyStorage(inner))
+        return faulty[0]
+
+    async def refuse(operation: Operation) -> None:
+        if operation.host_offset == places[5].host_offset:
+            raise OSError(errno.EIO, "no such sector")
+
+    image = await open_memory_image({**built.files, TOP: bytes(broken)}, read_only=True, wrap=wrap)
+    faulty[0].gate = refuse
+    outcomes: dict[int, object] = {}
+
+    async def attempt(number: int) -> None:
+        try:
+            outcomes[number] = bytes(await image.read(number * 3 * CLUSTER + 512, 4 * KIB))
+        except (OSError, FormatError) as error:
+            outcomes[number] = type(error)
+
+    for _ in range(2):
+        outcomes.clear()
+        async with trio.open_nursery() as nursery:
+            for number in range(8):
+                nursery.start_soon(attempt, number)
+        assert outcomes.pop(2) is FormatError
+        assert outcomes.pop(5) is OSError
+        for number, data in outcomes.items():
+            start = number * 3 * CLUSTER + 512
+            assert data == built.contents[start : start + 4 * KIB]
+        assert len(outcomes) == 6
+    await image.aclose()
+
+
+async def test_a_read_that_is_cancelled_while_others_want_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of two that wait for a cluster gives up: the other one gets it, and so does a third one afterwards."""
+    async with opened(suspend=True) as (image, reader, contents):
+        expected = contents[3 * CLUSTER + 100 : 3 * CLUSTER + 200]
+        for n_steps in range(12):
+            fresh = reader.decoded._cache = DecodedCache()
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(image.read, 3 * CLUSTER + 100, 100)
+                    for _ in range(n_steps):
+                        await trio.lowlevel.checkpoint()
+                    scope.cancel()
+            assert bytes(await image.read(3 * CLUSTER + 100, 100)) == expected
+            assert len(fresh) == 1
+            assert not reader.decoded._decoding
+
+
+async def test_closing_while_reads_wait() -> None:
+    """Reads that wait for a thread when the image's background work is ended are answered all the same."""
+    async with opened(suspend=True) as (image, reader, contents):
+        results: dict[int, bytes] = {}
+
+        async def note(number: int) -> None:
+            results[number] = bytes(await image.read(number * CLUSTER + 100, 100))
+
+        async with trio.open_nursery() as nursery:
+            for number in range(0, 60, 2):
+                nursery.start_soon(note, number)
+            for _ in range(3):
+                await trio.lowlevel.checkpoint()
+            await reader.aclose()
+        assert results == {n: contents[n * CLUSTER + 100 : n * CLUSTER + 200] for n in range(0, 60, 2)}
+        assert not reader.decoded._runners
+
+
+async def test_a_read_of_what_was_decoded_together_copies_nothing() -> None:
+    """Clusters that one thread decoded for a reader are handed out as they lie, also across their borders."""
+    async with opened(ZSTD) as (image, reader, contents):
+        for number in range(3):
+            await read(image, number * MIB, MIB)
+        await until_idle(reader)
+        for guest_offset, n_bytes in ((3 * MIB, MIB), (3 * MIB + 1000, 3 * CLUSTER), (4 * MIB + CLUSTER - 1, 2)):
+            data = image.try_read(guest_offset, n_bytes)
+            assert isinstance(data, memoryview)
+            assert data == contents[guest_offset : guest_offset + n_bytes]
+        data = image.try_read(3 * MIB + 5, 2 * MIB)
+        assert data == contents[3 * MIB + 5 : 5 * MIB + 5]
+
+
+def test_the_cache_counts_whole_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A buffer counts until it goes, and goes with all of its clusters, whichever of them is in use."""
+    monkeypatch.setattr(decoded_cache, "CACHE_BYTES", 1000)
+    cache = DecodedCache()
+    cache.insert([(0, entry) for entry in range(4)], bytes(400))
+    for entry in range(10, 15):
+        cache.insert([(0, entry)], bytes(100))
+        assert cache.get((0, 2), 100) is not None
+    assert cache.used == 900
+    cache.insert([(0, 2)], bytes(100))  # again, while the first one is still there
+    assert cache.used == 1000
+    cache.insert([(0, 20)], bytes(50))
+    assert cache.used == 950
+    assert not cache.has((0, 10), 1)
+    assert cache.has((0, 3), 100)
+    for entry in range(30, 39):
+        cache.insert([(0, entry)], bytes(100))
+    assert cache.used <= 1000
+    assert not cache.has((0, 3), 1)
+    assert not cache.has((0, 2), 1)
+    assert len(cache) == len(cache._runs)
+    cache.insert([(0, 38)], bytes(200))  # more of a cluster takes the place of its start
+    assert cache.has((0, 38), 200)
+    assert cache.used <= 1000
+    assert sum(len(run.buffer) for run in cache._runs.values()) == cache.used
 
 
 async def test_an_error_ahead_is_for_the_read_that_meets_it() -> None:
@@ -221,6 +399,7 @@ async def test_an_unexpected_error_ahead_does_not_end_the_program(
 
         with monkeypatch.context() as patch:
             patch.setattr(decoded, "decompress_cluster", failing)
+            patch.setattr(decoded, "decompress_clusters", failing)
             with pytest.raises(ZeroDivisionError):
                 await read(image, 2 * CLUSTER, CLUSTER)
             await until_idle(reader)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import tracemalloc
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,7 @@ from qcowfuse.errors import FormatError
 from qcowfuse.format.compression import (
     CompressedCluster,
     decompress_cluster,
+    decompress_clusters,
     parse_compressed_entry,
     parse_compressed_entry_v1,
 )
@@ -129,6 +131,61 @@ def test_bombs_are_bounded(packer: str) -> None:
         assert tracemalloc.get_traced_memory()[1] < 4 << 20
     finally:
         tracemalloc.stop()
+
+
+@pytest.mark.parametrize("compression_type", [DEFLATE, ZSTD])
+def test_several_at_once(compression_type: int) -> None:
+    """Clusters packed in every way come back in order, with rubbish behind each, from views of one buffer."""
+    packers = [pack for kind, pack in PACKERS.values() if kind == compression_type] * 3
+    clusters = [random.Random(number).randbytes(100) * 40 + bytes(96) for number in range(len(packers))]
+    packed = [pack(data) + b"\xff" * 77 for pack, data in zip(packers, clusters, strict=True)]
+    if compression_type == ZSTD:
+        half = zstandard.ZstdCompressor().compress
+        packed.append(half(clusters[0][:1000]) + half(clusters[0][1000:]) + bytes(9))
+        clusters.append(clusters[0])
+    whole = memoryview(b"".join(packed))
+    views, start = [], 0
+    for data in packed:
+        views.append(whole[start : start + len(data)])
+        start += len(data)
+    for n_clusters in (0, 1, 2, len(packers), len(packed)):
+        outcomes = decompress_clusters(views[:n_clusters], compression_type, 4096)
+        assert outcomes == clusters[:n_clusters]
+
+
+@pytest.mark.parametrize("compression_type", [DEFLATE, ZSTD])
+@given(damage=st.data())
+def test_damage_among_several(compression_type: int, damage: st.DataObject) -> None:
+    """Of several clusters each has the outcome that it has alone, whatever the others are: broken, cut, empty, too
+    short, or of a size that none can have."""
+    packers = [pack for kind, pack in PACKERS.values() if kind == compression_type]
+    packed = []
+    for _ in range(damage.draw(st.integers(2, 5))):
+        pack = damage.draw(st.sampled_from(packers))
+        data = bytearray(pack(text(damage.draw(st.sampled_from((4096, 4096, 4095, 4097, 0, 1 << 20))))))
+        for _ in range(damage.draw(st.integers(0, 2)) if data else 0):
+            data[damage.draw(st.integers(0, len(data) - 1))] = damage.draw(st.integers(0, 255))
+        packed.append(bytes(data[: damage.draw(st.sampled_from((len(data), len(data), len(data) // 2, 0)))]))
+    for data, outcome in zip(packed, decompress_clusters(packed, compression_type, 4096), strict=True):
+        if isinstance(outcome, FormatError):
+            with pytest.raises(FormatError, match=f"^{re.escape(str(outcome))}$"):
+                decompress_cluster(data, compression_type, 4096)
+        else:
+            assert outcome == decompress_cluster(data, compression_type, 4096)
+
+
+def test_a_bomb_among_several_is_bounded() -> None:
+    """Streams of 32 MiB among good ones cost no more memory than the clusters do."""
+    for name, (compression_type, pack) in PACKERS.items():
+        packed = [pack(text()), pack(bytes(32 << 20))[: 2 * CLUSTER], pack(text())]
+        tracemalloc.start()
+        try:
+            first, bomb, last = decompress_clusters(packed, compression_type, CLUSTER)
+            assert first == last == text(), name
+            assert bomb == bytes(CLUSTER) or isinstance(bomb, FormatError), name
+            assert tracemalloc.get_traced_memory()[1] < 4 << 20
+        finally:
+            tracemalloc.stop()
 
 
 def test_unknown_compression_type() -> None:
