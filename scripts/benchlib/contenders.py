@@ -189,6 +189,8 @@ def find_contenders(peers: Path | None) -> list[Contender]:
     def find(name: str) -> str | None:
         return shutil.which(str(peers / name)) if peers and (peers / name).exists() else shutil.which(name)
 
+    # As pip does when it installs: else, under PYTHONDONTWRITEBYTECODE, each start would compile every module again.
+    run(python(), "-m", "compileall", "-q", "qcowfuse", cwd=REPOSITORY)
     version = run(python(), "-m", "qcowfuse", "--version", cwd=REPOSITORY).strip()
     found = [Contender(OURS, serve_qcowfuse, True, version)]
     missing = []
