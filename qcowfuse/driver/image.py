@@ -41,6 +41,10 @@ class Image(Protocol):
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes when they can be had at once, else None."""
 
+    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """After :meth:`try_read` has declined, and while nobody else waits for an answer: the bytes, if they can be
+        computed here, which may take some 100 us; else None. Raises FormatError, OSError."""
+
     async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
         """The bytes. ``alone``: nobody else waits for an answer now, so it may be computed on the spot.
 

@@ -191,6 +191,12 @@ class QcowImage:
         except CorruptImageError:
             return None  # read() meets it again and can mark the image
 
+    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """See Image."""
+        if guest_offset < 0 or self._frozen is not None:
+            return None
+        return self._reader.try_single(guest_offset, n_bytes)
+
     async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
         """See Image."""
         self._check_range(guest_offset, n_bytes)

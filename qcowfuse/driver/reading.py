@@ -35,6 +35,7 @@ class ChainReader:
         self.layers = tuple(layers)
         self.decoded = DecodedClusters()
         self._sequential = SequentialReads()
+        self._noted: tuple[int, int] | None = None
         self._sources = tuple(sources)
         self._cache = cache
         self._data = tuple(layer.data for layer in layers)
@@ -136,17 +137,30 @@ class ChainReader:
         end = in_cluster + n_bytes
         if not entry & source.entry_format.compressed or end > source.cluster_size:
             return None
-        self._look_ahead(guest_offset, n_bytes)
+        noted, self._noted = self._noted, None
+        if noted != (guest_offset, n_bytes):
+            self._look_ahead(guest_offset, n_bytes)
         # The read after a random one will be somewhere else; but one that begins with a cluster may go on with it.
         return Wanted(0, entry, source, end if self._sequential.is_random and in_cluster else source.cluster_size)
+
+    def try_single(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """:meth:`find_single` and :meth:`read_single` in one, where nothing has to be waited for. Raises FormatError,
+        OSError."""
+        wanted = self.find_single(guest_offset, n_bytes)
+        if wanted is None:
+            return None
+        cluster = self.decoded.try_decode(wanted, alone=True)
+        if cluster is None:
+            self._noted = guest_offset, n_bytes  # it will be asked for again, and that is not another read
+            return None
+        return _part_of(cluster, wanted, guest_offset, n_bytes)
 
     async def read_single(self, wanted: Wanted, guest_offset: int, n_bytes: int, *, alone: bool) -> Buffer:
         """The bytes of a range in the cluster ``wanted``. Otherwise like :meth:`read`."""
         cluster = self.decoded.try_decode(wanted, alone=alone)
         if cluster is None:
             cluster = await self.decoded.load_single(wanted)
-        start = cluster.start + (guest_offset & wanted.source.cluster_size - 1)
-        return memoryview(cluster.buffer)[start : start + n_bytes]
+        return _part_of(cluster, wanted, guest_offset, n_bytes)
 
     def _slice_of(self, guest_offset: int, n_bytes: int) -> tuple[L2Slice, int] | None:
         """The slice of the top layer that maps all of a range, and the index in it."""
@@ -320,3 +334,8 @@ class _Pieces:
         if self._end > self._start:
             self._parts.append(memoryview(self._buffer)[self._start : self._end])
         self._buffer, self._start, self._end = b"", 0, 0
+
+
+def _part_of(cluster: Decoded, wanted: Wanted, guest_offset: int, n_bytes: int) -> memoryview:
+    start = cluster.start + (guest_offset & wanted.source.cluster_size - 1)
+    return memoryview(cluster.buffer)[start : start + n_bytes]

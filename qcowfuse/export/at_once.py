@@ -60,6 +60,9 @@ class QuickHandlers(Protocol):
     def try_read(self, off: int, size: int) -> Buffer | None:
         """All the bytes, or None."""
 
+    def try_read_alone(self, off: int, size: int) -> Buffer | None:
+        """The same with more effort, if nobody else waits; to be asked after :meth:`try_read`."""
+
     def try_write(self, off: int, data: Buffer) -> bool:
         """Whether all of it was written. ``data`` is only lent."""
 
@@ -189,6 +192,8 @@ class AtOnce:
                     try:
                         if opcode == _FUSE_READ:
                             data = try_read(off, size)
+                            if data is None and gate.is_idle():
+                                data = handlers.try_read_alone(off, size)
                             if data is None:
                                 handlers.has_declined = True
                             else:

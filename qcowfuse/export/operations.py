@@ -112,6 +112,7 @@ class Operations(pyfuse3.Operations):
         self._image = image
         self._size = image.size
         self.try_read = image.try_read
+        self.try_read_alone = image.try_read_alone
         self._try_write_in_place = image.try_write
         self._try_write_new = image.try_write_new
         self._name = file_name

@@ -174,6 +174,39 @@ async def test_random_small_reads_decode_only_the_start(alone: bool, decodings: 
         assert held(reader) == reader.decoded._cache.used
 
 
+async def test_a_read_without_company_is_computed_at_once() -> None:
+    """A random read in one compressed cluster needs no awaited call while nobody else waits; one across two clusters
+    and one of a cluster that is not compressed do, and are no other reads for it."""
+    async with opened() as (image, reader, contents):
+        await reader.lookup(0, image.size)  # has the tables in memory
+        for number in (90, 3, 70):
+            guest_offset = number * CLUSTER + 20 * KIB
+            assert image.try_read(guest_offset, KIB) is None
+            found = image.try_read_alone(guest_offset, KIB)
+            assert found is not None
+            assert bytes(found) == contents[guest_offset : guest_offset + KIB]
+            assert last_used(reader) == 21 * KIB
+        assert reader.decoded.misses == 3
+        assert image.try_read_alone(5 * CLUSTER - KIB, 2 * KIB) is None
+        assert image.try_read_alone(image.size - KIB, 2 * KIB) is None
+        assert image.try_read_alone(-KIB, KIB) is None
+    async with opened(ImageSpec(size=MIB, cluster_size=CLUSTER, fill=1.0)) as (image, _, _contents):
+        assert image.try_read_alone(20 * KIB, KIB) is None
+
+
+async def test_a_read_that_was_tried_alone_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The awaited read that follows a vain try is the same read: it is still a random one."""
+    async with opened() as (image, reader, contents):
+        monkeypatch.setattr(reader.decoded, "try_decode", lambda wanted, *, alone: None)
+        guest_offset = 70 * CLUSTER + 20 * KIB
+        assert image.try_read_alone(guest_offset, KIB) is None
+        monkeypatch.undo()
+        found = await image.read(guest_offset, KIB)
+        assert bytes(found) == contents[guest_offset : guest_offset + KIB]
+        assert reader._sequential.is_random
+        assert last_used(reader) == 21 * KIB
+
+
 async def test_the_cache_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading more than the cache holds keeps no more than it may."""
     monkeypatch.setattr(decoded_cache, "CACHE_BYTES", CACHE_BYTES // 4)

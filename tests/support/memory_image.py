@@ -38,6 +38,9 @@ class MemoryImage:
         self._check(guest_offset, n_bytes)
         return memoryview(self.data)[guest_offset : guest_offset + n_bytes] if self.inline else None
 
+    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        return None
+
     async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
         await trio.lowlevel.checkpoint()
         self._check(guest_offset, n_bytes)
