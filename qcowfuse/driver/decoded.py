@@ -8,11 +8,11 @@
    clusters at a time, since a hop to a thread costs as much as decoding one. Those of one read, and those decoded
    ahead, come out in one buffer, in their order, so that a read of them need not put them together. Single clusters
    that several reads want at the same time are decoded together too, each into a buffer of its own.
-4. Where a hop would cost more than it gives, decoding is done on the spot: clusters that are small, and clusters of
-   the usual size that are wanted alone.
-5. What is not waited for by the request that set it off is done by a few system tasks of trio, which live only while
-   there is something queued: nobody has to open a nursery for them. An error ahead is silent, for whoever wants the
-   cluster meets it again. :meth:`DecodedClusters.aclose` cancels them and waits until they have ended.
+4. Where a hop would cost more than it gives, decoding is done on the spot: clusters that are small; and single ones
+   of the usual size that are packed with zstd, or wanted alone, or where there are no more than two processors.
+5. What is done ahead, or for several reads, is done by a few system tasks of trio, which live only while there is
+   something queued: nobody has to open a nursery for them. An error ahead is silent, for whoever wants the cluster
+   meets it again. :meth:`DecodedClusters.aclose` cancels what is done ahead and waits until that has ended.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import trio
@@ -35,7 +34,7 @@ from ..format.compression import (
     require_decoder,
 )
 from ..format.entries import EntryFormat
-from ..format.header import COMPRESSION_DEFLATE
+from ..format.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
 from ..storage.base import Buffer, Storage
 from ..storage.workers import WorkerPool
 from .decoded_cache import Decoded, DecodedCache, Key
@@ -106,15 +105,16 @@ class SequentialReads:
 
     def __init__(self) -> None:
         self._streams: list[_Stream] = []
-        self.is_random = False
-        """Whether the last read that was noted follows no other."""
+
+    def is_expected(self, guest_offset: int) -> bool:
+        """Whether a read there would follow another one."""
+        return any(-_SLACK <= guest_offset - stream.end <= _SLACK for stream in self._streams)
 
     def note(self, guest_offset: int, n_bytes: int) -> tuple[int, int]:
         """A read was asked for; start and end of the guest range to make ready now, empty most of the time."""
         end = guest_offset + n_bytes
         streams = self._streams
         stream = next((s for s in streams if -_SLACK <= guest_offset - s.end <= _SLACK), None)
-        self.is_random = stream is None
         if stream is None:
             streams.insert(0, _Stream(end))
             del streams[_MAX_STREAMS:]
@@ -198,6 +198,12 @@ class DecodedClusters:
         cluster = _decode(data, source.compression_type, cluster_size, n_bytes)
         return self._cache.insert((key,), cluster)[0]
 
+    def try_decode_quickly(self, wanted: Wanted) -> Decoded | None:
+        """The same where it takes no longer than to hand the work to a thread and back, whoever else waits; or not
+        much longer, where this thread and the client keep the only two processors busy."""
+        is_quick = wanted.source.compression_type == COMPRESSION_ZSTD or self._n_threads <= 2
+        return self.try_decode(wanted, alone=True) if is_quick else None
+
     async def load_single(self, wanted: Wanted) -> Decoded:
         """At least ``n_bytes`` of a cluster that is not in memory; what others want is decoded with it. Raises as
         ``load``."""
@@ -262,7 +268,9 @@ class DecodedClusters:
         n_jobs = -(-len(self._ahead) * self._ahead[0].source.cluster_size // _RUN_BYTES)
         for _ in range(min(n_jobs, 2 * self._n_threads - self._n_ahead_runners)):
             self._n_ahead_runners += 1
-            self._start(self._run_ahead)
+            scope = trio.CancelScope()
+            self._runners[scope] = trio.Event()
+            trio.lowlevel.spawn_system_task(self._run_ahead, scope, name="qcowfuse decode ahead")
 
     async def aclose(self) -> None:
         """Stop decoding ahead, and give up the threads. Idempotent."""
@@ -277,46 +285,34 @@ class DecodedClusters:
         if pool is not None:
             pool.release()
 
-    def _start(self, function: Callable[[], Awaitable[None]]) -> None:
-        scope = trio.CancelScope()
-        self._runners[scope] = trio.Event()
-        trio.lowlevel.spawn_system_task(self._run, function, scope, name="qcowfuse decode")
-
-    async def _run(self, function: Callable[[], Awaitable[None]], scope: trio.CancelScope) -> None:
-        try:
-            with scope:
-                await function()
-        except Exception:  # a bug; but nothing may leave a system task, that would end the program
-            log.exception("decoding failed")
-        finally:
-            self._runners.pop(scope).set()
-
     def _is_here(self, wanted: Wanted) -> bool:
         key = wanted[:2]
         return key in self._decoding or self._cache.has(key, wanted.n_bytes)
 
-    async def _run_ahead(self) -> None:
+    async def _run_ahead(self, scope: trio.CancelScope) -> None:
         space = self._spaces.pop() if self._spaces else bytearray(_RUN_BYTES)
         try:
-            while self._ahead:
-                batch: dict[Key, Wanted] = {}
-                n_bytes = 0
-                while self._ahead and n_bytes < _RUN_BYTES:
-                    wanted = self._ahead.popleft()
-                    if not self._is_here(wanted):
-                        batch[wanted[:2]] = wanted
-                        n_bytes += wanted.source.cluster_size
-                if not batch:
-                    continue
-                try:
-                    await self._decode_all(batch, space=space)
-                except (OSError, QcowFuseError):
-                    pass
-                except Exception:  # a bug; what else is queued may still go well
-                    log.exception("decoding ahead failed")
+            with scope:
+                while self._ahead:
+                    batch: dict[Key, Wanted] = {}
+                    n_bytes = 0
+                    while self._ahead and n_bytes < _RUN_BYTES:
+                        wanted = self._ahead.popleft()
+                        if not self._is_here(wanted):
+                            batch[wanted[:2]] = wanted
+                            n_bytes += wanted.source.cluster_size
+                    if not batch:
+                        continue
+                    try:
+                        await self._decode_all(batch, space=space)
+                    except (OSError, QcowFuseError):
+                        pass
+                    except Exception:  # a bug; but nothing may leave a system task, that would end the program
+                        log.exception("decoding ahead failed")
         finally:
             self._n_ahead_runners -= 1
             self._spaces.append(space)
+            self._runners.pop(scope).set()
 
     async def _demand(self, wanted: Wanted) -> Decoded | None:
         """One cluster, decoded together with what other reads want now. None: ask again. Raises as ``load``."""
@@ -325,7 +321,7 @@ class DecodedClusters:
         self._demands.append(demand)
         if not self._is_collecting:
             self._is_collecting = True
-            self._start(self._collect_demands)
+            trio.lowlevel.spawn_system_task(self._collect_demands, name="qcowfuse decode")
         await demand.done.wait()
         if isinstance(demand.outcome, Exception):
             raise demand.outcome
@@ -342,7 +338,7 @@ class DecodedClusters:
                     n_seen = len(self._demands)
                     await trio.lowlevel.checkpoint()
                 batch = [self._demands.popleft() for _ in range(min(n_max, len(self._demands)))]
-                self._start(partial(self._decode_demands, batch))
+                trio.lowlevel.spawn_system_task(self._decode_demands, batch, name="qcowfuse decode")
         finally:
             self._is_collecting = False
             self._give_up(self._demands)

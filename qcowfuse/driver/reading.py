@@ -35,7 +35,7 @@ class ChainReader:
         self.layers = tuple(layers)
         self.decoded = DecodedClusters()
         self._sequential = SequentialReads()
-        self._noted: tuple[int, int] | None = None
+        self._noted: tuple[int, int, int] | None = None
         self._sources = tuple(sources)
         self._cache = cache
         self._data = tuple(layer.data for layer in layers)
@@ -45,6 +45,7 @@ class ChainReader:
         top = layers[0]
         is_simple = isinstance(top, Mapping) and not top.entry_format.is_extended and top.encrypted is None
         self._top = top if isinstance(top, Mapping) and is_simple and top.data is top.storage else None
+        self._compressed = 0 if self._sources[0] is None else self._sources[0].entry_format.compressed
 
     async def lookup(self, guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
         """The extents of a range, loading what is missing. Raises OSError, CorruptImageError."""
@@ -59,10 +60,13 @@ class ChainReader:
     def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes if they can be had at once. Raises CorruptImageError, OSError."""
         data = self._try_read_quickly(guest_offset, n_bytes)
-        if data is None:
-            data = self._try_decoded(guest_offset, n_bytes)
         if data is not None:
             return data
+        found = self._slice_of(guest_offset, n_bytes)
+        if found is not None and found[0].entries[found[1]] & self._compressed:
+            data, is_single = self._try_decoded(*found, guest_offset, n_bytes)
+            if data is not None or is_single:
+                return data
         try:
             extents = lookup_chain(self.layers, guest_offset, n_bytes)
         except Missing:
@@ -138,10 +142,12 @@ class ChainReader:
         if not entry & source.entry_format.compressed or end > source.cluster_size:
             return None
         noted, self._noted = self._noted, None
-        if noted != (guest_offset, n_bytes):
+        if noted is not None and noted[:2] == (guest_offset, n_bytes):
+            n_wanted = noted[2]
+        else:
+            n_wanted = source.cluster_size if self._is_more_wanted(guest_offset, in_cluster) else end
             self._look_ahead(guest_offset, n_bytes)
-        # The read after a random one will be somewhere else; but one that begins with a cluster may go on with it.
-        return Wanted(0, entry, source, end if self._sequential.is_random and in_cluster else source.cluster_size)
+        return Wanted(0, entry, source, n_wanted)
 
     def try_single(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """:meth:`find_single` and :meth:`read_single` in one, where nothing has to be waited for. Raises FormatError,
@@ -151,7 +157,11 @@ class ChainReader:
             return None
         cluster = self.decoded.try_decode(wanted, alone=True)
         if cluster is None:
-            self._noted = guest_offset, n_bytes  # it will be asked for again, and that is not another read
+            self._noted = (
+                guest_offset,
+                n_bytes,
+                wanted.n_bytes,
+            )  # it will be asked for again, and that is not another read
             return None
         return _part_of(cluster, wanted, guest_offset, n_bytes)
 
@@ -173,26 +183,33 @@ class ChainReader:
             return None
         return slice_, top.index(guest_offset)
 
-    def _try_decoded(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """The bytes of compressed clusters of the top layer that are all decoded."""
-        found = self._slice_of(guest_offset, n_bytes)
+    def _try_decoded(
+        self, slice_: L2Slice, index: int, guest_offset: int, n_bytes: int
+    ) -> tuple[Buffer | None, bool]:
+        """The bytes of compressed clusters of the top layer that are all decoded, or of one that soon is; and whether
+        it is one."""
         source = self._sources[0]
-        if found is None or source is None:
-            return None
-        slice_, index = found
+        assert source is not None
         cluster_size = source.cluster_size
         in_cluster = guest_offset & cluster_size - 1
         end = in_cluster + n_bytes
         if end <= cluster_size:
-            cluster = self.decoded.get(0, slice_.entries[index], end)
+            entry = slice_.entries[index]
+            cluster = self.decoded.get(0, entry, end)
             if cluster is None:
-                return None
+                n_wanted = cluster_size if self._is_more_wanted(guest_offset, in_cluster) else end
+                try:
+                    cluster = self.decoded.try_decode_quickly(Wanted(0, entry, source, n_wanted))
+                except (OSError, QcowFuseError):
+                    return None, True  # read() meets it again
+                if cluster is None:
+                    return None, True
             data: Buffer = memoryview(cluster.buffer)[cluster.start + in_cluster : cluster.start + end]
         else:
             n_clusters = -(-end // cluster_size)
             parts = self.decoded.get_all(0, slice_.entries[index : index + n_clusters], cluster_size)
             if parts is None:
-                return None
+                return None, False
             views = [memoryview(buffer)[first:last] for buffer, first, last in parts]
             views[0] = views[0][in_cluster:]
             views[-1] = views[-1][: len(views[-1]) - (n_clusters * cluster_size - end)]
@@ -201,7 +218,7 @@ class ChainReader:
         if slice_ is not self._cache.newest:
             self._cache.touch(slice_)
         self._look_ahead(guest_offset, n_bytes)
-        return data
+        return data, end <= cluster_size
 
     def _try_compressed(self, extents: Sequence[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
         """The bytes of extents of which some are compressed, if all are decoded and at hand."""
@@ -226,18 +243,23 @@ class ChainReader:
         self, extents: Sequence[Extent], guest_offset: int, n_bytes: int, *, alone: bool
     ) -> dict[Key, Decoded]:
         """The decoded clusters of all compressed extents."""
-        self._look_ahead(guest_offset, n_bytes)
         if len(extents) > 1:
+            self._look_ahead(guest_offset, n_bytes)
             return await self.decoded.load(wanted for extent in extents for wanted in self._wanted(extent))
         extent = extents[0]
         (wanted,) = self._wanted(extent)
         in_cluster = guest_offset & wanted.source.cluster_size - 1
-        if self._sequential.is_random and in_cluster:
+        if not self._is_more_wanted(guest_offset, in_cluster):
             wanted = wanted._replace(n_bytes=in_cluster + n_bytes)
+        self._look_ahead(guest_offset, n_bytes)
         cluster = self.decoded.try_decode(wanted, alone=alone)
         if cluster is None:
             cluster = await self.decoded.load_single(wanted)
         return {(extent.layer, extent.value): cluster}
+
+    def _is_more_wanted(self, guest_offset: int, in_cluster: int) -> bool:
+        """Whether reads that follow may go on with the cluster; also where this one begins with a cluster."""
+        return not in_cluster or self._sequential.is_expected(guest_offset)
 
     def _look_ahead(self, guest_offset: int, n_bytes: int) -> None:
         start, end = self._sequential.note(guest_offset, n_bytes)

@@ -50,6 +50,13 @@ async def read(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
     return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
 
 
+def if_ready(image: QcowImage, guest_offset: int, n_bytes: int) -> Buffer | None:
+    """The bytes, if all of them were decoded before."""
+    n_decoded = image.statistics()["decoded_clusters.misses"]
+    data = image.try_read(guest_offset, n_bytes)
+    return data if image.statistics()["decoded_clusters.misses"] == n_decoded else None
+
+
 async def until_idle(reader: ChainReader) -> None:
     """Wait until nothing is decoded ahead."""
     with trio.fail_after(10):
@@ -105,7 +112,7 @@ async def test_a_sequential_reader_finds_the_next_clusters_ready() -> None:
         await until_idle(reader)
         n_decoded = image.statistics()["decoded_clusters.misses"]
         assert 4 + AHEAD_BYTES // CLUSTER // 2 <= n_decoded <= 4 + AHEAD_BYTES // CLUSTER
-        ready = image.try_read(4 * CLUSTER, CLUSTER)
+        ready = if_ready(image, 4 * CLUSTER, CLUSTER)
         assert ready is not None
         assert bytes(ready) == contents[4 * CLUSTER : 5 * CLUSTER]
 
@@ -117,7 +124,7 @@ async def test_reads_served_from_memory_keep_the_lead() -> None:
             await read(image, number * CLUSTER, CLUSTER)
         for number in range(4, SPEC.size // CLUSTER):
             await until_idle(reader)
-            assert image.try_read(number * CLUSTER, CLUSTER) is not None, number
+            assert if_ready(image, number * CLUSTER, CLUSTER) is not None, number
 
 
 async def test_random_reads_decode_nothing_else() -> None:
@@ -138,7 +145,7 @@ async def test_other_cluster_sizes(cluster_size: int) -> None:
         step = 32 * KIB
         for guest_offset in range(0, spec.size, step):
             await until_idle(reader)
-            is_ready = image.try_read(guest_offset, step) is not None
+            is_ready = if_ready(image, guest_offset, step) is not None
             is_expected = guest_offset >= 4 * step if cluster_size > 16 * KIB else False
             assert is_ready == is_expected or guest_offset < 4 * step, guest_offset
             assert await read(image, guest_offset, step) == contents[guest_offset : guest_offset + step]
@@ -152,14 +159,16 @@ async def test_two_sequential_readers_at_once() -> None:
             await read(image, number * CLUSTER, CLUSTER)
             await read(image, 4 * MIB + number * CLUSTER, CLUSTER)
         await until_idle(reader)
-        assert image.try_read(4 * CLUSTER, CLUSTER) is not None
-        assert image.try_read(4 * MIB + 4 * CLUSTER, CLUSTER) is not None
+        assert if_ready(image, 4 * CLUSTER, CLUSTER) is not None
+        assert if_ready(image, 4 * MIB + 4 * CLUSTER, CLUSTER) is not None
 
 
+@pytest.mark.parametrize("n_threads", [2, 4])
 @pytest.mark.parametrize("alone", [False, True], ids=["in a thread", "on the spot"])
-async def test_random_small_reads_decode_only_the_start(alone: bool, decodings: list[bytes]) -> None:
+async def test_random_small_reads_decode_only_the_start(alone: bool, n_threads: int, decodings: list[bytes]) -> None:
     """A read that follows no other has its cluster decoded as far as it reads; one further on is right."""
     async with opened() as (image, reader, contents):
+        reader.decoded._n_threads = n_threads
         for number in (90, 3, 70, 20, 50, 110):
             for in_cluster in (20 * KIB, 4 * KIB, 40 * KIB, 5 * KIB + 7):
                 guest_offset = number * CLUSTER + in_cluster
@@ -179,6 +188,7 @@ async def test_a_read_without_company_is_computed_at_once() -> None:
     and one of a cluster that is not compressed do, and are no other reads for it."""
     async with opened() as (image, reader, contents):
         await reader.lookup(0, image.size)  # has the tables in memory
+        reader.decoded._n_threads = 4
         for number in (90, 3, 70):
             guest_offset = number * CLUSTER + 20 * KIB
             assert image.try_read(guest_offset, KIB) is None
@@ -203,7 +213,6 @@ async def test_a_read_that_was_tried_alone_counts_once(monkeypatch: pytest.Monke
         monkeypatch.undo()
         found = await image.read(guest_offset, KIB)
         assert bytes(found) == contents[guest_offset : guest_offset + KIB]
-        assert reader._sequential.is_random
         assert last_used(reader) == 21 * KIB
 
 
@@ -320,6 +329,46 @@ async def test_an_error_among_reads_at_the_same_time(compression: str) -> None:
     await image.aclose()
 
 
+@pytest.mark.parametrize("spec", [SPEC, ZSTD], ids=["zlib", "zstd"])
+async def test_single_clusters_are_decoded_where_that_is_quickest(spec: ImageSpec) -> None:
+    """A random read is answered at once where a hop to a thread gives nothing; and never one of several clusters, of
+    a large one, or of one that is broken."""
+    async with opened(spec) as (image, reader, contents):
+        await reader.lookup(0, 1)
+        for n_threads in (1, 2, 3, 8):
+            reader.decoded._n_threads = n_threads
+            guest_offset = (20 + 10 * n_threads) * CLUSTER + 700
+            data = image.try_read(guest_offset, 900)
+            if spec is ZSTD or n_threads <= 2:
+                assert data == contents[guest_offset : guest_offset + 900]
+            else:
+                assert data is None
+            assert image.try_read(guest_offset + 5 * CLUSTER, CLUSTER) is None
+    large = ImageSpec(size=4 * MIB, cluster_size=128 * KIB, fill=1.0, compression=spec.compression)
+    async with opened(large) as (image, reader, _):
+        reader.decoded._n_threads = 1
+        await reader.lookup(0, 1)
+        assert image.try_read(5 * KIB, KIB) is None
+    built = build_image(spec)
+    async with opened(spec) as (image, reader, _):
+        extent = (await reader.lookup(6 * CLUSTER, CLUSTER))[0]
+        source = reader._sources[0]
+        assert source is not None
+        where = source.entry_format.compressed_cluster(extent.value)
+    broken = bytearray(built.files[TOP])
+    broken[where.host_offset : where.host_offset + 16] = b"\xff" * 16
+    image = await open_memory_image({**built.files, TOP: bytes(broken)}, read_only=True)
+    image._reader.decoded._n_threads = 1
+    await image._reader.lookup(6 * CLUSTER, CLUSTER)
+    for _ in range(2):
+        assert image.try_read(6 * CLUSTER, KIB) is None
+        for alone in (False, True):
+            with pytest.raises(FormatError, match="compressed cluster"):
+                await image.read(6 * CLUSTER, KIB, alone=alone)
+    assert image.try_read(7 * CLUSTER, KIB) == built.contents[7 * CLUSTER : 7 * CLUSTER + KIB]
+    await image.aclose()
+
+
 async def test_a_read_that_is_cancelled_while_others_want_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """One of two that wait for a cluster gives up: the other one gets it, and so does a third one afterwards."""
     async with opened(suspend=True) as (image, reader, contents):
@@ -362,10 +411,10 @@ async def test_a_read_of_what_was_decoded_together_copies_nothing() -> None:
             await read(image, number * MIB, MIB)
         await until_idle(reader)
         for guest_offset, n_bytes in ((3 * MIB, MIB), (3 * MIB + 1000, 3 * CLUSTER), (4 * MIB + CLUSTER - 1, 2)):
-            data = image.try_read(guest_offset, n_bytes)
+            data = if_ready(image, guest_offset, n_bytes)
             assert isinstance(data, memoryview)
             assert data == contents[guest_offset : guest_offset + n_bytes]
-        data = image.try_read(3 * MIB + 5, 2 * MIB)
+        data = if_ready(image, 3 * MIB + 5, 2 * MIB)
         assert data == contents[3 * MIB + 5 : 5 * MIB + 5]
 
 
@@ -434,7 +483,7 @@ async def test_an_unexpected_error_ahead_does_not_end_the_program(
             patch.setattr(decoded, "decompress_cluster", failing)
             patch.setattr(decoded, "decompress_clusters", failing)
             with pytest.raises(ZeroDivisionError):
-                await read(image, 2 * CLUSTER, CLUSTER)
+                await image.read(2 * CLUSTER, CLUSTER)
             await until_idle(reader)
         assert "decoding ahead failed" in caplog.text
         assert await read(image, 5 * CLUSTER, CLUSTER) == contents[5 * CLUSTER : 6 * CLUSTER]
