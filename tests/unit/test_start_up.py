@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import json
+import signal
+import struct
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
+
+import pytest
+
+from qcowfuse.cli.exit_codes import ExitCode, exit_code_of
+from qcowfuse.cli.main import _stop_signals_raised
+from qcowfuse.driver.quick_look import may_need_passphrase
+from qcowfuse.errors import MountError
 
 REPOSITORY = Path(__file__).parents[2]
 NEEDLESS_FOR_A_PLAIN_IMAGE = {
@@ -122,3 +131,35 @@ def test_decoders_are_imported_when_the_image_is_opened() -> None:
             """
         )
     )
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stop_signal_during_the_imports_is_a_failure_to_start(number: signal.Signals) -> None:
+    """While there is no event loop, SIGTERM and SIGINT become an error with an exit code; then they are as before."""
+    before = signal.getsignal(number)
+    with pytest.raises(MountError, match=f"stopped by {number.name}") as raised, _stop_signals_raised():
+        signal.raise_signal(number)
+    assert exit_code_of(raised.value) is ExitCode.MOUNT
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.parametrize(
+    ("start", "expected"),
+    [
+        pytest.param(struct.pack(">4sIQIIQI4x", b"QFI\xfb", 3, 0, 0, 16, 1 << 30, 0), False, id="plain"),
+        pytest.param(struct.pack(">4sIQIIQI4x", b"QFI\xfb", 2, 0, 0, 16, 1 << 30, 1), True, id="AES"),
+        pytest.param(struct.pack(">4sIQIIQI4x", b"QFI\xfb", 3, 0, 0, 16, 1 << 30, 2), True, id="LUKS"),
+        pytest.param(struct.pack(">4sIQIIQI4x", b"QFI\xfb", 3, 512, 4, 16, 1 << 30, 0), True, id="backing file"),
+        pytest.param(struct.pack(">4sIQIIQBBHI", b"QFI\xfb", 1, 0, 0, 0, 1 << 30, 12, 9, 0, 0), False, id="v1"),
+        pytest.param(struct.pack(">4sIQIIQBBHI", b"QFI\xfb", 1, 0, 0, 0, 1 << 30, 12, 9, 0, 1), True, id="v1 AES"),
+        pytest.param(struct.pack(">4sIQIIQBBHI", b"QFI\xfb", 1, 48, 4, 0, 1 << 30, 12, 9, 0, 0), True, id="v1 base"),
+        pytest.param(bytes(512), False, id="raw"),
+        pytest.param(b"QFI\xfb", False, id="cut short"),
+    ],
+)
+def test_a_look_tells_whether_a_passphrase_may_be_needed(start: bytes, expected: bool, tmp_path: Path) -> None:
+    """Yes for encrypted images and for those with a backing file, whatever it is; no for others and for no images."""
+    image = tmp_path / "image"
+    image.write_bytes(start)
+    assert may_need_passphrase(str(image)) is expected
+    assert not may_need_passphrase(str(tmp_path / "missing"))
