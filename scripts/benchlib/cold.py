@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -46,6 +47,15 @@ _DELAYED_ROWS = (
     ("4 KiB sequential read, buffered", "read", "4k", 1, False),
     ("128 KiB sequential read, buffered", "read", "128k", 1, False),
 )
+_SLOW = "5ms"
+_SLOW_SIZE_MIB = 256
+_SLOW_ROWS = (
+    ("4 KiB random read, direct, depth 1", "randread", "4k", 1, True),
+    ("4 KiB random read, direct, depth 16", "randread", "4k", 16, True),
+    ("4 KiB random read, direct, depth 64", "randread", "4k", 64, True),
+    ("128 KiB sequential read, buffered", "read", "128k", 1, False),
+)
+_SETTLE_SECONDS = 60.0
 _TICKS = os.sysconf("SC_CLK_TCK")
 
 
@@ -69,6 +79,19 @@ def _busy_ms(image: Path) -> int:
     return int(fields[10])
 
 
+def _wait_until_idle(image: Path) -> None:
+    """Wait for what making the image has left to do, such as discarding what was deleted. Raises OSError."""
+    os.sync()
+    end = time.monotonic() + _SETTLE_SECONDS
+    before = _busy_ms(image)
+    while time.monotonic() < end:
+        time.sleep(2)
+        now = _busy_ms(image)
+        if now - before < 20:
+            return
+        before = now
+
+
 def _cpu_seconds(pids: tuple[int, ...]) -> float:
     fields = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
     return sum(int(field_[11]) + int(field_[12]) for field_ in fields) / _TICKS
@@ -90,7 +113,7 @@ def bench_cold(contenders: list[Contender], folder: Path, *, rounds: int, second
     image = folder / images.IMAGE
     try:
         drop_pages(image)
-        _busy_ms(image)
+        _wait_until_idle(image)
     except (OSError, RuntimeError) as error:
         sys.exit(f"bench: {folder} is not on a disk: {error} (--dir says where to measure)")
     results: list[Result] = []
@@ -100,12 +123,12 @@ def bench_cold(contenders: list[Contender], folder: Path, *, rounds: int, second
         result = Result(row, {contender.name: [] for contender in contenders})
         for number in range(rounds):
             shift = number % len(contenders)
-            options = (f"--randseed={random.randrange(1 << 31)}",)
+            seed = random.randrange(1 << 31)
             for contender in contenders[shift:] + contenders[:shift]:
                 cost = costs.setdefault((name, contender.name), _Costs())
 
                 def job(file: Path) -> dict[str, float]:
-                    return fio(file, mode, block, depth=depth, direct=direct, seconds=seconds, options=options)  # noqa: B023
+                    return _fio(file, mode, block, depth, direct, seconds, seed)  # noqa: B023
 
                 done = _measure(contender, image, folder, job, cost)
                 result.figures[contender.name].append(
@@ -119,7 +142,24 @@ def bench_cold(contenders: list[Contender], folder: Path, *, rounds: int, second
         results.append(result)
         print(f"{name}: {result.median(OURS):,.4g} {unit}", file=sys.stderr)
     _print(results, costs, contenders, settings, rounds)
-    _bench_delayed(image, folder, seconds)
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="qcowfuse-bench-") as name:
+        memory = Path(name)
+        images.full(memory, _SLOW_SIZE_MIB)
+        _bench_delayed(memory, seconds)
+        if os.geteuid() or shutil.which("losetup") is None or shutil.which("mkfs.ext4") is None:
+            print("\na slow disk: left out (needs root, losetup and mkfs.ext4)")
+        else:
+            _bench_slow_disk(contenders, memory, rounds=min(rounds, 3), seconds=seconds)
+
+
+def _fio(
+    file: Path, mode: str, block: str, depth: int, direct: bool, seconds: float, seed: int = 1
+) -> dict[str, float]:
+    """A job of some seconds; sequential ones end with the file, since what they have read once is cold no more."""
+    options = (f"--randseed={seed}", f"--runtime={round(seconds * 1000)}ms")
+    return fio(
+        file, mode, block, depth=depth, direct=direct, seconds=seconds if mode == "randread" else 0, options=options
+    )
 
 
 def _unused(served: Served, settings: Settings) -> float:
@@ -148,7 +188,7 @@ def _measure(
 def _measure_disk(image: Path, mode: str, block: str, depth: int, seconds: float, cost: _Costs, unit: str) -> float:
     """The same of the image file itself, past the page cache: what the disk can do for whoever asks so."""
     busy = _busy_ms(image)
-    done = fio(image, mode, block, depth=depth, seconds=seconds, options=(f"--randseed={random.randrange(1 << 31)}",))
+    done = _fio(image, mode, block, depth, True, seconds, random.randrange(1 << 31))
     cost.in_flight.append((_busy_ms(image) - busy) / 1000 / done["seconds"])
     return done["iops"] if unit == "IOPS" else done["bytes_per_second"] / images.MIB
 
@@ -188,22 +228,71 @@ def _print(
     table(["", *names, DISK], rows)
 
 
-def _bench_delayed(image: Path, folder: Path, seconds: float) -> None:
+def _bench_delayed(folder: Path, seconds: float) -> None:
     """With each access delayed by the same time, rates tell how many are under way at once."""
     rows = []
     one_at_a_time = 0.0
-    with ExitStack() as stack:
-        served = stack.enter_context(serve_qcowfuse(image, folder, "-r", "--debug-io-delay", _DELAY))
+    image = folder / images.IMAGE
+    with serve_qcowfuse(image, folder, "-r", "--debug-io-delay", _DELAY) as served:
         for name, mode, block, depth, direct in _DELAYED_ROWS:
             drop_pages(served.file)
             before = served.counters()["backend.reads"]
-            done = fio(served.file, mode, block, depth=depth, direct=direct, seconds=seconds)
+            done = _fio(served.file, mode, block, depth, direct, seconds)
             rate = (served.counters()["backend.reads"] - before) / done["seconds"]
             one_at_a_time = one_at_a_time or rate
             mib = done["bytes_per_second"] / images.MIB
             rows.append([name, f"{done['iops']:,.0f}", f"{mib:,.0f}", f"{rate:,.0f}", f"{rate / one_at_a_time:.1f}"])
     print(f"\nours with --debug-io-delay {_DELAY}\n")
     table(["", "IOPS", "MiB/s", "reads of the image/s", "in flight"], rows)
+
+
+@contextmanager
+def _slow_disk(folder: Path) -> Iterator[Path]:
+    """A folder on a disk of which every access takes ``_SLOW``: ext4 on a loop device on a qcowfuse of its own."""
+    disk = folder / "slow"
+    disk.mkdir()
+    images.empty(disk, 4 * _SLOW_SIZE_MIB)
+    tree = folder / "tree"
+    tree.mkdir()
+
+    @contextmanager
+    def mounted(*options: str) -> Iterator[None]:
+        with serve_qcowfuse(disk / images.IMAGE, folder, *options) as served:
+            loop = run("losetup", "-f", "--show", "--direct-io=on", str(served.file)).strip()
+            try:
+                if not options:
+                    run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", loop)
+                run("mount", "-o", "noatime", loop, str(tree))
+                try:
+                    yield
+                finally:
+                    run("umount", str(tree))
+            finally:
+                run("losetup", "-d", loop)
+
+    with mounted():
+        images.full(tree, _SLOW_SIZE_MIB)
+    with mounted("--debug-io-delay", _SLOW):
+        yield tree
+
+
+def _bench_slow_disk(contenders: list[Contender], folder: Path, *, rounds: int, seconds: float) -> None:
+    """On a slow disk, what counts is how many reads are there at the same time."""
+    rows = []
+    with _slow_disk(folder) as tree:
+        for name, mode, block, depth, direct in _SLOW_ROWS:
+            cells = []
+            for contender in contenders:
+                cost = _Costs()
+
+                def job(file: Path) -> dict[str, float]:
+                    return _fio(file, mode, block, depth, direct, seconds)  # noqa: B023
+
+                rates = [_measure(contender, tree / images.IMAGE, folder, job, cost)["iops"] for _ in range(rounds)]
+                cells.append(f"{statistics.median(rates):,.0f} ({statistics.median(cost.in_flight):.1f})")
+            rows.append([name, *cells])
+    print(f"\non a disk of which every access takes {_SLOW}: IOPS (in flight at that disk on average)\n")
+    table(["", *(contender.name for contender in contenders)], rows)
 
 
 def default_folder() -> str:

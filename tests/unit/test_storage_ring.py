@@ -13,6 +13,7 @@ from types import SimpleNamespace
 import pytest
 import trio
 
+from qcowfuse.storage import file as file_module
 from qcowfuse.storage import ring as ring_module
 from qcowfuse.storage.file import FileStorage, open_file_storage
 from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing
@@ -250,3 +251,22 @@ async def test_a_storage_in_memory_needs_no_ring(tmp_path: Path) -> None:
         await opened.aclose()
     finally:
         path.unlink()
+
+
+async def test_a_refused_read_is_refused_again_once(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without asking the kernel; what lies elsewhere is asked for."""
+    asked = []
+
+    def refuse(fd: int, buffers: object, offset: int, flags: int) -> int:
+        asked.append(offset)
+        raise BlockingIOError
+
+    monkeypatch.setattr(file_module, "_preadv", refuse)
+    assert storage.try_pread(4096, 4096) is None
+    assert storage.try_pread(4096, 4096) is None
+    assert asked == [4096]
+    assert storage.try_pread(4096, 4096) is None
+    assert storage.try_pread(8192, 4096) is None
+    assert asked == [4096, 4096, 8192]
+    monkeypatch.undo()
+    assert await read(storage, 8192, 4096) == CONTENTS[8192:12288]
