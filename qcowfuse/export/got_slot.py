@@ -15,12 +15,12 @@ import struct
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import NamedTuple
 
 _RELOCATIONS_OF_SLOTS = {"x86_64": {6, 7}, "aarch64": {1025, 1026}}
 """GLOB_DAT and JUMP_SLOT by machine."""
 _RTLD_DI_LINKMAP = 2
-_DT_STRTAB, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL, _DT_PLTRELSZ = 5, 6, 7, 8, 23, 2
+_DT_STRTAB, _DT_STRSZ, _DT_SYMTAB, _DT_RELA, _DT_RELASZ, _DT_JMPREL, _DT_PLTRELSZ = 5, 10, 6, 7, 8, 23, 2
 _N_DYNAMIC_MAX = 512
 _SYMBOL_BYTES, _RELA_BYTES, _DYNAMIC_BYTES = 24, 24, 16
 
@@ -29,8 +29,7 @@ class SlotError(Exception):
     """The slot was not found where it must be, or could not be written."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Region:
+class _Region(NamedTuple):
     start: int
     end: int
     access: str
@@ -83,22 +82,23 @@ class LoadedObject:
         return found[0]
 
     def _imports(self) -> Iterator[tuple[str, int]]:
+        strings = self._read(self._address(_DT_STRTAB), self._tags.get(_DT_STRSZ, 0))
         for table_tag, size_tag in ((_DT_JMPREL, _DT_PLTRELSZ), (_DT_RELA, _DT_RELASZ)):
             if table_tag not in self._tags:
                 continue
             table = self._read(self._address(table_tag), self._tags[size_tag])
             if len(table) % _RELA_BYTES:
                 raise SlotError("relocation table of an odd size")
-            for offset, info, addend in struct.iter_unpack("<QQq", table):
-                if info & 0xFFFFFFFF in self._slot_types and addend == 0:
-                    yield self._symbol_name(info >> 32), self._base + offset
-
-    def _symbol_name(self, index: int) -> str:
-        symbol = self._read(self._address(_DT_SYMTAB) + index * _SYMBOL_BYTES, 4)
-        start = self._address(_DT_STRTAB) + int.from_bytes(symbol, "little")
-        end = self._region_of(start).end
-        name = self._read(start, min(256, end - start)).partition(b"\0")[0]
-        return name.decode("ascii", "replace")
+            slots = [
+                (info >> 32, self._base + offset)
+                for offset, info, addend in struct.iter_unpack("<QQq", table)
+                if info & 0xFFFFFFFF in self._slot_types and addend == 0
+            ]
+            n_symbols = 1 + max((index for index, _ in slots), default=0)
+            symbols = self._read(self._address(_DT_SYMTAB), n_symbols * _SYMBOL_BYTES)
+            for index, slot in slots:
+                start = int.from_bytes(symbols[index * _SYMBOL_BYTES : index * _SYMBOL_BYTES + 4], "little")
+                yield strings[start : strings.find(b"\0", start)].decode("ascii", "replace"), slot
 
     def _address(self, tag: int) -> int:
         """glibc turns the addresses in the dynamic section into absolute ones, other loaders do not."""

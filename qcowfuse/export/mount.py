@@ -25,7 +25,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import pyfuse3
 import trio
@@ -59,8 +59,7 @@ class StoppedEarlyError(MountError):
     """A signal asked for the end before the mount was ready."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountSettings:
+class MountSettings(NamedTuple):
     """Where and how to serve. ``fuse_options`` are libfuse's own, as they would stand after its ``-o``.
 
     ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
@@ -86,21 +85,20 @@ def _no_notice(_: str) -> None:
     return None
 
 
-@dataclass(slots=True)
-class Notices:
+class Notices(NamedTuple):
     """What the surroundings want to hear, each with a line for a person. They are called in the trio thread."""
 
     ready: Callable[[str], None] = _no_notice
     stopping: Callable[[str], None] = _no_notice
 
 
-@dataclass(slots=True)
 class _Stop:
     """What the signals have asked for."""
 
-    reason: str | None = None
-    wake: trio.Event = field(default_factory=trio.Event)
-    early: trio.CancelScope = field(default_factory=trio.CancelScope)
+    def __init__(self) -> None:
+        self.reason: str | None = None
+        self.wake = trio.Event()
+        self.early = trio.CancelScope()
 
     def request(self, reason: str) -> None:
         self.reason = reason

@@ -18,8 +18,8 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from ..errors import MountError
 
@@ -34,8 +34,7 @@ class MountBusyError(MountError):
     """The mount is in use and cannot be given up now."""
 
 
-@dataclass(frozen=True, slots=True)
-class MountEntry:
+class MountEntry(NamedTuple):
     """A line of the kernel's table of mounts."""
 
     device: int
