@@ -223,7 +223,8 @@ def test_kill_while_it_asks_its_own_mount(image: Path, mount_point: Path) -> Non
         mount.wait_for_end(-signal.SIGKILL)
         with pytest.raises(OSError) as caught:
             os.close(fd)
-        assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+        # EIO where the kernel still had to write data back.
+        assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED, errno.EIO)
         subprocess.run(["fusermount3", "-u", mount_point], check=True)
 
 
