@@ -179,11 +179,13 @@ class QcowImage:
                 and in_cluster + n_bytes <= self.cluster_size
                 and 0 <= guest_offset <= self.size - n_bytes
             ):
-                cache = self._cache
-                cache.hits += 1
-                if slice_ is not cache.newest:
-                    cache.touch(slice_)
-                return self._try_pread(host_offset + in_cluster, n_bytes)
+                data = self._try_pread(host_offset + in_cluster, n_bytes)
+                if data is not None:  # else it will be looked up, and counted, by read()
+                    cache = self._cache
+                    cache.hits += 1
+                    if slice_ is not cache.newest:
+                        cache.touch(slice_)
+                return data
         if not 0 <= guest_offset <= self.size - n_bytes:
             return None
         try:
@@ -253,11 +255,13 @@ class QcowImage:
                 and in_cluster + n_bytes <= self.cluster_size
                 and 0 <= guest_offset <= self.size - n_bytes
             ):
-                cache = self._cache
-                cache.hits += 1
-                if slice_ is not cache.newest:
-                    cache.touch(slice_)
-                return self._try_pread(guest_offset, n_bytes)
+                data = self._try_pread(guest_offset, n_bytes)
+                if data is not None:
+                    cache = self._cache
+                    cache.hits += 1
+                    if slice_ is not cache.newest:
+                        cache.touch(slice_)
+                return data
         return self._try_read(guest_offset, n_bytes)
 
     def _try_write_data_file(self, guest_offset: int, data: Buffer) -> bool:
@@ -281,11 +285,13 @@ class QcowImage:
         ordering = self._ordering
         if self._frozen is not None or ordering is None or ordering.failure is not None:
             return False
+        if not self._try_pwritev(guest_offset, (data,)):
+            return False
         cache = self._cache
         cache.hits += 1
         if slice_ is not cache.newest:
             cache.touch(slice_)
-        return self._try_pwritev(guest_offset, (data,))
+        return True
 
     def _try_write(self, guest_offset: int, data: Buffer) -> bool:
         """What ``try_write`` is otherwise, see Image."""
@@ -323,11 +329,13 @@ class QcowImage:
         ordering = self._ordering
         if self._frozen is not None or ordering is None or ordering.failure is not None:
             return False
+        if not self._try_pwritev(host_offset + in_cluster, (data,)):
+            return False
         cache = self._cache
         cache.hits += 1
         if slice_ is not cache.newest:
             cache.touch(slice_)
-        return self._try_pwritev(host_offset + in_cluster, (data,))
+        return True
 
     def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
         """See Image."""
@@ -362,10 +370,13 @@ class QcowImage:
         if self._bitmaps is not None:
             self._bitmaps.mark(guest_offset, len(view))
         position = 0
+        cache = self._cache
         try:
             while position < len(view):
+                n_hits = cache.hits
                 n_written = writer.try_write_some(guest_offset + position, view[position:])
                 if not n_written:
+                    cache.hits = n_hits  # it will be looked up again
                     break
                 position += n_written
         except CorruptImageError:

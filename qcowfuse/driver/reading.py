@@ -67,6 +67,13 @@ class ChainReader:
             data, is_single = self._try_decoded(*found, guest_offset, n_bytes)
             if data is not None or is_single:
                 return data
+        n_hits = self._cache.hits
+        data = self._try_read_extents(guest_offset, n_bytes)
+        if data is None:
+            self._cache.hits = n_hits  # read() will look it up again
+        return data
+
+    def _try_read_extents(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         try:
             extents = lookup_chain(self.layers, guest_offset, n_bytes)
         except Missing:

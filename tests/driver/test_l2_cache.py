@@ -68,6 +68,23 @@ async def test_hits_and_misses_are_counted_once_per_request() -> None:
     assert statistics["l2_cache.used_bytes"] == 32 * 512
 
 
+async def test_a_request_that_was_declined_first_counts_once() -> None:
+    """Where nothing can be had at once, a try and the awaited call that follows it are one hit."""
+    image, _ = await open_counted(None)
+    await image.write(0, b"w" * 512)
+    for offset in (0, 700):
+        hits = image.statistics()["l2_cache.hits"]
+        assert image.try_read(offset, 512) is None
+        assert image.try_read_alone(offset, 512) is None
+        await image.read(offset, 512)
+        assert image.statistics()["l2_cache.hits"] - hits == 1
+        hits = image.statistics()["l2_cache.hits"]
+        assert not image.try_write(offset, b"w" * 200)
+        assert not image.try_write_new(offset, b"w" * 200)
+        await image.write(offset, b"w" * 200)
+        assert image.statistics()["l2_cache.hits"] - hits == 1
+
+
 @pytest.mark.parametrize(("cache", "slices"), [(L2CacheSize(n_tables=0), 0), (L2CacheSize(n_tables=3), 3)])
 async def test_the_budget_holds(cache: L2CacheSize, slices: int) -> None:
     """No more tables stay in memory than asked for, whatever is read or written and flushed."""
