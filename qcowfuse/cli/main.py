@@ -18,9 +18,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
+from typing import NoReturn
 
 from ..errors import ImageUsageError, MountError
-from ..export.process import Starter, run_as_daemon
+from ..export.process import Starter, run_as_daemon, stop_signals_handled
 from . import logs
 from .arguments import Arguments, parse_arguments
 from .exit_codes import ExitCode, exit_code_of
@@ -66,7 +67,7 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
-        with _stop_signals_raised(), _garbage_kept():
+        with stop_signals_handled(_stop), _garbage_kept():
             from .serving import serve_image
         serve_image(arguments, key, starter, on_ready)
     except BaseException as exc:
@@ -85,19 +86,9 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     return ExitCode.OK
 
 
-@contextmanager
-def _stop_signals_raised() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a MountError while there is no event loop to hear of them."""
-
-    def stop(number: int, _frame: FrameType | None) -> None:
-        raise MountError(f"stopped by {signal.Signals(number).name} before the image was open")
-
-    previous = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """What a stop signal does while there is no event loop to hear of it."""
+    raise MountError(f"stopped by {signal.Signals(number).name} before the image was open")
 
 
 @contextmanager

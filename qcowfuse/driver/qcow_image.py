@@ -4,7 +4,8 @@ One class serves all versions: they differ in values (:class:`~qcowfuse.format.e
 host clusters are found (:class:`~qcowfuse.driver.allocation.Allocator`) and in the header bits; the way of a
 request is the same.
 
-1. ``try_read`` and ``try_write`` answer only what needs no waiting and changes no metadata.
+1. The ``try_`` calls answer only what needs no waiting, and of them only ``try_write_new`` changes metadata: it takes
+   and links new clusters in one step.
 2. Metadata that is found impossible freezes the image: no write after that, the corrupt bit set on disk where
    the version has one; what was written before is still flushed.
 """

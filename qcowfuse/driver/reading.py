@@ -164,11 +164,8 @@ class ChainReader:
             return None
         cluster = self.decoded.try_decode(wanted, alone=True)
         if cluster is None:
-            self._noted = (
-                guest_offset,
-                n_bytes,
-                wanted.n_bytes,
-            )  # it will be asked for again, and that is not another read
+            # It will be asked for again, and that is not another read.
+            self._noted = guest_offset, n_bytes, wanted.n_bytes
             return None
         return _part_of(cluster, wanted, guest_offset, n_bytes)
 

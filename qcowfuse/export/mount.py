@@ -307,7 +307,9 @@ class _Mount:
         if said:
             raise MountError(f"{self.path}: mounting failed: {_one_line(said)}")
         if hook.refusal is not None:
-            _log.warning("FUSE session not tuned, slower (no write-back cache): %s", hook.refusal)
+            _log.warning(
+                "FUSE session not tuned, slower and without discard (no write-back cache either): %s", hook.refusal
+            )
         self._operations.enable_writeback_cache = (
             self._settings.writeback_cache and not self._image.read_only and hook.refusal is None
         )

@@ -91,12 +91,19 @@ def _stop_signals_forwarded_to(pid: int) -> Iterator[None]:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    previous = {number: signal.signal(number, forward) for number in (signal.SIGTERM, signal.SIGINT)}
+    with stop_signals_handled(forward):
+        yield
+
+
+@contextmanager
+def stop_signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """SIGTERM and SIGINT go to ``handler`` inside of the block, and where they went before after it."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def leave_session() -> None:

@@ -55,7 +55,7 @@ class CompressedCluster(NamedTuple):
 
 def parse_compressed_entry(entry: int, cluster_bits: int) -> CompressedCluster:
     """The place that a QCOW2 L2 entry with the compressed flag (bit 62) names; the flags are ignored."""
-    offset_bits = 70 - cluster_bits
+    offset_bits = 62 - (cluster_bits - 8)
     host_offset = entry & ((1 << offset_bits) - 1)
     n_more_sectors = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
     return CompressedCluster(host_offset, (n_more_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE)

@@ -10,7 +10,7 @@
    has gone to sleep and been woken. On a slow one that is soon given up, for a while.
 
 Measured on a cold file on ext4 with reads of 4 KiB at depth 16: 2.6 times as many as by :mod:`.workers`, for a
-quarter of the processor time; through a mount 1.4 times as many, and 1.8 times at depth 1.
+quarter of the processor time; through a mount 1.4 times as many, and 1.9 times at depth 1.
 """
 
 from __future__ import annotations

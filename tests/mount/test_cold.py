@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.storage.ring import load_binding
 from tests.support import qemu
+from tests.support.io_uring import need_io_uring
 from tests.support.mounting import Mounted
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -51,10 +51,7 @@ def test_cold_reads_give_the_right_bytes(
     """Sixteen readers at once and a writer, while the page cache is emptied under them again and again. Where there
     is no io_uring, the log says so."""
     if by_ring:
-        try:
-            load_binding()
-        except ImportError as error:
-            pytest.skip(f"no io_uring: {error}")
+        need_io_uring()
     image, raw = tmp_path / "image", tmp_path / "raw"
     contents = bytearray(random.Random(3).randbytes(SIZE))
     raw.write_bytes(contents)

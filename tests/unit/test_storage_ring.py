@@ -17,16 +17,9 @@ from qcowfuse.storage import file as file_module
 from qcowfuse.storage import ring as ring_module
 from qcowfuse.storage.file import FileStorage, open_file_storage
 from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing
+from tests.support.io_uring import need_io_uring
 
 CONTENTS = random.Random(1).randbytes(3 << 20)
-
-
-def need_io_uring() -> None:
-    """Skip where there is none."""
-    try:
-        ring_module.load_binding()
-    except ImportError as error:
-        pytest.skip(f"no io_uring: {error}")
 
 
 @pytest.fixture

@@ -1,0 +1,15 @@
+"""Whether this kernel lets us use io_uring."""
+
+from __future__ import annotations
+
+import pytest
+
+from qcowfuse.storage.ring import load_binding
+
+
+def need_io_uring() -> None:
+    """Skip where the kernel refuses. A missing binding is no reason: it is installed with everything else."""
+    try:
+        load_binding().Context(1)
+    except (OSError, SystemError) as error:
+        pytest.skip(f"this kernel refuses io_uring: {error}")
