@@ -2,11 +2,13 @@
 
 The packages, each of which imports only from those to its left (a test checks it)::
 
-    errors <- format  <- driver <- export <- cli
-    errors <- storage <- driver
+    errors <- format             <- driver <- export <- cli
+    errors <- system  <- storage <- driver
+    errors <- system                       <- export
 
 ``errors``   every exception that a caller may see
 ``format``   sans I/O: bytes of an image to values and back
+``system``   what Linux offers and the standard library lacks
 ``storage``  bytes at offsets, asynchronously; knows nothing of QCOW
 ``driver``   the virtual disk: mapping, caches, allocation, copy on write, ordering
 ``export``   the FUSE file; the only place that knows pyfuse3

@@ -29,7 +29,7 @@ from typing import Protocol
 
 import pyfuse3
 
-from .got_slot import LoadedObject, SlotError, diverted
+from ..system.got_slot import LoadedObject, SlotError, diverted
 from .operations import Buffer
 from .poll_first import RequestGate
 

@@ -16,7 +16,7 @@ import ctypes
 import logging
 from contextlib import ExitStack
 
-from .got_slot import LoadedObject, diverted
+from ..system.got_slot import LoadedObject, diverted
 
 HANDLE_KILLPRIV_V2 = 1 << 28
 MIN_PROTOCOL_MINOR = 33

@@ -20,8 +20,8 @@ from typing import Any
 
 import pyfuse3
 
+from ..system.got_slot import LoadedObject, SlotError, diverted
 from .extra_operations import ExtraOperations
-from .got_slot import LoadedObject, SlotError, diverted
 from .init_reply import MIN_PROTOCOL_MINOR, InitReplyFlag
 
 CAP_ATOMIC_O_TRUNC = 1 << 3

@@ -27,6 +27,8 @@ from typing import Any
 
 import trio
 
+from .restricted_ring import restricted_context
+
 MAX_READS = 128
 """Reads in flight at most."""
 
@@ -80,7 +82,7 @@ class ReadRing:
         """Raises ImportError or OSError where io_uring can't be used."""
         binding = load_binding()
         try:
-            self._context: Any = binding.Context(MAX_READS)
+            self._context: Any = restricted_context(binding, MAX_READS)
             self._new_read: Callable[[int, int, int], Any] = binding.Operation.read
             self._fd: int = self._context.fileno
         except (AttributeError, TypeError, SystemError) as error:

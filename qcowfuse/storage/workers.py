@@ -19,6 +19,8 @@ from typing import Any, TypeVar, cast
 
 import trio
 
+from ..system.every_thread import Meeting, add_group
+
 MAX_THREADS = 32
 """Threads in the pool at most; they are started only when all others are busy."""
 
@@ -92,6 +94,10 @@ class WorkerPool:
                 del error, job, jobs
         return [cast(T, job.value) for job in jobs]
 
+    async def run_in_each(self, function: Callable[[], T]) -> list[T]:
+        """``function()`` once in each thread that runs now. A thread that stays busy for a second is left out."""
+        return await self.run_all(Meeting(function, self._n_threads), ((),) * self._n_threads)
+
     def retain(self) -> WorkerPool:
         """One more user."""
         self._n_users += 1
@@ -155,4 +161,5 @@ def retain_worker_pool() -> WorkerPool:
     except LookupError:
         pool = WorkerPool()
         _current_pool.set(pool)
+        add_group(pool.run_in_each)
     return pool.retain()

@@ -14,9 +14,9 @@ import pytest
 
 from qcowfuse.export import at_once
 from qcowfuse.export.at_once import AtOnce, _Buffer, _FuseBuf
-from qcowfuse.export.got_slot import SlotError
 from qcowfuse.export.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
 from qcowfuse.export.poll_first import RequestGate
+from qcowfuse.system.got_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY

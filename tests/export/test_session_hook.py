@@ -8,7 +8,6 @@ import pyfuse3
 import pytest
 
 from qcowfuse.export import session_hook
-from qcowfuse.export.got_slot import LoadedObject, SlotError, diverted
 from qcowfuse.export.init_reply import (
     HANDLE_KILLPRIV_V2,
     InitReplyFlag,
@@ -28,6 +27,7 @@ from qcowfuse.export.session_hook import (
     SessionHook,
     tune,
 )
+from qcowfuse.system.got_slot import LoadedObject, SlotError, diverted
 
 
 @pytest.fixture

@@ -15,14 +15,15 @@ MAY_IMPORT = {
     "errors": set(),
     "_version": set(),
     "format": {"errors"},
-    "storage": {"errors"},
+    "system": {"errors"},
+    "storage": {"errors", "system"},
     "driver": {"errors", "format", "storage"},
-    "export": {"errors", "driver"},
+    "export": {"errors", "driver", "system"},
     "cli": {"errors", "driver", "export", "_version"},
     "__init__": {"_version"},
     "__main__": {"cli"},
 }
-ONLY_IN = {"pyfuse3": {"export"}, "trio": {"storage", "driver", "export", "cli"}}
+ONLY_IN = {"pyfuse3": {"export"}, "trio": {"system", "storage", "driver", "export", "cli"}}
 NOT_SANS_IO = {"os", "io", "pathlib", "mmap", "socket", "subprocess", "threading", "asyncio", "tempfile"}
 MODULE_IDS = [str(path.relative_to(PACKAGE)) for path in MODULES]
 

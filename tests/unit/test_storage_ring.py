@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import random
@@ -16,7 +17,8 @@ import trio
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage import ring as ring_module
 from qcowfuse.storage.file import FileStorage, open_file_storage
-from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing
+from qcowfuse.storage.restricted_ring import restricted_context
+from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing, load_binding
 from tests.support.io_uring import need_io_uring
 
 CONTENTS = random.Random(1).randbytes(3 << 20)
@@ -263,3 +265,26 @@ async def test_a_refused_read_is_refused_again_once(storage: FileStorage, monkey
     assert asked == [4096, 4096, 8192]
     monkeypatch.undo()
     assert await read(storage, 8192, 4096) == CONTENTS[8192:12288]
+
+
+async def test_the_ring_only_reads(tmp_path: Path) -> None:
+    """A write that somebody puts into the ring is refused by the kernel."""
+    need_io_uring()
+    binding = load_binding()
+    context = restricted_context(binding, 4)
+    file = tmp_path / "file"
+    file.write_bytes(b"data")
+    results: list[int] = []
+    with file.open("r+b") as opened:
+        write = binding.Operation.write(b"evil", opened.fileno(), 0)
+        for operation in (write, binding.Operation.read(4, opened.fileno(), 0)):
+            n_before = len(results)
+            operation.set_callback(results.append)
+            context.submit(operation)
+            context.flush()
+            with trio.fail_after(5):
+                while len(results) == n_before:
+                    context.process_events()
+                    await trio.sleep(0.001)
+    assert results == [-errno.EACCES, 4]
+    assert file.read_bytes() == b"data"
