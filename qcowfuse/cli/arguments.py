@@ -18,7 +18,7 @@ from .exit_codes import ExitCode
 from .mount_options import MountOptionError, sort_options
 
 if TYPE_CHECKING:
-    from ..export.mount import MountSettings
+    from ..export.settings import MountSettings
 
 DEFAULT_LOCK_WAIT = 5.0
 """Seconds. After an unmount, the old daemon may still write back and flush: a new one waits for it."""
@@ -52,7 +52,7 @@ class Arguments(NamedTuple):
 
     def mount_settings(self) -> MountSettings:
         """Where and how to serve."""
-        from ..export.mount import MountSettings
+        from ..export.settings import MountSettings
 
         return MountSettings(
             mount_point=self.mount_point,

@@ -6,8 +6,8 @@
    nothing: it is how O_TRUNC arrives, and ``cp`` and ``dd`` open with that. Less is refused. More makes the disk
    larger when it is ``growable``, as do writes and allocations past the end; else it is refused.
 3. With the write-back cache the kernel believes its own idea of the size of a regular file. It learns it from
-   the first attributes (or, for a root inode, from a setattr: see :mod:`.mount`), and moves it by itself when a
-   client writes past the end. Such a write gets ENOSPC here, and ``on_write_past_end`` is called, so that the
+   the first attributes (or, for a root inode, from a setattr: see :mod:`.mount_session`), and moves it by itself
+   when a client writes past the end. Such a write gets ENOSPC here, and ``on_write_past_end`` is called, so that the
    kernel's idea can be put right. Not so when the disk is growable: the kernel may hold more of what lies past
    the end, and must not be told to drop it.
 4. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.poll_first`).

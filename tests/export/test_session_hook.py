@@ -16,7 +16,7 @@ from qcowfuse.export.init_reply import (
     _ReplyHeader,
     _set_flag,
 )
-from qcowfuse.export.mount import escape_option
+from qcowfuse.export.mount_session import escape_option
 from qcowfuse.export.session_hook import (
     CAP_ATOMIC_O_TRUNC,
     CAP_SPLICE_READ,

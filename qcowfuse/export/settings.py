@@ -1,0 +1,27 @@
+"""Where and how an image is served, as values."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class MountSettings(NamedTuple):
+    """Where and how to serve. ``fuse_options`` are libfuse's own, as they would stand after its ``-o``.
+
+    ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
+    background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
+    ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600.
+    """
+
+    mount_point: str
+    file_name: str = "disk.raw"
+    fuse_options: frozenset[str] = frozenset()
+    source: str | None = None
+    writeback_cache: bool = True
+    allow_non_empty: bool = False
+    uid: int | None = None
+    gid: int | None = None
+    umask: int | None = None
+    ends_on_hangup: bool = False
+    counts_allocated: bool = True
+    growable: bool = False
