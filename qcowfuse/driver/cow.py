@@ -26,10 +26,9 @@ import trio
 from ..errors import QcowFuseError
 from ..format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
 from ..format.entries import ClusterKind
-from ..format.extents import Extent
 from ..format.geometry import MAX_CLUSTER_BITS
 from ..format.subclusters import link_extended, plan_write_extended
-from ..format.zero_plan import can_zero_by_entry, zero_clusters
+from ..format.zero_plan import can_zero_by_entry, clusters_to_give_back, zero_clusters
 from ..storage.base import Buffer
 from .allocation import Allocator, HostRun
 from .claims import Claims
@@ -259,7 +258,11 @@ class Writer:
         n_covered = min(n_clusters << self._cluster_bits, self.size - guest_offset)
         extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
         if extent.kind == ClusterKind.ZERO and (extent.n_bytes >= self.cluster_size or extent.n_bytes == n_bytes):
-            return n_bytes if extent.n_bytes == n_bytes else extent.n_bytes & ~self._cluster_mask
+            n_zeroes = n_bytes if extent.n_bytes == n_bytes else extent.n_bytes & ~self._cluster_mask
+            n_skipped, n_clusters = await self._space_in_zeroes(guest_offset, n_zeroes) if unmap else (n_zeroes, 0)
+            if n_skipped or not n_clusters:
+                return min(n_skipped, n_zeroes)
+            n_covered = min(n_clusters << self._cluster_bits, self.size - guest_offset)
         slice_ = await self._writable_slice(guest_offset)
         try:
             first = guest_offset >> self._cluster_bits
@@ -271,7 +274,7 @@ class Writer:
             try:
                 extents = await self._reader.lookup(guest_offset, n_covered)
                 if unmap and self._data_clusters is not None:
-                    await self._punch(extents)
+                    await self._punch(guest_offset, n_covered)
                 self._zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
             finally:
                 self._claims.release(claim)
@@ -294,15 +297,31 @@ class Writer:
         extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
         if extent.kind == ClusterKind.DATA:
             zero = self._data.punch_hole if unmap else self._data.write_zeroes
-            await zero(extent.value, extent.n_bytes)
+            await zero(guest_offset, extent.n_bytes)
+        elif unmap:
+            await self._punch(guest_offset, extent.n_bytes)
         return extent.n_bytes
 
-    async def _punch(self, extents: Sequence[Extent]) -> None:
-        """Give back the space of data in the data file, before its entries let go of it."""
-        for extent in extents:
-            if extent.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED) and extent.layer == 0:
-                with suppress(OSError):  # space that is not given back is no loss
-                    await self._data.punch_hole(extent.value, extent.n_bytes)
+    async def _punch(self, guest_offset: int, n_bytes: int) -> None:
+        """Give back space in the data file, before entries let go of it. Places that no entry has hold nothing."""
+        with suppress(OSError):  # space that is not given back is no loss
+            await self._data.punch_hole(guest_offset, n_bytes)
+
+    async def _space_in_zeroes(self, guest_offset: int, n_bytes: int) -> tuple[int, int]:
+        """In a part of a slice that reads as zeroes: how many bytes give nothing back to the host, and how many
+        clusters behind them do."""
+        mapping = self._mapping
+        slice_ = self._cache.slices.get(mapping.key(guest_offset))
+        if slice_ is None:
+            if not mapping.slice_host_offset(guest_offset >> mapping.slice_shift):
+                return n_bytes, 0
+            slice_ = await mapping.load(guest_offset)
+            self._cache.unpin(slice_)
+        n_clusters = n_bytes + self._cluster_mask >> self._cluster_bits
+        skipped, n_held = clusters_to_give_back(
+            slice_.entries, mapping.entry_format, mapping.index(guest_offset), n_clusters
+        )
+        return skipped << self._cluster_bits, n_held
 
     async def _write_zeroes(self, guest_offset: int, n_bytes: int) -> int:
         """Zeroes as data, but for what reads as zeroes already."""

@@ -6,12 +6,15 @@
    Shared and compressed clusters are let go in either case.
 3. Version 3 has a zero flag. Version 2 has none: there an entry may only become 0, and only where nothing below
    can show through (``may_fall_through``). Version 1 gives nothing back: its clusters are overwritten.
+4. What reads as zeroes may own host clusters all the same, and a discard gives those back too. Whether it does is
+   told from all entries at once, as one large number, because most zeroes own nothing.
 
 Source: QEMU's discard_in_l2_slice() and zero_in_l2_slice().
 """
 
 from __future__ import annotations
 
+import sys
 from array import array
 
 from .entries import READS_ZERO, ClusterKind, EntryFormat
@@ -21,6 +24,26 @@ from .subclusters import ALL_ZERO, check_entry
 def can_zero_by_entry(entry_format: EntryFormat, *, may_fall_through: bool) -> bool:
     """Whether an L2 entry of this format can say "zeroes"; if not, zeroes have to be written."""
     return entry_format.version >= 3 or (entry_format.version == 2 and may_fall_through)
+
+
+def clusters_to_give_back(
+    entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int
+) -> tuple[int, int]:
+    """Of ``n_clusters`` entries from ``index`` on: how many do not own a host cluster before the first one does, and
+    how many do from there on. The second number is 0 where none does."""
+    words = entry_format.words
+    part = entries[index * words : (index + n_clusters) * words]
+    owns = entry_format.cluster_mask | entry_format.compressed
+    found = int.from_bytes(part.tobytes(), "little") & int.from_bytes(
+        (owns.to_bytes(8, sys.byteorder) + bytes(8 * (words - 1))) * n_clusters, "little"
+    )
+    if not found:
+        return n_clusters, 0
+    first = ((found & -found).bit_length() - 1) // (64 * words)
+    end = first + 1
+    while end < n_clusters and part[end * words] & owns:
+        end += 1
+    return first, end - first
 
 
 def zero_clusters(
