@@ -2,14 +2,16 @@
 
 1. References come from the header, the active L1 and L2 tables, those of the snapshots, the snapshot table, the
    refcount table and blocks, the LUKS header, and valid bitmaps with their directory and tables.
-2. What counts as what is as in ``qemu-img check``, so that numbers can be compared. Deliberately stricter in two
-   places, where this project and QEMU itself refuse to read: the zero flag in version 2, and in extended entries.
+2. What counts as what is as in ``qemu-img check``, so that numbers can be compared. Deliberately different in two
+   places: the zero flag in version 2, with which this project and QEMU itself refuse to read a cluster, is a
+   corruption; a compressed cluster with a subcluster bitmap, which both read, refers to its host clusters all the
+   same (in QEMU's check it does not, so that its repair frees them).
 3. L2 tables in which every entry has an offset, maybe the COPIED flag, and nothing else are told by looking at the
    bytes in columns, and those in which the clusters follow each other by one comparison: 30 to 700 ns an entry, and
    about 1 us for each entry of any other table.
-4. The only thing that is ever written here, and only on request, is an L2 entry that claims a cluster at a place that
-   none can have and holds no data: it becomes zero, with one write inside one sector, unless the table it is in
-   overlaps another structure.
+4. The only things that are ever written here, and only on request, with one write inside one sector, and not where
+   the table overlaps another structure, are two L2 entries: one that claims a cluster at a place that none can have
+   and holds no data becomes zero, and a compressed one loses its subcluster bitmap.
 
 Source: QEMU's calculate_refcounts(), check_refcounts_l1(), check_refcounts_l2(), check_refblocks().
 """
@@ -295,12 +297,20 @@ class Walk:
             if not entry and not bitmap:
                 continue
             if entry & COMPRESSED:
-                self._count_compressed(entry, bitmap, is_active=is_active)
+                if bitmap and not self.has_data_file:
+                    if self._fix_entries and self.may_write_l2(l2_offset):
+                        words[index + 1] = 0
+                        fixed.append(index)
+                        result.corruptions_fixed += 1
+                        self.report(f"Repaired L2 entry {entry:#018x}: compressed, with bitmap {bitmap:#018x}")
+                    else:
+                        self.corrupt(f"L2 entry {entry:#018x}: compressed, with bitmap {bitmap:#018x}")
+                self._count_compressed(entry, is_active=is_active)
                 continue
             n_before = result.corruptions
             if entry & _L2_RESERVED:
                 self.corrupt(f"L2 entry {entry:#018x} has reserved bits set")
-            if entry & READS_ZERO and (self.is_extended or header.version < 3):
+            if entry & READS_ZERO and header.version < 3:
                 self.corrupt(f"L2 entry {entry:#018x} has the zero flag, which this image cannot have")
             host_offset = entry & OFFSET_MASK
             if not host_offset and not (self.has_data_file and entry & COPIED):
@@ -331,16 +341,13 @@ class Walk:
         for index in fixed:
             await self.storage.pwritev(l2_offset + 8 * index, [serialise_table(words, index, index + stride)])
 
-    def _count_compressed(self, entry: int, bitmap: int, *, is_active: bool) -> None:
+    def _count_compressed(self, entry: int, *, is_active: bool) -> None:
         offset_bits = 70 - self._cluster_bits
         host_offset = entry & (1 << offset_bits) - 1
         if entry & COPIED:
             self.corrupt(f"compressed cluster at {host_offset:#x} has the COPIED flag")
         if self.has_data_file:
             self.corrupt(f"compressed cluster at {host_offset:#x} in an image with an external data file")
-            return
-        if bitmap:
-            self.corrupt(f"compressed cluster at {host_offset:#x} has a subcluster bitmap ({bitmap:#018x})")
             return
         n_sectors = (entry >> offset_bits & (1 << self._cluster_bits - 8) - 1) + 1
         self.count(host_offset, n_sectors * 512 - host_offset % 512, "compressed cluster")

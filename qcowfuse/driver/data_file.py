@@ -22,11 +22,12 @@ import os
 from collections.abc import Awaitable, Callable
 
 from ..errors import BackingChainError, CorruptImageError, FormatError, ImageUsageError
-from ..format.entries import COMPRESSED, READS_ZERO, ClusterKind
+from ..format.entries import COMPRESSED, OFFSET_MASK, READS_ZERO, ClusterKind
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
-from ..format.extents import Run
+from ..format.extents import MISS, Run
 from ..format.header import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE, Qcow1Header, Qcow2Header
 from ..format.subclusters import ALL_ALLOCATED
+from ..format.zero_plan import clusters_to_give_back
 from ..storage.base import Storage
 from .allocation import HostRun
 from .mapping import Mapping
@@ -161,9 +162,36 @@ class DataFileMapping(Mapping):
     def lookup(self, guest_offset: int, n_bytes: int) -> Run:
         """See Layer. Raises CorruptImageError for data that is not in its place, too."""
         run = super().lookup(guest_offset, n_bytes)
-        if run.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED) and run.value != guest_offset:
-            raise _misplaced(guest_offset, run.value)
+        if run.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED):
+            if run.value != guest_offset:
+                raise _misplaced(guest_offset, run.value)
+        elif run.kind != MISS:
+            self._check_places(guest_offset, run.n_bytes)
         return run
+
+    def _check_places(self, guest_offset: int, n_bytes: int) -> None:
+        """Clusters that are there but hold no data must be in their places too, as QEMU wants it."""
+        slice_ = self.cache.slices.get(self.key(guest_offset))
+        if slice_ is None:
+            return
+        cluster_bits = self.geometry.cluster_bits
+        words = self.entry_format.words
+        index = self.index(guest_offset)
+        first = guest_offset >> cluster_bits
+        n_clusters = (guest_offset + n_bytes - 1 >> cluster_bits) + 1 - first
+        number = 0
+        while True:
+            n_skipped, n_owners = clusters_to_give_back(
+                slice_.entries, self.entry_format, index + number, n_clusters - number
+            )
+            if not n_owners:
+                return
+            number += n_skipped
+            for _ in range(n_owners):
+                place = slice_.entries[(index + number) * words] & OFFSET_MASK
+                if place != first + number << cluster_bits:
+                    raise _misplaced(first + number << cluster_bits, place)
+                number += 1
 
 
 class DataClusters:

@@ -6,7 +6,8 @@
    is not 0; it may be written *in place* when ``entry & in_place_mask == in_place_value`` and its offset is not 0.
    An entry that is not compressed has a host cluster when ``entry & cluster_mask``: that is the offset, and with an
    external data file, where offset 0 is a cluster like any other, the COPIED flag too.
-3. Whatever is not plain goes through :meth:`EntryFormat.classify`, which refuses impossible entries.
+3. Whatever is not plain goes through :meth:`EntryFormat.classify`, which refuses impossible entries. Version 1 knows
+   clusters at any sector: QEMU reads and writes them, and refuses what lies inside a sector.
 
 Sources: qcow2 specification, "Cluster mapping"; QEMU's block/qcow.c for version 1.
 """
@@ -19,6 +20,7 @@ from enum import IntEnum
 
 from ..errors import CorruptImageError
 from .compression import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
+from .geometry import SECTOR_SIZE
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -55,6 +57,7 @@ class EntryFormat:
         "in_place_value",
         "is_extended",
         "l1_offset_mask",
+        "misaligned",
         "not_plain",
         "offset_mask",
         "reads_zero",
@@ -83,9 +86,9 @@ class EntryFormat:
         self.l1_offset_mask = l1_offset_mask
         self.is_extended = is_extended
         self.has_data_file = has_data_file
-        misaligned = ((1 << cluster_bits) - 1) & offset_mask if version > 1 else 0
+        self.misaligned = ((1 << cluster_bits) - 1 if version > 1 else SECTOR_SIZE - 1) & offset_mask
         zero_bit = READS_ZERO if version > 1 else 0
-        not_plain = compressed | zero_bit | misaligned
+        not_plain = compressed | zero_bit | self.misaligned
         self.cluster_mask = offset_mask | (copied if has_data_file else 0)
         # An extended entry is never told by one word: its tests never succeed.
         self.not_plain = ALL_BITS if is_extended else not_plain
@@ -104,8 +107,9 @@ class EntryFormat:
                 raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with an external data file")
             return ClusterKind.COMPRESSED
         host_offset = entry & self.offset_mask
-        if self.version > 1 and host_offset & ((1 << self.cluster_bits) - 1):
-            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not cluster aligned")
+        if host_offset & self.misaligned:
+            unit = "cluster" if self.version > 1 else "sector"
+            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not {unit} aligned")
         if host_offset >= MAX_HOST_OFFSET:
             raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset beyond 2^56")
         if entry & READS_ZERO and self.version > 1:

@@ -1,7 +1,8 @@
 """Extended L2 entries: clusters of 32 subclusters, each allocated, zero or neither on its own.
 
-1. An entry is two words in the slice's array: the standard entry (without the zero flag) and a bitmap, bits 0 to 31
-   "allocated", bits 32 to 63 "reads as zeroes", never both for one subcluster. Compressed clusters have bitmap 0.
+1. An entry is two words in the slice's array: the standard entry and a bitmap, bits 0 to 31 "allocated", bits 32 to
+   63 "reads as zeroes", never both for one subcluster. Bit 0 of the first word, the zero flag of standard entries,
+   means nothing here, and neither does the bitmap of a compressed cluster; both should be 0, and are passed over.
 2. A subcluster that is allocated lies at its own place inside the host cluster; one that is neither falls through
    to the backing chain even where the host cluster exists.
 3. A write fills whole subclusters: the ones it touches, no more, as long as the host cluster is owned alone or
@@ -35,15 +36,11 @@ def check_entry(entry: int, bitmap: int, entry_format: EntryFormat) -> None:
     """Raises CorruptImageError for an entry that no valid image holds."""
     host_offset = entry & entry_format.offset_mask
     if entry & entry_format.compressed:
-        if bitmap:
-            raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with bitmap {bitmap:#018x}")
         if entry_format.has_data_file:
             raise CorruptImageError("L2 entry", None, f"{entry:#018x}: compressed, with an external data file")
         return
     if host_offset & ((1 << entry_format.cluster_bits) - 1) or host_offset >= MAX_HOST_OFFSET:
         raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not cluster aligned")
-    if entry & 1:
-        raise CorruptImageError("L2 entry", None, f"{entry:#018x}: zero flag in an extended entry")
     if bitmap & bitmap >> 32 & ALL_ALLOCATED:
         raise CorruptImageError("L2 entry", None, f"{bitmap:#018x}: subclusters both allocated and zero")
     if bitmap & ALL_ALLOCATED and not entry & entry_format.cluster_mask:

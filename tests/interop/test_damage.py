@@ -105,3 +105,41 @@ async def test_a_broken_compressed_cluster_is_an_error_of_its_own(image_folder: 
     finally:
         await image.aclose()
     assert qemu.run("qemu-io", "-f", "qcow2", "-c", "read 0 4k", path).code == 1
+
+
+@pytest.mark.parametrize("shift", [0, 1, 8, 256, 511, 512, 1024, 3 * 512])
+@pytest.mark.parametrize("what", ["read", "write"])
+async def test_version_1_clusters_lie_at_sectors(shift: int, what: str, image_folder: Path) -> None:
+    """A cluster at any sector is served, one inside a sector is an I/O error, as in QEMU."""
+    path = image_folder / "image.qcow"
+    qemu.create(path, "qcow", MIB)
+    qemu.io(path, ["write -P 1 0 64k"], "qcow")
+    data = bytearray(path.read_bytes())
+    (l1,) = struct.unpack_from(">Q", data, 40)
+    (l2,) = struct.unpack_from(">Q", data, l1)
+    (place,) = struct.unpack_from(">Q", data, l2 + 8)
+    struct.pack_into(">Q", data, l2 + 8, place + shift)
+    path.write_bytes(data)
+    command = f"{what} {CLUSTER} 512"
+    done = qemu.run("qemu-io", "-f", "qcow", "-c", command, path)
+    is_served = "Input/output error" not in done.stdout + done.stderr
+    assert is_served == (shift % 512 == 0), done
+    path.write_bytes(data)
+    image = await open_image(str(path))
+    try:
+        if what == "write":
+            if is_served:
+                await battery.write(image, CLUSTER, b"Z" * 512)
+                assert await battery.read(image, CLUSTER, 512) == b"Z" * 512
+            else:
+                with pytest.raises(CorruptImageError):
+                    await battery.write(image, CLUSTER, b"Z" * 512)
+        elif is_served:
+            assert await battery.read(image, CLUSTER, 512) == b"\1" * 512
+        else:
+            with pytest.raises(CorruptImageError):
+                await battery.read(image, CLUSTER, 512)
+        if not is_served:
+            assert path.read_bytes() == data
+    finally:
+        await image.aclose()

@@ -206,10 +206,14 @@ async def test_two_writers_are_impossible(image_folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("entry", "said"),
-    [(1 << 63 | 0x30000, "expected the same offset"), (1 << 62 | 0x30000, "compressed, with an external data file")],
+    [
+        (1 << 63 | 0x30000, "same offset"),
+        (1 << 63 | 0x30001, "same offset"),
+        (1 << 62 | 0x30000, "compressed, with an external data file"),
+    ],
 )
 async def test_impossible_entries_are_found(entry: int, said: str, image_folder: Path) -> None:
-    """Data in a wrong place and compressed clusters are corruption, to readers and writers."""
+    """Data or zeroes in a wrong place, and compressed clusters, are corruption: to readers, to writers, to QEMU."""
     path = make(image_folder)
     with path.open("r+b") as file:
         file.seek(40)
@@ -219,6 +223,8 @@ async def test_impossible_entries_are_found(entry: int, said: str, image_folder:
         file.seek((l2_entry & 0xFFFFFFFFFFFE00) + 8)
         file.write(entry.to_bytes(8, "big"))
     before = (image_folder / "data.raw").read_bytes()
+    refused = qemu.run("qemu-io", "-r", "-f", "qcow2", "-c", "read 65k 512", path.name, cwd=image_folder)
+    assert "Input/output error" in refused.stdout + refused.stderr, refused
     for is_write in (False, True):
         image = await open_image(str(path), OpenOptions(read_only=not is_write))
         request = image.write(65 * KIB, b"x") if is_write else image.read(65 * KIB, 10)

@@ -2,7 +2,7 @@
 
 Where they may differ, and why:
 
-1. ``STRICTER``: the zero flag where it cannot be. QEMU's check says nothing, and QEMU then refuses to read it.
+1. ``STRICTER``: the zero flag in version 2. QEMU's check says nothing, and QEMU then refuses to read it.
 2. Repairs that QEMU gives up (exit code 1), although all is known that it takes: a refcount table entry at an
    impossible place ("No medium found"), one with reserved bits ("Preventing invalid write"), one past the end of the
    file ("Cannot allocate memory"). Here they come to their end.

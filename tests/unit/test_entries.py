@@ -46,7 +46,7 @@ def test_classify(fmt, entry, kind):
 
 @pytest.mark.parametrize(
     ("fmt", "entry"),
-    [(V3, 0x50200), (V3, 0x50200 | COPIED | READS_ZERO), (V2, 0x50000 | READS_ZERO), (V1, 1 << 57)],
+    [(V3, 0x50200), (V3, 0x50200 | COPIED | READS_ZERO), (V2, 0x50000 | READS_ZERO), (V1, 1 << 57), (V1, 0x5001)],
 )
 def test_impossible_entries_are_refused(fmt, entry):
     """Misaligned offsets, zero flags in version 2 and offsets beyond 2^56 are corruption."""

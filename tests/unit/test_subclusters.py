@@ -110,12 +110,20 @@ def test_a_planned_and_linked_write_changes_what_it_wrote_and_nothing_else(
 
 @pytest.mark.parametrize(
     ("entry", "bitmap"),
-    [(0, 1), (1 << BITS, 1 << 32 | 1), (1 << BITS | READS_ZERO, 0), (1 << BITS | 512, 0), (COMPRESSED | 512, 1)],
+    [(0, 1), (READS_ZERO, 1), (1 << BITS, 1 << 32 | 1), (1 << BITS | 512, 0)],
 )
 def test_impossible_extended_entries(entry: int, bitmap: int) -> None:
-    """Allocated without a cluster, allocated and zero, zero flag, misaligned, compressed with a bitmap."""
+    """Allocated without a cluster, allocated and zero, misaligned."""
     with pytest.raises(CorruptImageError):
         lookup_run_extended(array("Q", [entry, bitmap]), FORMAT, 0, 0, 1)
+
+
+def test_bits_that_mean_nothing_are_passed_over() -> None:
+    """The zero flag of standard entries, and the bitmap of a compressed cluster."""
+    table = array("Q", [1 << BITS | READS_ZERO, 1, READS_ZERO, 0, COMPRESSED | 512, 1 << 32 | 1])
+    assert lookup_run_extended(table, FORMAT, 0, 0, SUB) == (ClusterKind.DATA, 1 << BITS, SUB)
+    assert lookup_run_extended(table, FORMAT, 0, SUB, 9 * SIZE).kind == ClusterKind.UNALLOCATED
+    assert lookup_run_extended(table, FORMAT, 2, 0, 9 * SIZE) == (ClusterKind.COMPRESSED, COMPRESSED | 512, SIZE)
 
 
 @given(TABLES, st.booleans())
