@@ -4,5 +4,6 @@ Modules: ``main`` (the program), ``serving`` (the process that serves, when it i
 can say) with ``parser``, ``mount_options`` (the list after ``-o``, as mount(8) passes it), ``passphrase`` (of
 encrypted images), ``exit_codes``, ``failures`` (in words), ``logs`` (standard error, syslog or a file).
 
-The second program, qcowfuse-img: ``img`` (its sub-commands), ``img_output`` (JSON and text), ``img_progress``.
+The second program, qcowfuse-img: ``img`` (its sub-commands), ``create_options`` (the text of what to make),
+``img_output`` (JSON and text), ``img_progress``, ``stopping`` (by signals).
 """

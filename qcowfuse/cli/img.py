@@ -14,21 +14,21 @@ from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import NoReturn
 
-import trio
-
 from .._version import __version__
 from ..driver.chain import open_image
 from ..driver.check import check_image
 from ..driver.check_result import Fix
-from ..driver.create import CreateError, CreateOptions, create_image, parse_size
+from ..driver.create import create_image
 from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
 from ..driver.options import OpenOptions
 from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
 from ..errors import ImageUsageError, QcowFuseError
 from . import img_output
+from .create_options import parse_create_options, parse_size
 from .img_progress import ProgressLine
 from .passphrase import KeySource, ask, read_key_file
+from .stopping import StoppedError, run_until_stopped
 
 MAX_FINDINGS = 1000
 """Findings of a check that are printed; all are counted."""
@@ -187,6 +187,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ImgExit.FAILED
     except KeyboardInterrupt:
         return 128 + 2
+    except StoppedError as exc:
+        _fail(exc, given.image)
+        return 128 + exc.number
     except (QcowFuseError, OSError) as exc:
         return _fail(exc, given.image)
 
@@ -215,7 +218,7 @@ def _info(given: argparse.Namespace) -> int:
             _print_lines(list(img_output.info_lines(info)))
         return ImgExit.OK
 
-    return trio.run(run)
+    return run_until_stopped(run)
 
 
 def _map(given: argparse.Namespace) -> int:
@@ -235,7 +238,7 @@ def _map(given: argparse.Namespace) -> int:
             print("]")
         return ImgExit.OK
 
-    return trio.run(run)
+    return run_until_stopped(run)
 
 
 def _check(given: argparse.Namespace) -> int:
@@ -272,7 +275,7 @@ def _check(given: argparse.Namespace) -> int:
             return ImgExit.CORRUPTIONS
         return ImgExit.LEAKS if result.leaks else ImgExit.OK
 
-    return trio.run(run)
+    return run_until_stopped(run)
 
 
 def _snapshot(given: argparse.Namespace) -> int:
@@ -298,7 +301,7 @@ def _snapshot(given: argparse.Namespace) -> int:
                 await delete_snapshot(image, given.delete, progress=progress.show)
         return ImgExit.OK
 
-    return trio.run(run)
+    return run_until_stopped(run)
 
 
 def _resize(given: argparse.Namespace) -> int:
@@ -323,26 +326,19 @@ def _resize(given: argparse.Namespace) -> int:
             )
         return ImgExit.OK
 
-    return trio.run(run)
+    return run_until_stopped(run)
 
 
 def _create(given: argparse.Namespace) -> int:
-    try:
-        options = CreateOptions.parse(
-            given.format,
-            given.options,
-            size=given.size,
-            backing_file=given.backing,
-            backing_format=given.backing_format,
-        )
-    except CreateError as exc:
-        return _fail(exc, given.image)
+    options = parse_create_options(
+        given.format, given.options, size=given.size, backing_file=given.backing, backing_format=given.backing_format
+    )
     passphrase: bytearray | None = None
     if options.encryption is not None:
         passphrase = ask(given.image, twice=True) if given.key_file is None else read_key_file(given.key_file)
     try:
         with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
-            created = trio.run(
+            created = run_until_stopped(
                 lambda: create_image(
                     given.image,
                     options,

@@ -26,7 +26,7 @@ def info_json(info: ImageInfo) -> Json:
         "filename": info.path,
         "format": protocol,
         "actual-size": info.actual_size,
-        "format-specific": {"type": protocol, "data": {}},
+        "format-specific": {"type": "file", "data": {}},
         "dirty-flag": False,
     }
     found: Json = {

@@ -1,6 +1,6 @@
 """Making an empty image: QCOW2 of version 2 or 3, or QCOW version 1, optionally over a backing file.
 
-1. Options have qemu-img's names, values and defaults; whatever is not known is refused by name, never ignored.
+1. What can't be is refused before anything is made or overwritten.
 2. The layout is header, refcount table, refcount blocks, L1 table, LUKS area and, with preallocation, L2 tables and
    data, without gaps; only what is not zero is written.
 3. The rules of :mod:`~qcowfuse.driver.new_file` hold, for an external data file too. Its name is relative to the
@@ -12,11 +12,9 @@
 from __future__ import annotations
 
 import os
-import re
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from functools import partial
 
 import trio
@@ -37,8 +35,6 @@ from ..format.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SECTOR_SIZE, W
 from ..format.header import (
     AUTOCLEAR_RAW_DATA_FILE,
     COMPATIBLE_LAZY_REFCOUNTS,
-    COMPRESSION_DEFLATE,
-    COMPRESSION_ZSTD,
     CRYPT_NONE,
     EXTENDED_L2_MIN_CLUSTER_BITS,
     INCOMPATIBLE_COMPRESSION,
@@ -54,15 +50,21 @@ from ..format.header import (
     Qcow1Header,
     Qcow2Header,
 )
+from ..format.header import COMPRESSION_DEFLATE as COMPRESSION_DEFLATE
+from ..format.header import COMPRESSION_ZSTD as COMPRESSION_ZSTD
 from ..format.header_bytes import serialise_header
 from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
-from .create_encryption import OPTIONS as ENCRYPTION_OPTIONS
-from .create_encryption import Encryption, LuksArea, check_passphrase, make_area, parse_encryption
+from ..storage.opened import length_of_path
+from .create_encryption import Encryption, LuksArea, check_passphrase, make_area
 from .data_file import local_path
 from .inspect import describe_image
 from .new_file import CreateError as CreateError
-from .new_file import NewFile, Preallocation, Progress, open_new_file
+from .new_file import NewFile, Progress, open_new_file
+from .new_file import Preallocation as Preallocation
+
+MAX_DISK_SIZE = OFFSET_LIMIT - SECTOR_SIZE
+"""Bytes."""
 
 _FEATURE_NAMES = (
     (FEATURE_KIND_INCOMPATIBLE, 0, "dirty bit"),
@@ -75,32 +77,7 @@ _FEATURE_NAMES = (
     (FEATURE_KIND_AUTOCLEAR, 1, "raw external data"),
 )
 _MIN_CLUSTER_SIZE_FOR_NAMES = 8192
-_SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate(("", "k", "m", "g", "t", "p", "e"))}
 _BACKING_FORMATS = ("raw", "qcow", "qcow2")
-_QCOW2_OPTIONS = frozenset(
-    str.split(
-        "cluster_size compat refcount_bits extended_l2 lazy_refcounts compression_type preallocation data_file "
-        "data_file_raw"
-    )
-)
-_COMMON_OPTIONS = frozenset({"backing_file", "backing_fmt", "size"})
-
-
-def parse_size(text: str) -> int:
-    """``1G``, ``1.5k``, ``4096`` in bytes. Raises CreateError."""
-    match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([bkmgtpe]?)", text.strip().lower(), re.ASCII)
-    if match is None:
-        raise CreateError(f"bad size {text!r}: expected bytes, or a number with a suffix: k, M, G, T, P, E")
-    n_bytes = int(Fraction(match[1]) * _SUFFIXES[match[2].removeprefix("b")])
-    if n_bytes > OFFSET_LIMIT - SECTOR_SIZE:
-        raise CreateError(f"size {text} is too large: expected less than 8 EiB")
-    return n_bytes
-
-
-def _switch(name: str, text: str) -> bool:
-    if text not in ("on", "off"):
-        raise CreateError(f"{name}={text}: expected on or off")
-    return text == "on"
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,56 +144,6 @@ class CreateOptions:
             return Preallocation.METADATA
         return self.preallocation
 
-    @classmethod
-    def parse(
-        cls,
-        format_name: str,
-        lists: Iterable[str],
-        *,
-        size: str | None = None,
-        backing_file: str | None = None,
-        backing_format: str | None = None,
-    ) -> CreateOptions:
-        """From ``lists`` of ``name=value,...`` (a doubled comma is a plain one). Raises CreateError."""
-        given: dict[str, str] = {}
-        for text in lists:
-            for part in re.split(r"(?<!,),(?!,)", text):
-                name, _, value = part.replace(",,", ",").partition("=")
-                known = (
-                    _COMMON_OPTIONS | ENCRYPTION_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
-                )
-                _require(name in known, f"unknown option {name} for format {format_name}")
-                given[name] = value
-        size = size if size is not None else given.get("size")
-        cluster_size = parse_size(given.get("cluster_size", "64k"))
-        _require(cluster_size.bit_count() == 1, "cluster_size: expected a power of two from 512 to 2M")
-        version = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}.get(given.get("compat", "1.1"))
-        _require(version is not None, f"compat={given.get('compat')}: expected 0.10 or 1.1")
-        width = given.get("refcount_bits", "16")
-        _require(width in ("1", "2", "4", "8", "16", "32", "64"), f"refcount_bits={width}: expected 1, 2, 4 ... 64")
-        compression = given.get("compression_type", "zlib")
-        _require(compression in ("zlib", "zstd"), f"compression_type={compression}: expected zlib or zstd")
-        preallocation = given.get("preallocation", "off")
-        modes = [mode.value for mode in Preallocation]
-        _require(preallocation in modes, f"preallocation={preallocation}: expected {', '.join(modes)}")
-        assert version is not None
-        return cls(
-            format_name=format_name,
-            size=None if size is None else parse_size(size),
-            cluster_bits=cluster_size.bit_length() - 1,
-            version=version,
-            refcount_order=int(width).bit_length() - 1,
-            extended_l2=_switch("extended_l2", given.get("extended_l2", "off")),
-            lazy_refcounts=_switch("lazy_refcounts", given.get("lazy_refcounts", "off")),
-            compression_type=COMPRESSION_ZSTD if compression == "zstd" else COMPRESSION_DEFLATE,
-            backing_file=backing_file if backing_file is not None else given.get("backing_file"),
-            backing_format=backing_format if backing_format is not None else given.get("backing_fmt"),
-            preallocation=Preallocation(preallocation),
-            data_file=given.get("data_file"),
-            data_file_raw=_switch("data_file_raw", given.get("data_file_raw", "off")),
-            encryption=parse_encryption(format_name, given),
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
@@ -239,7 +166,8 @@ async def create_image(
     progress: Progress = _no_progress,
     passphrase: bytes | bytearray | None = None,
 ) -> int:
-    """Make the image; its virtual size in bytes is returned. ``passphrase``: for an encrypted one.
+    """Make the image; its virtual size in bytes is returned. ``passphrase``: for an encrypted one. ``overwrite``: a
+    file that exists, or a block device.
 
     Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
     """
@@ -267,7 +195,7 @@ async def _backing_size(path: str, name: str, format_name: str | None) -> int:
         if os.path.exists(path) and os.path.samefile(path, backing_path):
             raise BackingChainError(path, "the image would be its own backing file")
         if format_name == "raw":
-            return os.stat(backing_path).st_size
+            return await trio.to_thread.run_sync(length_of_path, backing_path)
         return (await describe_image(backing_path, force_share=True)).virtual_size
     except OSError as error:
         raise BackingChainError(path, f"cannot open its backing file {backing_path}: {error.strerror}") from error
@@ -448,14 +376,17 @@ async def _write(
             files.append(await trio.to_thread.run_sync(partial(open_new_file, data_path, overwrite=overwrite)))
         files.append(await trio.to_thread.run_sync(partial(open_new_file, path, overwrite=overwrite)))
         image = files[-1]
+        if image.is_device and options.format_name == "qcow":
+            raise CreateError(f"{path}: version 1 only grows at the end of its file, and a block device has none")
         preallocation = options.effective_preallocation
         if options.data_file is not None:
-            await files[0].reserve(size, preallocation, progress)
+            is_mapped = preallocation is not Preallocation.OFF
+            await files[0].reserve(size, preallocation, progress, may_hold_anything=not is_mapped)
             preallocation = Preallocation.OFF
         await image.reserve(layout.length, preallocation, progress)
         await image.write(layout.parts, layout.n_bytes, progress)
         for file in files:
-            await file.sync()
+            await file.publish()
     except BaseException:
         for file in files:
             file.discard()

@@ -1,6 +1,6 @@
-"""What makes a new image an encrypted one: its options, and the LUKS area with a fresh master key.
+"""What makes a new image an encrypted one: how, and the LUKS area with a fresh master key.
 
-1. Options have qemu-img's names, values and defaults; the passphrase never is one of them.
+1. Defaults are qemu-img's.
 2. Only what can be opened again is made: here, and by QEMU.
 3. The number of iterations is measured, for the time that the user wants an attacker's guess to take on this machine.
 """
@@ -12,29 +12,25 @@ import os
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UnsupportedFeatureError
 from ..format.header import CRYPT_AES, CRYPT_LUKS
+from ..format.luks import CIPHER_MODES as CIPHER_MODES  # cli takes these from here
+from ..format.luks import CIPHERS as CIPHERS
+from ..format.luks import HASHES as HASHES
+from ..format.luks import IV_GENERATORS as IV_GENERATORS
 from ..format.luks import (
-    CIPHER_MODES,
-    CIPHERS,
-    HASHES,
-    IV_GENERATORS,
     MAX_ITERATIONS,
     SALT_BYTES,
     STRIPES,
-    CipherSpec,
     has_hash,
     serialise_luks_header,
 )
+from ..format.luks import CipherSpec as CipherSpec
 from .new_file import CreateError
 
-OPTIONS = frozenset(
-    f"encrypt.{name}"
-    for name in str.split("format cipher-alg cipher-mode ivgen-alg ivgen-hash-alg hash-alg iter-time key-secret")
-)
 MAX_ITER_TIME = 600_000
 """Milliseconds: what takes longer to make would take longer to open, too."""
 _MEASURED_SECONDS = 0.05
@@ -62,45 +58,8 @@ class LuksArea:
     parts: tuple[tuple[int, bytes], ...]
 
 
-def parse_encryption(format_name: str, given: Mapping[str, str]) -> Encryption | None:
-    """From options by name, those that are not about encryption included. Raises CreateError."""
-    if "encrypt.key-secret" in given:
-        raise CreateError("encrypt.key-secret: secrets are QEMU's; give the passphrase with --key-file")
-    chosen = {name.removeprefix("encrypt."): value for name, value in given.items() if name in OPTIONS}
-    if not chosen:
-        return None
-    method = chosen.pop("format", "")
-    known = ("aes", "luks") if format_name == "qcow2" else ("aes",)
-    if method not in known:
-        found = f"encrypt.format={method}" if method else "encrypt.format is missing"
-        raise CreateError(f"{found}: expected {' or '.join(known)}")
-    if method == "aes":
-        if chosen:
-            raise CreateError(f"encrypt.{min(chosen)} needs encrypt.format=luks")
-        return Encryption()
-
-    def choice(name: str, values: tuple[str, ...], default: str | None) -> str | None:
-        value = chosen.get(name, default)
-        if value is not None and value not in values:
-            raise CreateError(f"encrypt.{name}={value}: expected {', '.join(values)}")
-        return value
-
-    generator = choice("ivgen-alg", IV_GENERATORS, "plain64")
-    spec = CipherSpec(
-        choice("cipher-alg", tuple(sorted(CIPHERS)), "aes-256") or "",
-        choice("cipher-mode", CIPHER_MODES, "xts") or "",
-        generator or "",
-        choice("ivgen-hash-alg", tuple(HASHES), "sha256" if generator == "essiv" else None),
-    )
-    hash_name = choice("hash-alg", tuple(HASHES), "sha256") or ""
-    iter_time = chosen.get("iter-time", "2000")
-    if not iter_time.isascii() or not iter_time.isdigit() or not 0 < int(iter_time[:9]) <= MAX_ITER_TIME:
-        raise CreateError(f"encrypt.iter-time={iter_time}: expected milliseconds, 1 to {MAX_ITER_TIME}")
-    _require_possible(spec, hash_name)
-    return Encryption(spec, hash_name, int(iter_time))
-
-
-def _require_possible(spec: CipherSpec, hash_name: str) -> None:
+def require_possible(spec: CipherSpec, hash_name: str) -> None:
+    """Raises CreateError for what cannot be, or not here."""
     problem = spec.problem()
     missing = spec.missing() + ([] if has_hash(hash_name) else [f"LUKS hash {hash_name}"])
     if problem is None and missing:

@@ -17,6 +17,7 @@ Source: QEMU's do_alloc_cluster_offset(), qcow2_get_host_offset(), qcow2_subclus
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections.abc import Awaitable, Callable
@@ -96,6 +97,8 @@ async def open_data_file(
         detail = f"cannot open its data file {data_path}: {error.strerror or error}"
         if override is None and isinstance(error, FileNotFoundError):
             detail += "; if it is elsewhere (QEMU starts from the working directory), say --data-file PATH"
+        if error.errno == errno.EROFS:
+            detail += "; qcowfuse -r serves the image read-only"
         raise BackingChainError(path, detail) from error
 
 

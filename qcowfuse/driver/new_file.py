@@ -1,28 +1,40 @@
-"""A file that is being made: locked before it is emptied, filled with progress, removed again when it fails.
+"""A file that is being made: locked before it is emptied, filled with progress, and only a whole image at the end.
 
 1. A file that exists is only overwritten when asked for, and never while somebody has it open in a way that matters.
 2. Whatever takes long is done in steps, each in a thread: between two of them the whole can be given up.
+3. A new file has no name until it is whole and durable, where the file system can do that: whatever ends the making,
+   SIGKILL and a power cut included, nothing is left of it. Elsewhere it is removed again by whoever gives up.
+4. What had a name before (a file that is overwritten, a block device) begins with zeroes until all else is durable.
+   The header goes last: half an image can't be taken for one. A file that is given up is left empty.
+5. A block device keeps its length. What of the image must read as zeroes is zeroed there.
 """
 
 from __future__ import annotations
 
+import errno
 import os
-import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 
 import trio
 
 from ..errors import ImageUsageError
+from ..storage.file import zero_range
 from ..storage.locks import acquire_image_lock
+from ..storage.opened import is_block_device, length_of, open_descriptor
+from ..storage.syscalls import FALLOC_ZERO_RANGE
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, now and then."""
 
 _STEP_BYTES = 16 << 20
+_DEVICE_STEP_BYTES = 256 << 20
 _ALLOCATE_STEP_BYTES = 1 << 30
 _ZEROES = bytes(1 << 20)
+_NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.ENOENT})
+"""What O_TMPFILE says where it is not known; ENOENT may also mean that there is no such folder."""
 
 
 class CreateError(ImageUsageError):
@@ -41,67 +53,148 @@ class Preallocation(Enum):
 class NewFile:
     """A new file, open and locked. Use :func:`open_new_file`."""
 
-    def __init__(self, path: str, fd: int, *, is_new: bool) -> None:
+    def __init__(self, path: str, fd: int, *, is_new: bool, has_name: bool) -> None:
         self.path = path
         self.fd = fd
+        self.is_device = is_block_device(fd)
         self._is_new = is_new
+        self._has_name = has_name
+        self._is_changed = False
 
-    async def reserve(self, n_bytes: int, preallocation: Preallocation, progress: Progress) -> None:
+    async def reserve(
+        self, n_bytes: int, preallocation: Preallocation, progress: Progress, *, may_hold_anything: bool = False
+    ) -> None:
         """Empty the file and give it ``n_bytes`` that read as zeroes; their space too, by FALLOC, or written, by
-        FULL. Raises OSError."""
-        await trio.to_thread.run_sync(os.ftruncate, self.fd, 0)
-        await trio.to_thread.run_sync(os.ftruncate, self.fd, n_bytes)
-        if preallocation in (Preallocation.FALLOC, Preallocation.FULL):
-            is_full = preallocation is Preallocation.FULL
-            step_bytes = _STEP_BYTES if is_full else _ALLOCATE_STEP_BYTES
-            step = _write_zeroes if is_full else os.posix_fallocate
-            for start in range(0, n_bytes, step_bytes):
-                length = min(step_bytes, n_bytes - start)
-                await trio.to_thread.run_sync(step, self.fd, start, length)
-                progress(start + length, n_bytes)
+        FULL. ``may_hold_anything``: the contents of a device don't matter. Raises OSError, CreateError."""
+        if self.is_device:
+            await self._reserve_on_device(n_bytes, preallocation, progress, may_hold_anything=may_hold_anything)
+            return
+        self._is_changed = True
+        await self._run(os.ftruncate, 0)
+        await self._run(os.ftruncate, n_bytes)
+        if preallocation is Preallocation.FULL:
+            await self._in_steps(_write_zeroes, n_bytes, _STEP_BYTES, progress)
+        elif preallocation is Preallocation.FALLOC:
+            await self._in_steps(os.posix_fallocate, n_bytes, _ALLOCATE_STEP_BYTES, progress)
+
+    async def _reserve_on_device(
+        self, n_bytes: int, preallocation: Preallocation, progress: Progress, *, may_hold_anything: bool
+    ) -> None:
+        length = length_of(self.fd)
+        if n_bytes > length:
+            raise CreateError(f"{self.path}: a block device of {length} bytes is too small: {n_bytes} are needed")
+        if may_hold_anything:
+            return
+        self._is_changed = True
+        if preallocation is Preallocation.FULL:
+            await self._in_steps(_write_zeroes, n_bytes, _STEP_BYTES, progress)
+        else:
+            await self._in_steps(_zero_device, n_bytes, _DEVICE_STEP_BYTES, progress)
+
+    async def _in_steps(
+        self, step: Callable[[int, int, int], object], n_bytes: int, step_bytes: int, progress: Progress
+    ) -> None:
+        for start in range(0, n_bytes, step_bytes):
+            length = min(step_bytes, n_bytes - start)
+            await self._run(step, start, length)
+            progress(start + length, n_bytes)
 
     async def write(self, parts: Iterable[tuple[int, bytes]], n_all: int, progress: Progress) -> None:
-        """Write all ``(offset, bytes)``, ``n_all`` bytes of which there are about. Raises OSError."""
+        """Write all ``(offset, bytes)``, ``n_all`` bytes of which there are about; what belongs at offset 0 goes
+        last. Raises OSError."""
         batch: list[tuple[int, bytes]] = []
+        header: list[tuple[int, bytes]] = []
         n_batch = n_done = 0
         for offset, data in parts:
-            batch.append((offset, data))
+            (batch if offset else header).append((offset, data))
             n_batch += len(data)
             if n_batch >= _STEP_BYTES:
-                await trio.to_thread.run_sync(_write_parts, self.fd, batch)
+                await self._run(_write_parts, batch)
                 batch, n_batch, n_done = [], 0, n_done + n_batch
                 progress(min(n_done, n_all), n_all)
-        await trio.to_thread.run_sync(_write_parts, self.fd, batch)
+        await self._run(_write_parts, batch)
+        if self._has_name:
+            await self._run(os.fsync)
+        await self._run(_write_parts, header)
 
-    async def sync(self) -> None:
-        """Make it durable. Raises OSError."""
-        await trio.to_thread.run_sync(os.fsync, self.fd)
+    async def publish(self) -> None:
+        """Make it durable, and give it its name. Raises OSError, FileExistsError where there is one meanwhile."""
+        await self._run(os.fsync)
+        if not self._is_new:
+            return
+        folder = await trio.to_thread.run_sync(_open_folder, self.path)
+        try:
+            if not self._has_name:
+                source, name = f"/proc/self/fd/{self.fd}", os.path.basename(self.path)
+                # With a folder's descriptor os.link() is linkat(), which can follow the link in /proc.
+                await self._run(lambda _: os.link(source, name, dst_dir_fd=folder, follow_symlinks=True))
+                self._has_name = True
+            with suppress(OSError):  # some file systems don't sync folders
+                await trio.to_thread.run_sync(os.fsync, folder)
+        finally:
+            os.close(folder)
 
     def discard(self) -> None:
-        """Remove it, unless it was there before."""
-        if self._is_new:
-            with suppress(OSError):
+        """Give it up: remove what is new, and leave what was there before empty, if anything was changed in it."""
+        with suppress(OSError):
+            if self._is_new and self._has_name:
                 os.unlink(self.path)
+            elif self._is_changed and not self.is_device:
+                os.ftruncate(self.fd, 0)
 
     def close(self) -> None:
         """Close it: that gives up the lock."""
         os.close(self.fd)
 
+    async def _run(self, function: Callable[..., object], *args: object) -> None:
+        """``function(fd, *args)`` in a thread. Raises OSError with the file's name."""
+        try:
+            await trio.to_thread.run_sync(partial(function, self.fd, *args))
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self.path) from error
+
 
 def open_new_file(path: str, *, overwrite: bool) -> NewFile:
-    """Make or open a file, and lock it; blocks. Raises FileExistsError, ImageLockedError, CreateError, OSError."""
+    """Make or open a file, and lock it; blocks. Raises FileExistsError, ImageLockedError, OSError."""
+    if os.path.lexists(path) and not overwrite:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    path = os.path.realpath(path) if os.path.islink(path) else path
     is_new = not os.path.exists(path)
-    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | (0 if overwrite else os.O_EXCL)
-    file = NewFile(path, os.open(path, flags, 0o644), is_new=is_new)
+    fd = _open_nameless(path) if is_new else None
+    has_name = fd is None
+    if fd is None:
+        fd = open_descriptor(path, writable=True, flags=os.O_CREAT | os.O_EXCL if is_new else 0)
+    file = NewFile(path, fd, is_new=is_new, has_name=has_name)
     try:
         acquire_image_lock(file.fd, path, writable=True)
-        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
-            raise CreateError(f"{path}: not a regular file")
     except BaseException:
         file.discard()
         file.close()
         raise
     return file
+
+
+def _open_nameless(path: str) -> int | None:
+    """A file without a name in the folder of ``path``; None where that can't be, or could not get one later."""
+    folder = os.path.dirname(path) or "."
+    try:
+        fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        if error.errno in _NO_NAMELESS_FILES:
+            return None
+        raise OSError(error.errno, error.strerror, path) from error
+    if os.path.exists(f"/proc/self/fd/{fd}"):
+        return fd
+    os.close(fd)
+    return None
+
+
+def _open_folder(path: str) -> int:
+    return os.open(os.path.dirname(path) or ".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def _zero_device(fd: int, start: int, n_bytes: int) -> None:
+    zero_range(fd, FALLOC_ZERO_RANGE, start, n_bytes)
 
 
 def _write_zeroes(fd: int, start: int, n_bytes: int) -> None:

@@ -5,8 +5,8 @@
 2. A storage is used from one trio thread only. It holds no lock: overlapping writes are the caller's affair.
 3. ``OSError`` is what comes out, untouched; a failed flush is final (``base``, rule 4).
 
-``base`` is the protocol, ``file`` the real thing, ``workers`` its threads, ``ring`` its reads by io_uring
-(``restricted_ring``: it does nothing else), ``syscalls`` what the standard library lacks, ``locks`` the image locks
-that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a known delay (``delay_model``) on
-each access, and an image that is locked in RAM.
+``base`` is the protocol, ``file`` the real thing, ``opened`` what regular files and block devices differ in,
+``workers`` its threads, ``ring`` its reads by io_uring (``restricted_ring``: it does nothing else), ``syscalls`` what
+the standard library lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage
+for measuring: a known delay (``delay_model``) on each access, and an image that is locked in RAM.
 """

@@ -25,13 +25,14 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import trio
 
 from .base import Buffer, StorageCounters
+from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
 from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, fallocate
 from .workers import retain_worker_pool
@@ -131,8 +132,9 @@ def _write_zero_chunks(fd: int, host_offset: int, n_bytes: int) -> None:
         write_all(fd, host_offset + n_done, (zeroes[: n_bytes - n_done],))
 
 
-def _zero_range(fd: int, mode: int, host_offset: int, n_bytes: int) -> bool:
-    """Zero by fallocate ``mode``, or by writing; False when the file system has no such fallocate."""
+def zero_range(fd: int, mode: int, host_offset: int, n_bytes: int) -> bool:
+    """Zero by fallocate ``mode`` (0: not), or by writing; blocks. False when the file system has no such fallocate.
+    Raises OSError."""
     if mode:
         try:
             fallocate(fd, mode, host_offset, n_bytes)
@@ -148,15 +150,10 @@ def _zero_range(fd: int, mode: int, host_offset: int, n_bytes: int) -> bool:
     return supported
 
 
-def _length_of(fd: int) -> int:
-    status = os.fstat(fd)
-    return os.lseek(fd, 0, os.SEEK_END) if stat.S_ISBLK(status.st_mode) else status.st_size
-
-
 def _file_system_of(fd: int) -> str:
     """The type of the file system below ``fd`` ("" when it can't be found; block devices have none)."""
     try:
-        if stat.S_ISBLK(os.fstat(fd).st_mode):
+        if is_block_device(fd):
             return ""
         with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
             mount_id = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
@@ -196,7 +193,7 @@ class FileStorage:
         self._fd = fd
         self._name = path
         self._writable = writable
-        self._size = _length_of(fd)
+        self._size = length_of(fd)
         self._file_system = _file_system_of(fd)
         self._in_memory = self._file_system in _MEMORY_FILE_SYSTEMS
         self._flush_errno = 0
@@ -257,14 +254,17 @@ class FileStorage:
 
     def refresh_size(self) -> None:
         """Ask for the length again: whoever held the lock before us may have changed it. Raises OSError."""
-        self._size = _length_of(self._fd)
+        self._size = length_of(self._fd)
 
     def allocated_bytes(self) -> int:
         """Bytes of disk space in use. Raises OSError."""
         return os.fstat(self._fd).st_blocks * 512
 
     def free_bytes(self) -> int:
-        """Bytes that may still be written to the file system, for an ordinary user. Raises OSError."""
+        """Bytes that may still be written to the file system, for an ordinary user; the length of a device, which
+        has none. Raises OSError."""
+        if is_block_device(self._fd):
+            return self._size
         status = os.fstatvfs(self._fd)
         return status.f_bavail * status.f_frsize
 
@@ -353,7 +353,7 @@ class FileStorage:
             else:
                 n_bytes = write_all(self._fd, host_offset, buffers)
         except OSError:
-            self._grow_to(_length_of(self._fd))
+            self._grow_to(length_of(self._fd))
             raise
         counters = self.counters
         counters.writes += 1
@@ -401,7 +401,7 @@ class FileStorage:
             return
         self.counters.writes += 1
         self.counters.written_bytes += n_bytes
-        if not await self._run_growing(_zero_range, self._zero_mode, host_offset, n_bytes):
+        if not await self._run_growing(zero_range, self._zero_mode, host_offset, n_bytes):
             self._zero_mode = 0
         self._grow_to(host_offset + n_bytes)
 
@@ -412,12 +412,16 @@ class FileStorage:
         if n_bytes <= 0:
             return
         self.counters.writes += 1
-        if not await self._run(_zero_range, self._punch_mode, host_offset, n_bytes):
+        if not await self._run(zero_range, self._punch_mode, host_offset, n_bytes):
             self._punch_mode = 0
 
     async def truncate(self, n_bytes: int) -> None:
-        """Set the length. Raises OSError."""
+        """Set the length; a device, which has one for ever, can only be told to keep it. Raises OSError."""
         self._must_be_writable()
+        if is_block_device(self._fd):
+            if n_bytes != self._size:
+                raise OSError(errno.EFBIG, f"a block device of {self._size} bytes cannot have {n_bytes}", self._name)
+            return
         await self._run(os.ftruncate, n_bytes)
         self._size = n_bytes
 
@@ -492,7 +496,7 @@ class FileStorage:
             return await self._run(function, *args)
         except OSError:
             if not self._is_closing:
-                self._grow_to(_length_of(self._fd))
+                self._grow_to(length_of(self._fd))
             raise
 
     def _grow_to(self, n_bytes: int) -> None:
@@ -504,29 +508,12 @@ class FileStorage:
             raise OSError(errno.EBADF, "storage was opened read-only", self._name)
 
 
-def _open(path: str, writable: bool) -> int:
-    flags = os.O_RDWR if writable else os.O_RDONLY
-    # O_NONBLOCK: opening a fifo must not wait for its other end; it means nothing to files and devices.
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-    try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode):
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
-        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
-            raise OSError(errno.EINVAL, "Not a regular file or block device", path)
-        os.set_blocking(fd, True)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
 async def open_file_storage(path: str, *, writable: bool, io_uring: bool = False) -> FileStorage:
     """Open a regular file or block device; ``io_uring``: for reads, where it can be had.
 
-    Raises OSError, with the file name, for anything else.
+    Raises OSError, with the file name, for anything else, and EROFS for a read-only device that shall be written.
     """
-    fd = await trio.to_thread.run_sync(_open, path, writable)
+    fd = await trio.to_thread.run_sync(partial(open_descriptor, path, writable=writable))
     try:
         return FileStorage(fd, path, writable=writable, io_uring=io_uring)
     except BaseException:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import trio
 
-from qcowfuse.driver.create import CreateOptions, create_image
+from qcowfuse.cli.create_options import parse_create_options
+from qcowfuse.driver.create import create_image
 from qcowfuse.errors import FormatError, QcowFuseError
 from qcowfuse.format.luks import parse_luks_header
 from qcowfuse.storage.base import Buffer
@@ -116,7 +117,7 @@ async def test_readers_see_the_old_or_the_new() -> None:
 async def test_damaged_luks_areas_are_refused(tmp_path: Path) -> None:
     """Changed bytes of the LUKS header, its pointer or the key material: an error of ours, or the right bytes."""
     path = tmp_path / "image"
-    options = CreateOptions.parse("qcow2", ["encrypt.format=luks,encrypt.iter-time=1"], size="1M")
+    options = parse_create_options("qcow2", ["encrypt.format=luks,encrypt.iter-time=1"], size="1M")
     await create_image(str(path), options, passphrase=PASSPHRASE)
     original = path.read_bytes()
     place = original.index(b"LUKS\xba\xbe")

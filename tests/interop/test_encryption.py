@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from qcowfuse.cli.create_options import parse_create_options
 from qcowfuse.cli.img import main
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.create import CreateError, CreateOptions, create_image
+from qcowfuse.driver.create import CreateError, create_image
 from qcowfuse.driver.encryption import WrongKeyError
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
@@ -55,7 +56,7 @@ def create(path: Path, format_name: str, options: str, *, backing: str | None = 
 async def create_here(path: Path, options: str, format_name: str = "qcow2", *, backing: str | None = None) -> None:
     """The same by us."""
     backing_format = "qcow2" if backing else None
-    chosen = CreateOptions.parse(
+    chosen = parse_create_options(
         format_name, [options], size=str(SIZE), backing_file=backing, backing_format=backing_format
     )
     await create_image(str(path), chosen, overwrite=True, passphrase=bytearray(PASSPHRASE))
@@ -189,7 +190,7 @@ async def test_old_method_images_that_we_make(format_name: str, image_folder: Pa
 def test_options_that_cannot_be(options: str, message: str) -> None:
     """What could not be opened again is refused by name before a file is made."""
     with pytest.raises(CreateError, match=message):
-        CreateOptions.parse("qcow2", [options], size="1M")
+        parse_create_options("qcow2", [options], size="1M")
 
 
 @pytest.mark.parametrize("passphrase", [None, b"a\0b", b"\xff"])
@@ -197,7 +198,7 @@ async def test_passphrases_that_qemu_would_not_take(passphrase: bytes | None, im
     """No passphrase, or one that is not text, makes no image."""
     path = image_folder / "image"
     with pytest.raises(CreateError, match="passphrase"):
-        await create_image(str(path), CreateOptions.parse("qcow2", [LUKS], size="1M"), passphrase=passphrase)
+        await create_image(str(path), parse_create_options("qcow2", [LUKS], size="1M"), passphrase=passphrase)
     assert not path.exists()
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.driver.create import CreateOptions, create_image
+from qcowfuse.cli.create_options import parse_create_options
+from qcowfuse.driver.create import create_image
 from tests.support.images import PASSPHRASE, image_arguments
 from tests.support.mounting import TIMEOUT, Mounted, command, environment, is_mounted
 
@@ -23,7 +24,7 @@ SECRET = PASSPHRASE.decode()
 def image(tmp_path: Path) -> Path:
     """A LUKS image that costs its owner little time to open."""
     path = tmp_path / "disk.qcow2"
-    options = CreateOptions.parse("qcow2", ["encrypt.format=luks,encrypt.iter-time=1"], size="8M")
+    options = parse_create_options("qcow2", ["encrypt.format=luks,encrypt.iter-time=1"], size="8M")
     trio.run(lambda: create_image(str(path), options, passphrase=PASSPHRASE))
     return path
 

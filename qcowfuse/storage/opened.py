@@ -1,0 +1,73 @@
+"""Opening a regular file or block device, and what the two are asked in different ways.
+
+1. Every length of what may be a device comes from :func:`length_of` or :func:`length_of_path`: the status of a device
+   has a size of 0.
+2. The kernel opens a read-only device for writing and refuses the writes later, one by one: it is asked at open.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import stat
+import struct
+
+_BLKROGET = 0x125E
+"""linux/fs.h: whether a block device is read-only, as an int."""
+
+
+def is_block_device(fd: int) -> bool:
+    """Whether ``fd`` is a block device. Raises OSError."""
+    return stat.S_ISBLK(os.fstat(fd).st_mode)
+
+
+def length_of(fd: int) -> int:
+    """The length in bytes of an open regular file or block device. Raises OSError."""
+    status = os.fstat(fd)
+    if not stat.S_ISBLK(status.st_mode):
+        return status.st_size
+    # By lseek and back: the descriptor may be somebody's who reads from where it stands.
+    position = os.lseek(fd, 0, os.SEEK_CUR)
+    length = os.lseek(fd, 0, os.SEEK_END)
+    os.lseek(fd, position, os.SEEK_SET)
+    return length
+
+
+def length_of_path(path: str) -> int:
+    """The length in bytes of the regular file or block device at ``path``. Raises OSError, with the file name, also
+    for anything else."""
+    fd = open_descriptor(path, writable=False)
+    try:
+        return length_of(fd)
+    finally:
+        os.close(fd)
+
+
+def open_descriptor(path: str, *, writable: bool, flags: int = 0) -> int:
+    """Open a regular file or block device, with more ``flags`` of os.open.
+
+    Raises OSError, with the file name: EISDIR, EINVAL for what is neither, EROFS for a read-only device that shall be
+    written.
+    """
+    flags |= os.O_RDWR if writable else os.O_RDONLY
+    # O_NONBLOCK: opening a fifo must not wait for its other end; it means nothing to files and devices.
+    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+    try:
+        mode = os.fstat(fd).st_mode
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            raise OSError(errno.EINVAL, "Not a regular file or block device", path)
+        if writable and stat.S_ISBLK(mode) and _is_read_only_device(fd):
+            raise OSError(errno.EROFS, "The block device is read-only", path)
+        os.set_blocking(fd, True)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_read_only_device(fd: int) -> bool:
+    answer = fcntl.ioctl(fd, _BLKROGET, bytes(4))
+    return bool(struct.unpack("@i", answer)[0])
