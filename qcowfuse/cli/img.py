@@ -94,6 +94,7 @@ def _build_parser() -> _Parser:
             )
         if name == "map":
             command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
+            _add_chain_options(command)
     create = commands.add_parser(
         "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
     )
@@ -131,6 +132,7 @@ def _build_parser() -> _Parser:
     resize.add_argument(
         "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
     )
+    _add_chain_options(resize)
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument(
@@ -138,6 +140,18 @@ def _build_parser() -> _Parser:
     )
     _add_snapshot_command(commands)
     return parser
+
+
+def _add_chain_options(command: argparse.ArgumentParser) -> None:
+    """What the user has to say where an image does not, of every command that opens the files below it."""
+    command.add_argument(
+        "--backing-format",
+        choices=("raw", "qcow2"),
+        help="the format of a backing file for which the image names none (raw; refused if it looks like QCOW)",
+    )
+    command.add_argument(
+        "--data-file", metavar="PATH", help="the external data file, where it is not the one that the image names"
+    )
 
 
 def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -224,7 +238,8 @@ def _info(given: argparse.Namespace) -> int:
 def _map(given: argparse.Namespace) -> int:
     async def run() -> int:
         n_entries = 0
-        async with map_image(given.image, force_share=given.force_share, snapshot=given.snapshot) as entries:
+        options = OpenOptions(snapshot=given.snapshot, backing_format=given.backing_format, data_file=given.data_file)
+        async with map_image(given.image, options, force_share=given.force_share) as entries:
             async for entry in entries:
                 if given.output == "json":
                     # One line each, printed as found: the map of a large disk is long.
@@ -244,7 +259,7 @@ def _map(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     fix = _REPAIRS.get(given.repair, Fix.NOTHING)
     if fix and given.force_share:
-        print("qcowfuse-img check: -r needs the image for itself: not with -U", file=sys.stderr)
+        print(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U", file=sys.stderr)
         return ImgExit.FAILED
 
     async def run() -> int:
@@ -305,7 +320,7 @@ def _snapshot(given: argparse.Namespace) -> int:
 
 
 def _resize(given: argparse.Namespace) -> int:
-    options = OpenOptions()
+    options = OpenOptions(backing_format=given.backing_format, data_file=given.data_file)
     key = KeySource(given.key_file, os.environ)
     key.prepare(given.image, options)
 

@@ -107,5 +107,5 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
 def _no_key(image: str) -> ImageUsageError:
     return ImageUsageError(
         f"{image}: is encrypted, and there is no terminal to ask for the passphrase: give --key-file PATH "
-        f"(-o key-file=PATH), or the systemd credential {CREDENTIAL_NAME}"
+        f"(in a mount table: key-file=PATH), or the systemd credential {CREDENTIAL_NAME}"
     )

@@ -381,7 +381,8 @@ async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
         return layer
     if header.incompatible_features & INCOMPATIBLE_CORRUPT:
         raise ImageUsageError(
-            f"{path}: marked as corrupt; mount it read-only (-r), or repair it: qcowfuse-img check -r all {path}"
+            f"{path}: marked as corrupt; serve it read-only (qcowfuse -r), or repair it: "
+            f"qcowfuse-img check -r all {path}"
         )
     if not header.incompatible_features & INCOMPATIBLE_DIRTY:
         return layer
@@ -399,7 +400,7 @@ def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:
     if last_table >= max(layer.storage.size(), 1):
         raise ImageUsageError(
             f"{path}: L2 table at {last_table:#x} lies past the end of the file ({layer.storage.size()} bytes): "
-            "truncated; mount it read-only (-r) to save what is left"
+            "truncated; serve it read-only (qcowfuse -r) to save what is left"
         )
 
 

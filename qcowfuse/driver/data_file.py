@@ -118,7 +118,7 @@ async def check_length(path: str, header: Qcow2Header, mapping: Mapping, *, writ
         return
     detail = f"data file {mapping.data.name} ends at {length} bytes, but there is data up to {end}: truncated"
     if writable:
-        raise ImageUsageError(f"{path}: {detail}; mount it read-only (-r) to save what is left")
+        raise ImageUsageError(f"{path}: {detail}; serve it read-only (qcowfuse -r) to save what is left")
     log.warning("%s: %s; what is missing reads as zeroes", path, detail)
 
 

@@ -49,14 +49,14 @@ class MapEntry:
 
 @asynccontextmanager
 async def map_image(
-    path: str, *, force_share: bool = False, snapshot: str | None = None
+    path: str, options: OpenOptions | None = None, *, force_share: bool = False
 ) -> AsyncIterator[AsyncIterator[MapEntry]]:
     """The extents of the virtual disk in order, each as long as it can be: iterate over what the context gives.
-    With ``snapshot``, an id or a name, those of a snapshot.
+    ``options``: a snapshot instead of the disk, and what the image does not say about the files below it.
 
     Raises what :func:`~qcowfuse.driver.chain.open_image` raises, CorruptImageError, OSError.
     """
-    options = OpenOptions(read_only=True, tables_only=True, snapshot=snapshot)
+    options = (options or OpenOptions())._replace(read_only=True, tables_only=True)
     image = await open_image(path, options, opener=opener_for(force_share=force_share))
     try:
         walk = _MapWalk(image.layers)

@@ -103,7 +103,7 @@ async def repair_dirty(path: str, storage: Storage) -> None:
             log.warning("%s: repairing, %d %% of this pass", path, 100 * n_done // max(n_all, 1))
 
     log.warning("%s: was not closed cleanly: repairing it", path)
-    advice = f"mount it read-only (-r), or see what is wrong: qcowfuse-img check {path}"
+    advice = f"serve it read-only (qcowfuse -r), or see what is wrong: qcowfuse-img check {path}"
     try:
         result = await repair_storage(
             storage, Fix.ALL, report=lambda finding: log.debug("%s", finding), progress=progress, verify=False
@@ -166,7 +166,9 @@ class _Repair:
         walk, comparison = await self._look(snapshots, fix_entries=fix_errors)
         incomplete = snapshots.incomplete(self.header.version)
         if (walk.needs_rebuild or comparison.has_zero) and not fix_errors:
-            raise ImageUsageError("clusters in use have no refcount, which takes -r all to mend; nothing was changed")
+            raise ImageUsageError(
+                "clusters in use have no refcount, which takes qcowfuse-img check -r all to mend; nothing was changed"
+            )
         if fix_errors and (
             walk.needs_rebuild
             or walk.has_block_outside

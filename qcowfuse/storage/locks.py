@@ -107,7 +107,7 @@ def _describe(fd: int, conflict: int, writable: bool) -> str:
     holder = _find_holder(fd, conflict) or "another process (not visible from here)"
     is_written = any(_is_held_by_other(fd, _USES_BASE + p) for p in _UNSHARED)
     if writable and not is_written:
-        return f"in use by {holder}; stop it, or open with --read-only"
+        return f"in use by {holder}; stop it, or serve the image read-only (qcowfuse -r)"
     return f"open for writing by {holder}; stop it first"
 
 

@@ -140,3 +140,28 @@ def test_version_1_knows_no_checks(image_folder: Path, capsys: pytest.CaptureFix
         assert main(["check", *words, str(path)]) == 63
         assert "does not support checks" in capsys.readouterr().err
         assert qemu.run("qemu-img", "check", *words, path).code == 63
+
+
+@pytest.mark.parametrize("command", ["map", "resize"])
+def test_what_the_image_does_not_say(command: str, image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A backing file without a format, and a data file that is elsewhere: the message names the option that helps."""
+    base, overlay = image_folder / "base.qcow2", image_folder / "overlay.qcow2"
+    qemu.create(base, "qcow2", "4M")
+    qemu.io(base, ["write -P 7 0 1M"])
+    qemu.create(overlay, "qcow2", "4M", backing="base.qcow2", backing_format="qcow2")
+    overlay.write_bytes(
+        overlay.read_bytes().replace(bytes.fromhex("e2792aca00000005"), bytes.fromhex("e2792acb00000005"))
+    )
+    image, data = image_folder / "disk.qcow2", image_folder / "data.raw"
+    qemu.create(image, "qcow2", "4M", options=f"data_file={data}")
+    data.rename(image_folder / "elsewhere.raw")
+    after = ["+1M"] if command == "resize" else ["--output=json"]
+    assert main([command, str(overlay), *after]) == 1
+    assert "--backing-format qcow2" in capsys.readouterr().err
+    assert main([command, "--backing-format", "qcow2", str(overlay), *after]) == 0
+    said = capsys.readouterr().out
+    if command == "map":
+        assert json.loads(said) == qemu.map_extents(overlay)
+    assert main([command, str(image), *after]) == 1
+    assert "--data-file PATH" in capsys.readouterr().err
+    assert main([command, "--data-file", str(image_folder / "elsewhere.raw"), str(image), *after]) == 0

@@ -169,7 +169,7 @@ def test_next_to_a_qemu_reader(image: str) -> None:
     """No writer of ours, and the message offers --read-only; a reader is welcome."""
     with qemu_io(image, "-r") as process:
         message = refusal(image, writable=True)
-        assert f"in use by qemu-io (pid {process.pid}); stop it, or open with --read-only" in message
+        assert f"in use by qemu-io (pid {process.pid}); stop it, or serve" in message
         with ours(image, writable=False):
             pass
 

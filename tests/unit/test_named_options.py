@@ -1,0 +1,146 @@
+"""Every message that names an option names one that the command in question has.
+
+1. An option behind the name of a program (``qcowfuse -r``, ``qcowfuse-img check -r all``) is that program's.
+2. Any other option is one of the command that prints the message: all commands that can print it must have it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import qcowfuse
+from qcowfuse.cli.img import _build_parser as build_img_parser
+from qcowfuse.cli.mount_options import sort_options
+from qcowfuse.cli.parser import build_parser
+
+PACKAGE = Path(qcowfuse.__file__).parent
+OTHER_PROGRAMS = {
+    "fusermount3",
+    "qemu-img",
+    "ulimit",
+    "apt",
+    "systemctl",
+    "losetup",
+    "mount",
+    "umount",
+    "fuser",
+    "truncate",
+}
+OPTION = re.compile(r"--?[a-zA-Z][a-z-]*")
+
+
+def _options_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {word for action in parser._actions for word in action.option_strings}
+
+
+def commands() -> dict[str, set[str]]:
+    """The options of each command: ``qcowfuse`` and ``qcowfuse-img info`` and so on."""
+    found = {"qcowfuse": _options_of(build_parser(5.0))}
+    for action in build_img_parser()._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found |= {f"qcowfuse-img {name}": _options_of(parser) for name, parser in action.choices.items()}
+    return found
+
+
+COMMANDS = commands()
+OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
+PRINTED_BY = {
+    "cli/create_options.py": {"qcowfuse-img create"},
+    "cli/img.py": {name for name in COMMANDS if name != "qcowfuse"},
+    "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
+    "cli": {"qcowfuse"},
+    "driver/chain.py": OPENS_A_CHAIN,
+    "driver/data_file.py": OPENS_A_CHAIN,
+    "driver/create.py": {"qcowfuse-img create"},
+    "driver/new_file.py": {"qcowfuse-img create"},
+    "driver/snapshot_edit.py": {"qcowfuse-img snapshot"},
+    "export": {"qcowfuse"},
+    "system": {"qcowfuse"},
+}
+"""By module, else by package: the commands that print its messages; all of them where nothing is said."""
+
+
+def printed_by(module: str, function: str) -> set[str]:
+    """The commands that print a message of ``function`` in ``module``."""
+    own = f"qcowfuse-img {function.removeprefix('_')}"
+    if module == "cli/img.py" and own in COMMANDS:
+        return {own}
+    return PRINTED_BY.get(module) or PRINTED_BY.get(module.partition("/")[0]) or set(COMMANDS)
+
+
+def messages(source: str) -> Iterator[tuple[int, str, str]]:
+    """Line, enclosing function and text of all literal text, with ``{}`` for what is put in; no docstrings."""
+
+    def walk(node: ast.AST, function: str) -> Iterator[tuple[int, str, str]]:
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            function = function or node.name
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            return
+        if isinstance(node, ast.JoinedStr):
+            parts = (str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
+            yield node.lineno, function, "".join(parts)
+            return
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.lineno, function, node.value
+        for child in ast.iter_child_nodes(node):
+            yield from walk(child, function)
+
+    yield from walk(ast.parse(source), "")
+
+
+def wrong_options(text: str, printers: set[str]) -> list[str]:
+    """The options named in ``text`` that the command in question has not."""
+    wrong = []
+    for clause in re.split(r"[;:,()]", text):
+        words = clause.split()
+        named: str | None = None
+        for number, word in enumerate(words):
+            if word in ("qcowfuse", "qcowfuse-img") or word in OTHER_PROGRAMS:
+                named = word
+                if word == "qcowfuse-img" and number + 1 < len(words):
+                    named = f"{word} {words[number + 1]}"
+            elif OPTION.fullmatch(word):
+                if named in OTHER_PROGRAMS:
+                    continue
+                lacking = {name for name in ({named} if named else printers) if word not in COMMANDS.get(name, ())}
+                if lacking and word not in ("--help", "-h"):
+                    wrong.append(f"{word}: {', '.join(sorted(lacking))} has no such option")
+                if word == "-o" and number + 1 < len(words) and "qcowfuse" in ({named} if named else printers):
+                    sort_options([words[number + 1]])  # raises for what qcowfuse does not know
+    return wrong
+
+
+MODULES = [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py"))]
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_messages_name_options_that_there_are(module: str) -> None:
+    """All literal text of the module, help included."""
+    wrong = []
+    for line, function, text in messages((PACKAGE / module).read_text()):
+        if " " in text:
+            wrong += [f"{module}:{line}: {each}" for each in wrong_options(text, printed_by(module, function))]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_sees_what_is_wrong() -> None:
+    """An option of another command, an unknown one, and one of mount(8)'s list."""
+    assert wrong_options("say so with --backing-format qcow2", OPENS_A_CHAIN) == []
+    assert wrong_options("say so with --backing-format qcow2", {"qcowfuse-img info"})
+    assert wrong_options("in use; stop it, or open with --read-only", set(COMMANDS))
+    assert wrong_options("serve it (qcowfuse -r), or qcowfuse-img check -r all {}", set(COMMANDS)) == []
+    assert wrong_options("try qcowfuse-img info -r", {"qcowfuse"})
+    assert wrong_options("fusermount3 -u removes it", {"qcowfuse"}) == []
+    assert list(messages('def f():\n    """--doc string"""\n    g(f"{x}: use --y")')) == [(3, "f", "{}: use --y")]
+
+
+def test_every_command_is_known_here() -> None:
+    """The table above speaks of commands and modules that exist."""
+    assert {name for names in PRINTED_BY.values() for name in names} <= set(COMMANDS)
+    assert all((PACKAGE / name).exists() for name in PRINTED_BY)
