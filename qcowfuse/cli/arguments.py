@@ -11,14 +11,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ..driver.options import DelayModel, DetectZeroes, L2CacheSize, OpenOptions
+from ..export.settings import MountSettings, User
 from .exit_codes import ExitCode
 from .mount_options import MountOptionError, sort_options
-
-if TYPE_CHECKING:
-    from ..export.settings import MountSettings
 
 DEFAULT_LOCK_WAIT = 5.0
 """Seconds. After an unmount, the old daemon may still write back and flush: a new one waits for it."""
@@ -30,7 +28,7 @@ T = TypeVar("T")
 
 
 class Arguments(NamedTuple):
-    """A command line that makes sense. From ``file_name`` to ``growable`` it is for :meth:`mount_settings`."""
+    """A command line that makes sense. From ``file_name`` to ``user`` it is for :meth:`mount_settings`."""
 
     image: str
     mount_point: str
@@ -49,11 +47,11 @@ class Arguments(NamedTuple):
     umask: int | None
     counts_allocated: bool
     growable: bool
+    uses_sandbox: bool
+    user: User | None
 
     def mount_settings(self) -> MountSettings:
         """Where and how to serve."""
-        from ..export.settings import MountSettings
-
         return MountSettings(
             mount_point=self.mount_point,
             file_name=self.file_name,
@@ -67,6 +65,8 @@ class Arguments(NamedTuple):
             ends_on_hangup=self.foreground,
             counts_allocated=self.counts_allocated,
             growable=self.growable,
+            uses_sandbox=self.uses_sandbox,
+            user=self.user,
         )
 
 
@@ -101,6 +101,18 @@ def _user_or_group(text: str) -> int:
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= (1 << 32) - 1:
         raise ValueError(f"bad id {text!r}: expected a number")
     return int(text)
+
+
+def _user(text: str) -> User:
+    import pwd
+
+    if os.geteuid() != 0:
+        raise ValueError("only root can become another user")
+    try:
+        entry = pwd.getpwnam(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"there is no user {text!r}") from None
+    return User(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(text, entry.pw_gid)))
 
 
 def _umask(text: str) -> int:
@@ -222,4 +234,6 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         umask=value("umask", _umask),
         counts_allocated=given.debug_io_delay is None and "debug-io-delay" not in listed.values,
         growable=flag("growable"),
+        uses_sandbox=not flag("no-sandbox"),
+        user=value("user", _user),
     )

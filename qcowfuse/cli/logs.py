@@ -7,6 +7,14 @@ import os
 import sys
 
 _SYSLOG = "/dev/log"
+_LOG_DAEMON = 3 << 3
+_SEVERITIES = (
+    (logging.CRITICAL, 2),
+    (logging.ERROR, 3),
+    (logging.WARNING, 4),
+    (logging.INFO, 6),
+    (logging.NOTSET, 7),
+)
 _ROOT = logging.getLogger()
 
 
@@ -31,15 +39,39 @@ def log_to_file(path: str) -> None:
 
 def open_syslog() -> logging.Handler:
     """The local syslog (journald listens there too), or nowhere when there is none."""
-    from logging.handlers import SysLogHandler
-
     try:
-        syslog = SysLogHandler(_SYSLOG, SysLogHandler.LOG_DAEMON)
+        syslog = _Syslog(_SYSLOG)
     except OSError:
         return logging.NullHandler()
-    syslog.append_nul = False
     syslog.setFormatter(logging.Formatter(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))
     return syslog
+
+
+class _Syslog(logging.Handler):
+    """Datagrams to the socket at ``address``, each by its name: the standard library's handler connects, and would
+    have to open another socket after the syslog was restarted, which a daemon in its sandbox can't.
+
+    A message that can't be sent at once is lost: the syslog may be waiting for this very disk.
+    """
+
+    def __init__(self, address: str) -> None:
+        """Raises OSError where nobody listens there."""
+        super().__init__()
+        import socket
+
+        self._address = address
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as trial:
+            trial.connect(address)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Send one record, as the facility "daemon" (RFC 3164)."""
+        severity = next(number for level, number in _SEVERITIES if record.levelno >= level)
+        try:
+            text = f"<{_LOG_DAEMON | severity}>{self.format(record)}"
+            self._socket.sendto(text.encode("utf-8", "backslashreplace"), self._address)
+        except Exception:
+            self.handleError(record)
 
 
 def log_to(handler: logging.Handler) -> None:

@@ -20,12 +20,12 @@ _MEANINGLESS = frozenset(
 )
 _MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
 _OWN_FLAGS = frozenset(
-    str.split("read-only growable foreground debug nonempty no-writeback-cache debug-image-in-memory")
+    str.split("read-only growable foreground debug nonempty no-sandbox no-writeback-cache debug-image-in-memory")
 )
 _OWN_VALUES = frozenset(
     str.split(
         "name snapshot backing-format data-file key-file l2-cache-size lock-wait aio discard detect-zeroes log-file "
-        "debug-io-delay uid gid umask fsname"
+        "debug-io-delay uid gid umask user fsname"
     )
 )
 

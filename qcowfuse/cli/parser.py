@@ -86,6 +86,14 @@ for its users. SIGUSR1 prints the counters to the log.""",
         help="any long option without its dashes, and: ro, allow_other, allow_root, uid=N, gid=N, umask=OCTAL, "
         "nonempty, fsname=TEXT, nosuid, nodev, noexec, noatime, sync; what mount(8) adds is accepted",
     )
+    common.add_argument(
+        "--user", metavar="NAME", help="once it serves, run as this user (only root can; the mount stays root's)"
+    )
+    common.add_argument(
+        "--no-sandbox",
+        action="store_true",
+        help="keep what serving does not need: other files, other system calls, capabilities",
+    )
     tuning = parser.add_argument_group("tuning")
     tuning.add_argument(
         "--l2-cache-size",

@@ -31,11 +31,14 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     notifier = sdnotify.SystemdNotifier()
     syslog = logs.open_syslog() if starter is not None and arguments.log_file is None else None
 
-    def ready(description: str) -> None:
-        on_ready()
+    def served() -> None:
         if starter is not None:
             leave_session()
             outside.leave_session()
+
+    def ready(description: str) -> None:
+        on_ready()
+        if starter is not None:
             if syslog is not None:
                 logs.log_to(syslog)
             starter.report(ExitCode.OK)
@@ -46,4 +49,4 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
 
     opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
     with Outside() as outside:
-        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(ready, stopping))
+        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(served, ready, stopping))

@@ -30,7 +30,8 @@ from . import mountpoint
 from .mount_session import MountSession
 from .mountpoint import MountBusyError
 from .outside import Outside
-from .process import become_io_flusher
+from .process import become_io_flusher, become_user
+from .sandbox import enter_sandbox
 from .settings import MountSettings
 
 _BUSY_RETRY_SECONDS = 1.0
@@ -49,8 +50,12 @@ def _no_notice(_: str) -> None:
 
 
 class Notices(NamedTuple):
-    """What the surroundings want to hear, each with a line for a person. They are called in the trio thread."""
+    """What the surroundings want to hear, some with a line for a person. They are called in the trio thread.
 
+    ``served``: the mount answers, and the daemon can still do what it likes. ``ready``: it has settled as well.
+    """
+
+    served: Callable[[], None] = lambda: None
     ready: Callable[[str], None] = _no_notice
     stopping: Callable[[str], None] = _no_notice
 
@@ -122,6 +127,8 @@ class _Service:
             return
         try:
             values = self._image.statistics()
+            if self._mount is not None:
+                values |= self._mount.statistics
         except Exception as exc:
             _log.error("no statistics: %s", exc)
             return
@@ -165,6 +172,8 @@ class _Service:
                 nursery.start_soon(mount.answer_requests)
                 try:
                     await mount.check()
+                    self._notices.served()
+                    await self._settle(mount)
                     self._notices.ready(mount.description)
                     _log.info("%s", mount.description)
                     await self._wait_for_end(mount)
@@ -177,6 +186,15 @@ class _Service:
         if failure is not None:
             raise failure
         mount.check_end()
+
+    async def _settle(self, mount: MountSession) -> None:
+        """Give up what it took to get here."""
+        if self._settings.user is not None:
+            become_user(self._settings.user)
+        if self._settings.uses_sandbox:
+            sandbox = await enter_sandbox()
+            _log.log(logging.WARNING if sandbox.is_incomplete else logging.DEBUG, "sandbox: %s", sandbox)
+            mount.add_statistics(sandbox.statistics())
 
     async def _wait_for_end(self, mount: MountSession) -> None:
         async with trio.open_nursery() as nursery:

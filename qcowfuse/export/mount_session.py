@@ -126,6 +126,15 @@ class MountSession:
         finally:
             self.ended.set()
 
+    @property
+    def statistics(self) -> dict[str, int]:
+        """Counters of the daemon, beside those of the image."""
+        return self._operations.daemon_statistics
+
+    def add_statistics(self, statistics: dict[str, int]) -> None:
+        """Show these as well, as extended attributes and in the log."""
+        self._operations.daemon_statistics |= statistics
+
     async def check(self) -> None:
         """See from outside that the mount answers, and tell the kernel the size. Raises MountError."""
         problem = f"no answer within {_CHECK_SECONDS:g} seconds"

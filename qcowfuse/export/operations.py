@@ -106,6 +106,7 @@ class Operations(pyfuse3.Operations):
         self.has_declined = False
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
+        self.daemon_statistics: dict[str, int] = {}
         self._n_writers = 0
         self._is_growable = growable
         self._grow_lock = trio.Lock()
@@ -432,7 +433,7 @@ class Operations(pyfuse3.Operations):
 
     def _statistics(self) -> dict[str, int]:
         try:
-            return self._image.statistics()
+            return self._image.statistics() | self.daemon_statistics
         except Exception as exc:
             self._fail("statistics", exc)
 

@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from .settings import User
+
 _PR_SET_IO_FLUSHER = 57
 _UNEXPECTED = 1
 
@@ -116,6 +118,13 @@ def leave_session() -> None:
         os.dup2(null, fd)
     if null > 2:
         os.close(null)
+
+
+def become_user(user: User) -> None:
+    """Be another user from now on, in every thread. Raises OSError; only root may."""
+    os.setgroups(user.groups)
+    os.setresgid(user.gid, user.gid, user.gid)
+    os.setresuid(user.uid, user.uid, user.uid)
 
 
 def become_io_flusher() -> None:

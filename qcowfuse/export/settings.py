@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+class User(NamedTuple):
+    """Whom a process becomes."""
+
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+
+
 class MountSettings(NamedTuple):
     """Where and how to serve. ``fuse_options`` are libfuse's own, as they would stand after its ``-o``.
 
     ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
     background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
-    ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600.
+    ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600. ``uses_sandbox``: once it serves, the
+    daemon gives up what it does not need. ``user``: and becomes that user.
     """
 
     mount_point: str
@@ -25,3 +34,5 @@ class MountSettings(NamedTuple):
     ends_on_hangup: bool = False
     counts_allocated: bool = True
     growable: bool = False
+    uses_sandbox: bool = True
+    user: User | None = None

@@ -96,6 +96,8 @@ class WorkerPool:
 
     async def run_in_each(self, function: Callable[[], T]) -> list[T]:
         """``function()`` once in each thread that runs now. A thread that stays busy for a second is left out."""
+        if not self._n_threads:
+            return []
         return await self.run_all(Meeting(function, self._n_threads), ((),) * self._n_threads)
 
     def retain(self) -> WorkerPool:

@@ -118,7 +118,11 @@ def test_unit_is_well_formed(machine: Path) -> None:
 
 def test_unit_gives_itself_no_mount_namespace() -> None:
     """No directive that would hide the mount from the rest of the system."""
-    keys = {line.split("=")[0] for line in UNIT.read_text().splitlines() if not line.startswith("#")}
+    settings = [line for line in UNIT.read_text().splitlines() if not line.startswith("#")]
+    # These have other namespaces than that of mounts, or none; the first would imply the one of mounts.
+    harmless = {"PrivateNetwork", "PrivateMounts", "ProtectClock", "ProtectHostname"}
+    assert "PrivateMounts=no" in settings
+    keys = {line.split("=")[0] for line in settings} - harmless
     hiding = (
         "Private",
         "Protect",
@@ -133,6 +137,18 @@ def test_unit_gives_itself_no_mount_namespace() -> None:
     assert not {key for key in keys if key.startswith(hiding)}
 
 
+def test_unit_is_confined(machine: Path) -> None:
+    """systemd's own judgement of what the service may do is 4.0 at most, from 0 (least) to 10."""
+    unit = "qcowfuse@one.service"
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=true", "--threshold=40", f"--root={machine}", unit],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr
+
+
 @pytest.mark.usefixtures("instance")
 def test_start_serve_stop(boot: Callable[[str], None]) -> None:
     """Active when the disk can be used; after stop the mount is gone and the image closed, clean and complete."""
@@ -142,6 +158,8 @@ expect "$(state qcowfuse@one)" active
 [ -n "$(systemctl show -P StatusText qcowfuse@one)" ] || fail "no status text"
 disk="/srv/mount one/disk.raw"
 expect "$(stat -c %s "$disk")" $((64 << 20))
+pid=$(systemctl show -P MainPID qcowfuse@one)
+grep -q "Seccomp:.2" /proc/$pid/status && grep -q "CapEff:.0000000000000000" /proc/$pid/status || fail "no sandbox"
 head -c 5000000 /dev/urandom >/srv/data
 dd if=/srv/data of="$disk" bs=64k seek=16 conv=notrunc status=none || fail write
 cmp -n 5000000 /srv/data "$disk" 0 1048576 || fail "what was written is not read"
