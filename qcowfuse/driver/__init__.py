@@ -6,8 +6,8 @@ Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (t
 extents, compressed clusters),
 ``snapshot_table``, ``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest
 data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
-``ordering`` (rules R1 to R5, flush), ``growing``, ``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty
-bitmaps kept right), ``usage`` (what ``du`` should say).
+``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``, ``detect_zeroes``,
+``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du`` should say).
 
 The tools beside the virtual disk: ``quick_look`` (before there is an event loop), ``inspect`` (what an image says
 about itself), ``extent_map`` (what lies where), ``create`` with ``new_file`` and ``create_encryption`` (new

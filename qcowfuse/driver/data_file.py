@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from array import array
 from collections.abc import Awaitable, Callable
 
 from ..errors import BackingChainError, CorruptImageError, FormatError, ImageUsageError
@@ -169,32 +170,33 @@ class DataFileMapping(Mapping):
             if run.value != guest_offset:
                 raise _misplaced(guest_offset, run.value)
         elif run.kind != MISS:
-            self._check_places(guest_offset, run.n_bytes)
+            slice_ = self.cache.slices.get(self.key(guest_offset))
+            if slice_ is not None:
+                self._check_places(slice_.entries, guest_offset, run.n_bytes)
         return run
 
-    def _check_places(self, guest_offset: int, n_bytes: int) -> None:
+    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
+        """See Mapping. Of data that is not in its place, reading says so."""
+        kind, n_bytes = super().presence(entries, guest_offset, n_bytes)
+        if kind is not ClusterKind.DATA:
+            self._check_places(entries, guest_offset, n_bytes)
+        return kind, n_bytes
+
+    def _check_places(self, entries: array[int], guest_offset: int, n_bytes: int) -> None:
         """Clusters that are there but hold no data must be in their places too, as QEMU wants it."""
-        slice_ = self.cache.slices.get(self.key(guest_offset))
-        if slice_ is None:
-            return
         cluster_bits = self.geometry.cluster_bits
         words = self.entry_format.words
         index = self.index(guest_offset)
         first = guest_offset >> cluster_bits
         n_clusters = (guest_offset + n_bytes - 1 >> cluster_bits) + 1 - first
-        number = 0
-        while True:
-            n_skipped, n_owners = clusters_to_give_back(
-                slice_.entries, self.entry_format, index + number, n_clusters - number
-            )
-            if not n_owners:
-                return
-            number += n_skipped
-            for _ in range(n_owners):
-                place = slice_.entries[(index + number) * words] & OFFSET_MASK
-                if place != first + number << cluster_bits:
-                    raise _misplaced(first + number << cluster_bits, place)
-                number += 1
+        n_skipped, n_owners = clusters_to_give_back(entries, self.entry_format, index, n_clusters)
+        if not n_owners:
+            return
+        is_there = self.entry_format.cluster_mask
+        for number in range(n_skipped, n_clusters):
+            entry = entries[(index + number) * words]
+            if entry & is_there and entry & OFFSET_MASK != first + number << cluster_bits:
+                raise _misplaced(first + number << cluster_bits, entry & OFFSET_MASK)
 
 
 class DataClusters:

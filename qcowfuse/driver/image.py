@@ -69,9 +69,11 @@ class Image(Protocol):
         ImageUsageError for less than it has, OSError (EFBIG: more than the format allows; EOPNOTSUPP: this image
         cannot grow), and as write."""
 
-    async def find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int]:
+    async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
         """Whether there is data at ``guest_offset`` (zeroes otherwise), and for how many of ``n_bytes`` (1 or more)
-        that holds; the rest is to be asked again. Raises OutOfRangeError, CorruptImageError, OSError."""
+        that holds; the rest is to be asked again. One call does a bounded amount of work, and calls in a row let
+        others have their turn. ``keep``: the caller comes back to this place, so that tables are worth keeping.
+        Raises OutOfRangeError, CorruptImageError, OSError."""
 
     async def flush(self) -> None:
         """Make every completed write durable. A failed flush is final: later ones fail too."""

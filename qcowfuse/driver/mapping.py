@@ -18,6 +18,7 @@ from ..errors import CorruptImageError
 from ..format.entries import ClusterKind, EntryFormat, parse_table
 from ..format.extents import MISS, Extent, Run, lookup_run
 from ..format.geometry import Geometry
+from ..format.presence import presence_run
 from ..format.subclusters import lookup_run_extended
 from ..storage.base import Storage
 from .table_cache import LAYER_BITS, L2Slice, TableCache
@@ -162,6 +163,12 @@ class Mapping:
             return Run(MISS, 0, 0)
         return Run(ClusterKind.UNALLOCATED, 0, empty_until - guest_offset)
 
+    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
+        """What the slice with these entries says of ``guest_offset``, and for how many of ``n_bytes``: see
+        :func:`~qcowfuse.format.presence.presence_run`. Raises CorruptImageError."""
+        in_cluster = guest_offset & self.geometry.cluster_size - 1
+        return presence_run(entries, self.entry_format, self.index(guest_offset), in_cluster, n_bytes)
+
     def empty_until(self, guest_offset: int, end: int) -> int:
         """How far from ``guest_offset`` on, at most to ``end``, there are no L2 tables; ``guest_offset`` itself
         where there is one. Looks at a bounded number of L1 entries at a time."""
@@ -169,6 +176,8 @@ class Mapping:
         mask = self.entry_format.l1_offset_mask
         l1_table = self.l1_table
         first = guest_offset >> l1_shift
+        if l1_table[first] & mask:
+            return guest_offset
         last = min((end - 1) >> l1_shift, first + _MAX_L1_SCAN)
         if last > first and not any(l1_table[first : last + 1]):
             return min(end, (last + 1) << l1_shift)

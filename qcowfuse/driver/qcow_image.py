@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
-from ..format.entries import ALL_BITS, COPIED, ClusterKind
+from ..format.entries import ALL_BITS, COPIED
 from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
@@ -30,6 +30,7 @@ from .data_file import DataClusters
 from .detect_zeroes import DetectZeroes, is_zero
 from .growing import Grower
 from .header_bits import HeaderBits
+from .holes import HoleFinder
 from .mapping import Layer, Mapping
 from .metadata import MetadataClusters
 from .ordering import Ordering
@@ -78,6 +79,7 @@ class QcowImage:
         self._storages = tuple(storages)
         self._storage = mapping.storage
         self._usage = Usage(reader.layers, mapping.data)
+        self._holes = HoleFinder(reader.layers)
         self._frozen: Exception | None = None
         self._closed = False
         self._allocator = allocator
@@ -439,18 +441,11 @@ class QcowImage:
             if generations is not None:
                 generations.leave(generation)
 
-    async def find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int]:
+    async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
         async with self._looking():
-            extents = await self._reader.lookup(guest_offset, n_bytes)
-        is_data = extents[0].kind != ClusterKind.ZERO
-        length = 0
-        for extent in extents:
-            if (extent.kind != ClusterKind.ZERO) is not is_data:
-                break
-            length += extent.n_bytes
-        return is_data, length
+            return await self._holes.find(guest_offset, n_bytes, keep=keep)
 
     async def flush(self) -> None:
         """See Image."""

@@ -3,7 +3,9 @@
 1. A callback only starts a task; the task answers the request, whatever happens to it. A request that is never
    answered would hang its client for good.
 2. Nothing is raised into libfuse: ctypes would swallow it.
-3. ENOSYS is never answered: the kernel would turn the operation off for the life of the mount.
+3. The kernel tells of signals that a caller gets, and libfuse takes note of it; the kernel waits for the answer all
+   the same, of a caller that is killed, too. A handler that may take long can ask while it is at work.
+4. ENOSYS is never answered: the kernel would turn the operation off for the life of the mount.
 """
 
 from __future__ import annotations
@@ -37,8 +39,9 @@ class ExtraHandlers(Protocol):
     async def fallocate(self, mode: int, off: int, length: int) -> None:
         """fallocate(2) of the one file."""
 
-    async def lseek(self, off: int, whence: int) -> int:
-        """lseek(2) with SEEK_DATA or SEEK_HOLE."""
+    async def lseek(self, off: int, whence: int, is_interrupted: Callable[[], bool]) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE. ``is_interrupted``: whether the caller got a signal, and should have
+        an answer soon."""
 
 
 class ExtraOperations:
@@ -51,13 +54,16 @@ class ExtraOperations:
         self._callbacks: list[object] = []
         self._reply_error: Callable[[int, int], int] | None = None
         self._reply_lseek: Callable[[int, int], int] | None = None
+        self._is_interrupted: Callable[[int], int] | None = None
 
     def callbacks(self, library: ctypes.CDLL) -> dict[str, int]:
         """Addresses by operation. Raises AttributeError where this libfuse cannot answer them."""
         reply_error, reply_lseek = library.fuse_reply_err, library.fuse_reply_lseek
         reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
         reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        self._reply_error, self._reply_lseek = reply_error, reply_lseek
+        interrupted = library.fuse_req_interrupted
+        interrupted.argtypes = (ctypes.c_void_p,)
+        self._reply_error, self._reply_lseek, self._is_interrupted = reply_error, reply_lseek, interrupted
         wanted: dict[str, Any] = {"fallocate": _FALLOCATE(self._on_fallocate), "lseek": _LSEEK(self._on_lseek)}
         self._callbacks = list(wanted.values())
         return {name: ctypes.cast(callback, ctypes.c_void_p).value or 0 for name, callback in wanted.items()}
@@ -66,7 +72,11 @@ class ExtraOperations:
         self._start(request, lambda: self._handlers.fallocate(mode, off, length))
 
     def _on_lseek(self, request: int, inode: int, off: int, whence: int, info: int) -> None:
-        self._start(request, lambda: self._handlers.lseek(off, whence))
+        def is_interrupted() -> bool:
+            assert self._is_interrupted is not None
+            return bool(self._is_interrupted(request))
+
+        self._start(request, lambda: self._handlers.lseek(off, whence, is_interrupted))
 
     def _start(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
         try:

@@ -40,6 +40,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 from ..driver.image import Image
 from .errnos import errno_of
 from .poll_first import RequestGate
+from .seeking import Seeker, never
 
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
@@ -54,7 +55,6 @@ _MIN_BLOCK_SIZE = 4096
 FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
-_FIRST_SEEK_STEP = 16 << 20
 _WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
 
@@ -111,6 +111,7 @@ class Operations(pyfuse3.Operations):
         self._is_growable = growable
         self._grow_lock = trio.Lock()
         self._image = image
+        self._seeker = Seeker(image)
         self._size = image.size
         self.try_read = image.try_read
         self.try_read_alone = image.try_read_alone
@@ -244,8 +245,9 @@ class Operations(pyfuse3.Operations):
         except Exception as exc:
             self._fail("fallocate", exc)
 
-    async def lseek(self, off: int, whence: int) -> int:
-        """The next data, or the next hole; the end of the file is a hole."""
+    async def lseek(self, off: int, whence: int, is_interrupted: Callable[[], bool] = never) -> int:
+        """The next data, or the next hole; the end of the file is a hole. With ``is_interrupted``, see
+        :mod:`.seeking`."""
         try:
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 raise FUSEError(errno.EINVAL)
@@ -257,17 +259,11 @@ class Operations(pyfuse3.Operations):
                 return off if whence == os.SEEK_DATA else self._size
             if not 0 <= off < self._size:
                 raise FUSEError(errno.ENXIO)
-            step = _FIRST_SEEK_STEP
             with self._slow():
-                while off < self._size:
-                    is_data, n_bytes = await self._image.find_extent(off, min(step, self._size - off))
-                    if is_data is (whence == os.SEEK_DATA):
-                        return off
-                    off += n_bytes
-                    step *= 2
-            if whence == os.SEEK_DATA:
+                found = await self._seeker.seek(off, self._size, whence, is_interrupted)
+            if found is None:
                 raise FUSEError(errno.ENXIO)
-            return self._size
+            return found
         except Exception as exc:
             self._fail("lseek", exc)
 

@@ -72,6 +72,13 @@ class MemoryImage:
         self.data.extend(bytes(-(-size // 512) * 512 - self.size))
         self.size = len(self.data)
 
+    async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
+        """Cluster by cluster: whether any byte of it is not zero."""
+        await trio.lowlevel.checkpoint()
+        self._check(guest_offset, n_bytes)
+        end = min(guest_offset // self.cluster_size * self.cluster_size + self.cluster_size, guest_offset + n_bytes)
+        return any(self.data[guest_offset // self.cluster_size * self.cluster_size : end]), end - guest_offset
+
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
