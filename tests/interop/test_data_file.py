@@ -162,7 +162,7 @@ async def test_a_data_file_that_lost_its_end(
     """It is not written; read, it has zeroes where nothing is left, as in QEMU, and a warning is in the log."""
     path = make(image_folder, options)
     os.truncate(image_folder / "data.raw", length)
-    with pytest.raises(ImageUsageError, match="truncated; mount it read-only"):
+    with pytest.raises(ImageUsageError, match="truncated; serve it read-only"):
         await open_image(str(path))
     image = await open_image(str(path), READ_ONLY)
     try:
