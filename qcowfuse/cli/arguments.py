@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 from ..driver.options import DelayModel, DetectZeroes, L2CacheSize, OpenOptions
 from ..export.settings import MountSettings, User
 from .exit_codes import ExitCode
+from .image_names import backing_format, check_names, configured_folders
 from .mount_options import MountOptionError, sort_options
 
 DEFAULT_LOCK_WAIT = 5.0
@@ -133,12 +134,6 @@ def _uses_io_uring(text: str) -> bool:
     return text == "io_uring"
 
 
-def _backing_format(text: str) -> str:
-    if text not in ("raw", "qcow2"):
-        raise ValueError(f"{text!r} is neither raw nor qcow2")
-    return text
-
-
 def _detect_zeroes(text: str) -> DetectZeroes:
     try:
         return DetectZeroes(text)
@@ -159,6 +154,7 @@ def _plain(argv: Sequence[str]) -> SimpleNamespace | None:
         foreground="-f" in flags,
         read_only="-r" in flags,
         allow_other=False,
+        allow_dir=[],
         debug_io_delay=None,
         options=[],
     )
@@ -204,6 +200,12 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     detect_zeroes = value("detect-zeroes", _detect_zeroes) or DetectZeroes.OFF
     if detect_zeroes is DetectZeroes.UNMAP and not discard:
         _refuse("--detect-zeroes unmap and --discard ignore exclude each other")
+    backing_file, no_backing = value("backing-file", str), flag("no-backing")
+    allow_dirs = (*given.allow_dir, *listed.repeated["allow-dir"])
+    try:
+        check_names(backing_file=backing_file, allow_dirs=allow_dirs, no_backing=no_backing)
+    except ValueError as exc:
+        _refuse(str(exc))
     return Arguments(
         image=given.image,
         mount_point=given.mountpoint,
@@ -213,8 +215,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             discard=discard,
             detect_zeroes=detect_zeroes,
             snapshot=value("snapshot", str),
-            backing_format=value("backing-format", _backing_format),
+            backing_format=value("backing-format", backing_format),
+            backing_file=backing_file,
             data_file=value("data-file", str),
+            allow_dirs=(*allow_dirs, *configured_folders()),
+            no_backing=no_backing,
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_uring=value("aio", _uses_io_uring) is not False,
             io_delay=value("debug-io-delay", DelayModel.parse),

@@ -21,11 +21,11 @@ from ..driver.check_result import Fix
 from ..driver.create import create_image
 from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
-from ..driver.options import OpenOptions
 from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
 from ..errors import ImageUsageError, QcowFuseError
 from . import img_output
 from .create_options import parse_create_options, parse_size
+from .image_names import add_name_options, options_of_names
 from .img_progress import ProgressLine
 from .passphrase import KeySource, ask, read_key_file
 from .stopping import StoppedError, run_until_stopped
@@ -94,7 +94,7 @@ def _build_parser() -> _Parser:
             )
         if name == "map":
             command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
-            _add_chain_options(command)
+            add_name_options(command)
     create = commands.add_parser(
         "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
     )
@@ -132,7 +132,7 @@ def _build_parser() -> _Parser:
     resize.add_argument(
         "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
     )
-    _add_chain_options(resize)
+    add_name_options(resize)
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument(
@@ -140,18 +140,6 @@ def _build_parser() -> _Parser:
     )
     _add_snapshot_command(commands)
     return parser
-
-
-def _add_chain_options(command: argparse.ArgumentParser) -> None:
-    """What the user has to say where an image does not, of every command that opens the files below it."""
-    command.add_argument(
-        "--backing-format",
-        choices=("raw", "qcow2"),
-        help="the format of a backing file for which the image names none (raw; refused if it looks like QCOW)",
-    )
-    command.add_argument(
-        "--data-file", metavar="PATH", help="the external data file, where it is not the one that the image names"
-    )
 
 
 def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None:
@@ -236,10 +224,12 @@ def _info(given: argparse.Namespace) -> int:
 
 
 def _map(given: argparse.Namespace) -> int:
+    names = options_of_names(given)
+
     async def run() -> int:
         n_entries = 0
-        options = OpenOptions(snapshot=given.snapshot, backing_format=given.backing_format, data_file=given.data_file)
-        async with map_image(given.image, options, force_share=given.force_share) as entries:
+        options = names._replace(force_share=given.force_share, snapshot=given.snapshot)
+        async with map_image(given.image, options) as entries:
             async for entry in entries:
                 if given.output == "json":
                     # One line each, printed as found: the map of a large disk is long.
@@ -320,7 +310,7 @@ def _snapshot(given: argparse.Namespace) -> int:
 
 
 def _resize(given: argparse.Namespace) -> int:
-    options = OpenOptions(backing_format=given.backing_format, data_file=given.data_file)
+    options = options_of_names(given)
     key = KeySource(given.key_file, os.environ)
     key.prepare(given.image, options)
 

@@ -20,14 +20,17 @@ _MEANINGLESS = frozenset(
 )
 _MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
 _OWN_FLAGS = frozenset(
-    str.split("read-only growable foreground debug nonempty no-sandbox no-writeback-cache debug-image-in-memory")
+    str.split(
+        "read-only growable foreground debug nonempty no-backing no-sandbox no-writeback-cache debug-image-in-memory"
+    )
 )
 _OWN_VALUES = frozenset(
     str.split(
-        "name snapshot backing-format data-file key-file l2-cache-size lock-wait aio discard detect-zeroes log-file "
-        "debug-io-delay uid gid umask user fsname"
+        "name snapshot backing-file backing-format data-file key-file l2-cache-size lock-wait aio discard "
+        "detect-zeroes log-file debug-io-delay uid gid umask user fsname"
     )
 )
+_OWN_REPEATED = frozenset({"allow-dir"})
 
 
 class MountOptionError(ValueError):
@@ -35,12 +38,13 @@ class MountOptionError(ValueError):
 
 
 class MountOptions:
-    """The sorted list: for libfuse, our flags, our values (both by long name)."""
+    """The sorted list: for libfuse, our flags, our values, and those that may come more than once (by long name)."""
 
     def __init__(self) -> None:
         self.fuse: set[str] = set()
         self.flags: set[str] = set()
         self.values: dict[str, str] = {}
+        self.repeated: dict[str, list[str]] = {name: [] for name in _OWN_REPEATED}
 
 
 def split_options(text: str) -> list[str]:
@@ -79,10 +83,13 @@ def sort_options(lists: Iterable[str]) -> MountOptions:
             found.fuse.discard("no" + option)
         elif not has_value and own in _OWN_FLAGS:
             found.flags.add(own)
-        elif own in _OWN_VALUES:
+        elif own in _OWN_VALUES or own in _OWN_REPEATED:
             if not value:
                 raise MountOptionError(f"option {key} needs a value: {key}=...")
-            found.values[own] = value
+            if own in _OWN_REPEATED:
+                found.repeated[own].append(value)
+            else:
+                found.values[own] = value
         elif has_value and (own in _OWN_FLAGS or key in _FUSE_FLAGS):
             raise MountOptionError(f"option {key} takes no value")
         else:

@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from .._version import __version__
 from .exit_codes import EXPLANATIONS, ExitCode
+from .image_names import add_name_options
 
 
 class _Parser(argparse.ArgumentParser):
@@ -50,14 +51,6 @@ for its users. SIGUSR1 prints the counters to the log.""",
         "--snapshot", metavar="NAME_OR_ID", help="serve an internal snapshot, with its own size; implies -r"
     )
     common.add_argument(
-        "--backing-format",
-        metavar="raw|qcow2",
-        help="the format of a backing file for which the image names none (raw; refused if it looks like QCOW)",
-    )
-    common.add_argument(
-        "--data-file", metavar="PATH", help="the external data file, where it is not the one that the image names"
-    )
-    common.add_argument(
         "--key-file",
         metavar="PATH",
         help="the passphrase of an encrypted image, the whole file (a newline counts); "
@@ -94,6 +87,7 @@ for its users. SIGUSR1 prints the counters to the log.""",
         action="store_true",
         help="keep what serving does not need: other files, other system calls, capabilities",
     )
+    add_name_options(parser.add_argument_group("names inside images"))
     tuning = parser.add_argument_group("tuning")
     tuning.add_argument(
         "--l2-cache-size",

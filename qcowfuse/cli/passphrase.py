@@ -41,10 +41,9 @@ class KeySource:
         import trio
 
         from ..driver.chain import first_encrypted_layer
-        from ..driver.inspect import open_shared_storage
 
         try:
-            layer = trio.run(lambda: first_encrypted_layer(image, options, opener=open_shared_storage))
+            layer = trio.run(lambda: first_encrypted_layer(image, options._replace(force_share=True)))
         except Exception:
             return  # the real opening meets it again, and can say so properly
         if layer is not None:

@@ -1,6 +1,7 @@
 """The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
 
-Modules: ``chain`` (open_image and the backing chain), ``options``, ``image`` (the protocol that export sees),
+Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it may open), ``options``,
+``image`` (the protocol that export sees),
 ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``mapping`` (guest range to extents),
 ``table_cache`` (LRU of L2 slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching
 extents, compressed clusters),

@@ -2,12 +2,11 @@
 
 1. The image that the user named must be QCOW. It is opened for writing unless asked otherwise; everything below
    it is opened read-only, and all of it is locked the way QEMU locks it.
-2. A name found inside an image is a plain local path, relative to the folder of the image that holds it. Nothing
-   with a protocol, no ``json:``.
-3. The format of a backing file is the one that the image names. A QCOW2 image that names none is believed to
-   mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to a raw
-   disk could make it look like QCOW and have a file of the host shown. The user can say which it is
-   (``OpenOptions.backing_format``). Version 1 cannot name a format: there, and there only, the content decides.
+2. A name found inside an image is followed as far as :mod:`~qcowfuse.driver.files` allows.
+3. The format of a backing file is the one that the image names. An image that names none (version 1 never does) is
+   believed to mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to
+   a raw disk could make it look like QCOW and have a file of the host shown. The user can say which it is, or that
+   the content shall decide (``OpenOptions.backing_format``).
    An external data file (:mod:`~qcowfuse.driver.data_file`) is opened with its image, and as it is.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
@@ -20,9 +19,7 @@
 
 from __future__ import annotations
 
-import os
 from array import array
-from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -47,8 +44,6 @@ from ..format.header import (
     refuse_unsupported,
 )
 from ..storage.base import Storage, pread
-from ..storage.file import FileStorage, open_file_storage
-from ..storage.locks import wait_image_lock
 from .allocation import Allocator, AppendAllocator, RefcountAllocator
 from .data_file import (
     DataClusters,
@@ -56,10 +51,10 @@ from .data_file import (
     check_length,
     has_data_file,
     has_raw_data_file,
-    local_path,
     open_data_file,
 )
 from .decoded import CompressedSource
+from .files import ChainFile, ChainFiles, StorageOpener, plain_name
 from .header_bits import HeaderBits
 from .mapping import Layer, Mapping, RawLayer
 from .metadata import MetadataClusters, find_metadata
@@ -77,33 +72,6 @@ if TYPE_CHECKING:
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
 
-StorageOpener = Callable[[str, bool, OpenOptions], Awaitable[Storage]]
-"""``(path, writable, options)`` to a locked Storage; tests and tools put their own in."""
-
-
-async def open_storage(path: str, writable: bool, options: OpenOptions) -> Storage:
-    """Open and lock a file, with the measuring layers that the options ask for.
-
-    Raises OSError, ImageLockedError.
-    """
-    file: FileStorage = await open_file_storage(path, writable=writable, io_uring=options.io_uring)
-    storage: Storage = file
-    try:
-        await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
-        file.refresh_size()
-        if options.image_in_memory:
-            from ..storage.memory import ResidentStorage
-
-            storage = ResidentStorage(file)
-        if options.io_delay is not None:
-            from ..storage.latency import LatencyStorage
-
-            storage = LatencyStorage(storage, options.io_delay)
-    except BaseException:
-        await file.aclose()
-        raise
-    return storage
-
 
 @dataclass(slots=True)
 class _Opened:
@@ -118,9 +86,9 @@ class _Opened:
 
 
 async def open_image(
-    path: str, options: OpenOptions | None = None, *, opener: StorageOpener = open_storage
+    path: str, options: OpenOptions | None = None, *, opener: StorageOpener | None = None
 ) -> QcowImage:
-    """Open a QCOW image and its backing chain.
+    """Open a QCOW image and its backing chain. ``opener`` stands in for files: see :mod:`~qcowfuse.driver.files`.
 
     Raises FormatError (not QCOW, damaged), UnsupportedFeatureError, ImageLockedError, BackingChainError,
     ImageUsageError (cannot be repaired, has no such snapshot, wants a key), OSError. A writable image with the dirty
@@ -141,13 +109,13 @@ async def open_image(
     return image
 
 
-async def first_encrypted_layer(path: str, options: OpenOptions, *, opener: StorageOpener) -> str | None:
+async def first_encrypted_layer(path: str, options: OpenOptions) -> str | None:
     """The path of the first layer of a chain that needs a key, None when no layer does.
 
     Raises what :func:`open_image` raises.
     """
     async with AsyncExitStack() as stack:
-        for layer in await _open_chain(path, options._replace(read_only=True), opener, stack):
+        for layer in await _open_chain(path, options._replace(read_only=True), None, stack):
             if _is_encrypted(layer):
                 return layer.path
     return None
@@ -182,60 +150,73 @@ async def _unlock_layers(layers: list[_Opened], options: OpenOptions) -> None:
         passphrase.wipe()
 
 
-async def _open_chain(path: str, options: OpenOptions, opener: StorageOpener, stack: AsyncExitStack) -> list[_Opened]:
+async def _open_chain(
+    path: str, options: OpenOptions, opener: StorageOpener | None, stack: AsyncExitStack
+) -> list[_Opened]:
+    writable = not options.read_only
     opened: list[_Opened] = []
-    seen: dict[str, str] = {}
-    next_path: str | None = path
-    next_format: str | None = "qcow"
-    while next_path is not None:
-        identity = os.path.realpath(next_path)
-        if identity in seen:
-            raise BackingChainError(opened[-1].path, f"its backing file {next_path} is part of the chain already")
-        if len(opened) > MAX_BACKING_DEPTH:
-            raise BackingChainError(path, f"the backing chain is deeper than {MAX_BACKING_DEPTH} files")
-        seen[identity] = next_path
-        writable = not opened and not options.read_only
-        try:
-            storage = await opener(next_path, writable, options)
-        except OSError as error:
-            if not opened:
-                raise
-            detail = f"cannot open its backing file {next_path}: {error.strerror or error}"
-            raise BackingChainError(opened[-1].path, detail) from error
-        stack.push_async_callback(storage.aclose)
-        try:
-            layer = await _open_layer(next_path, storage, next_format)
-        except FormatError as error:
-            if not opened:
-                raise
-            raise BackingChainError(next_path, f"backing file of {opened[-1].path}: {error}") from error
-        if isinstance(layer.header, Qcow2Header) and has_data_file(layer.header):
-            override = None if opened else options.data_file
-            layer.data = await open_data_file(
-                next_path,
-                layer.header,
-                override=override,
-                writable=writable,
-                seen=seen,
-                options=options,
-                opener=opener,
-            )
-            stack.push_async_callback(layer.data.aclose)
-        elif not opened and options.data_file is not None:
-            raise ImageUsageError(f"{path}: has no external data file")
-        opened.append(layer)
-        next_path, next_format = _backing_of(layer, options.backing_format)
+    with ChainFiles(options, opener) as files:
+        file = await files.open_image(path, writable=writable)
+        next_format = "qcow"
+        while True:
+            stack.push_async_callback(file.storage.aclose)
+            layer = await _open_below(opened, file, next_format)
+            is_top = not opened
+            opened.append(layer)
+            if isinstance(layer.header, Qcow2Header) and has_data_file(layer.header):
+                override = options.data_file if is_top else None
+                layer.data = await open_data_file(
+                    files, file, layer.header, override=override, writable=is_top and writable
+                )
+                stack.push_async_callback(layer.data.aclose)
+            elif is_top and options.data_file is not None:
+                raise ImageUsageError(f"{path}: has no external data file")
+            name = None if layer.header is None else layer.header.backing_file
+            if not name:
+                break
+            if len(opened) > MAX_BACKING_DEPTH:
+                raise BackingChainError(path, f"the backing chain is deeper than {MAX_BACKING_DEPTH} files")
+            holder = file
+            if is_top and options.backing_file is not None:
+                next_format = _backing_format_of(layer, options.backing_format)
+                file = await files.open_given(holder, options.backing_file, "backing file", writable=False)
+            else:
+                plain_name(holder.path, name, "backing file")  # says more of a protocol than its format does
+                next_format = _backing_format_of(layer, options.backing_format)
+                file = await files.open_named(holder, name, "backing file", writable=False)
+            holder.forget_folder()
+    if options.backing_file is not None and len(opened) == 1:
+        raise ImageUsageError(f"{path}: has no backing file")
     return opened
 
 
-async def _open_layer(path: str, storage: Storage, format_name: str | None) -> _Opened:
-    """Read a layer's header and L1 table. ``format_name``: raw, qcow (any version), or None to go by content."""
+async def _open_below(opened: list[_Opened], file: ChainFile, format_name: str) -> _Opened:
+    """The layer in ``file``, below the others. Raises FormatError for the first one, BackingChainError for others."""
+    if not opened:
+        return await _open_layer(file.path, file.storage, format_name)
+    if format_name == "unnamed":
+        start = await pread(file.storage, 0, min(4, file.storage.size()))
+        if bytes(start) == b"QFI\xfb":
+            detail = (
+                f"names backing file {file.path} without its format, and that file looks like QCOW; say what it is: "
+                "--backing-format qcow2, or raw if it is a raw disk in which a guest may have written that"
+            )
+            raise BackingChainError(opened[-1].path, detail)
+        format_name = "raw"
+    try:
+        return await _open_layer(file.path, file.storage, format_name)
+    except FormatError as error:
+        raise BackingChainError(file.path, f"backing file of {opened[-1].path}: {error}") from error
+
+
+async def _open_layer(path: str, storage: Storage, format_name: str) -> _Opened:
+    """Read a layer's header and L1 table. ``format_name``: raw, qcow (any version), or auto to go by content."""
     if format_name == "raw":
         return _Opened(path, storage, None, array("Q"))
     start = await pread(storage, 0, min(512, storage.size()))
     probed = probe_format(bytes(start))
     if probed is None:
-        if format_name is None:
+        if format_name == "auto":
             return _Opened(path, storage, None, array("Q"))
         raise FormatError("header", 0, f"no QCOW image: starts with {bytes(start[:4]).hex(' ') or 'nothing'}")
     wanted = min(header_length_needed(bytes(start)), storage.size())
@@ -269,39 +250,16 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
     return replace(layer, header=header, l1_table=l1_table)
 
 
-def _backing_of(layer: _Opened, unnamed_format: str | None) -> tuple[str | None, str | None]:
-    """Path and format of a layer's backing file; ``unnamed_format`` where the image names none."""
-    header = layer.header
-    if header is None or not header.backing_file:
-        return None, None
-    name = header.backing_file
-    path = local_path(layer.path, name, "backing file")
-    if isinstance(header, Qcow1Header):
-        return path, None
-    named = header.backing_format
+def _backing_format_of(layer: _Opened, unnamed_format: str | None) -> str:
+    """The format of a layer's backing file as :func:`_open_layer` takes it; ``unnamed``: nobody says which."""
+    named = layer.header.backing_format if isinstance(layer.header, Qcow2Header) else None
+    if named is None:
+        return {None: "unnamed", "raw": "raw", "auto": "auto"}.get(unnamed_format, "qcow")
     if named in ("qcow", "qcow2"):
-        return path, "qcow"
+        return "qcow"
     if named in _RAW_FORMATS:
-        return path, "raw"
-    if named is not None:
-        raise UnsupportedFeatureError([f"backing format {named}"])
-    if unnamed_format is not None:
-        return path, "raw" if unnamed_format == "raw" else "qcow"
-    if _looks_like_qcow(path):
-        detail = (
-            f"names backing file {name} without its format, and that file looks like QCOW; if it is, say so with "
-            "--backing-format qcow2"
-        )
-        raise BackingChainError(layer.path, detail)
-    return path, "raw"
-
-
-def _looks_like_qcow(path: str) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.read(4) == b"QFI\xfb"
-    except OSError:
-        return False  # opening it properly will say what is wrong
+        return "raw"
+    raise UnsupportedFeatureError([f"backing format {named}"])
 
 
 async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> QcowImage:

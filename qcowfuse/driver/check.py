@@ -18,10 +18,10 @@ from __future__ import annotations
 from ..errors import UnsupportedFeatureError
 from ..format.header import Qcow2Header
 from ..storage.base import Storage
-from .chain import open_storage
 from .check_compare import check_storage
 from .check_result import CheckResult, Fix, Progress, Report
-from .inspect import opener_for, read_header
+from .files import open_storage
+from .inspect import read_header
 from .options import OpenOptions
 from .reference_counts import StoredRefcounts
 from .repair import repair_storage
@@ -42,10 +42,8 @@ async def check_image(
     understood at all; ImageUsageError where ``fix`` does not include what has to be done first; ImageLockedError,
     OSError.
     """
-    if fix:
-        storage = await open_storage(path, True, OpenOptions())
-    else:
-        storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    options = OpenOptions(read_only=not fix, force_share=force_share and not fix)
+    storage = await open_storage(path, bool(fix), options)
     try:
         if fix:
             return await repair_storage(storage, fix, report=report, progress=progress)

@@ -57,7 +57,7 @@ from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from ..storage.opened import length_of_path
 from .create_encryption import Encryption, LuksArea, check_passphrase, make_area
-from .data_file import local_path
+from .files import local_path
 from .inspect import describe_image
 from .new_file import CreateError as CreateError
 from .new_file import NewFile, Progress, open_new_file

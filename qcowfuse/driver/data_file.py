@@ -1,8 +1,8 @@
 """The external data file of an image: which file it is, and where guest clusters lie in it.
 
-1. Its name, found inside the image, is a plain local path relative to the image's folder (where QEMU starts from its
-   working directory), and its contents are never probed. The user may name another file instead. It is no file of
-   the chain itself.
+1. Its name, found inside the image, is followed as :mod:`~qcowfuse.driver.files` says, relative to the image's folder
+   (where QEMU starts from its working directory), and its contents are never probed. The user may name another file
+   instead. It is no file of the chain itself.
 2. A data cluster lies where it lies in the virtual disk: host offset and guest offset are the same, offset 0 is a
    cluster like any other, nothing is counted and nothing is moved. What says otherwise is corrupt.
 3. A place whose cluster is not linked holds anything: a write fills whole clusters (subclusters) there too. A place
@@ -17,13 +17,11 @@ Source: QEMU's do_alloc_cluster_offset(), qcow2_get_host_offset(), qcow2_subclus
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 from array import array
-from collections.abc import Awaitable, Callable
 
-from ..errors import BackingChainError, CorruptImageError, FormatError, ImageUsageError
+from ..errors import CorruptImageError, FormatError, ImageUsageError
 from ..format.entries import COMPRESSED, OFFSET_MASK, READS_ZERO, ClusterKind
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
 from ..format.extents import MISS, Run
@@ -32,8 +30,8 @@ from ..format.subclusters import ALL_ALLOCATED
 from ..format.zero_plan import clusters_to_give_back
 from ..storage.base import Storage
 from .allocation import HostRun
+from .files import ChainFile, ChainFiles
 from .mapping import Mapping
-from .options import OpenOptions
 
 log = logging.getLogger(__name__)
 _MAX_TABLES_SEARCHED = 4
@@ -55,59 +53,20 @@ def has_raw_data_file(header: Qcow1Header | Qcow2Header | None) -> bool:
     )
 
 
-def local_path(holder: str, name: str, what: str) -> str:
-    """The file that ``name``, found inside the image ``holder``, means. Raises BackingChainError."""
-    plain = name.removeprefix("file:")
-    protocol, colon, _ = plain.partition(":")
-    if "\0" in plain or not plain or (colon and "/" not in protocol):
-        raise BackingChainError(holder, f"its {what} {name!r} is not a plain local path")
-    return os.path.join(os.path.dirname(holder), plain)
+async def open_data_file(
+    files: ChainFiles, holder: ChainFile, header: Qcow2Header, *, override: str | None, writable: bool
+) -> Storage:
+    """Open and lock the data file of an image: ``override``, or the one that it names.
 
-
-def data_file_path(path: str, header: Qcow2Header) -> str:
-    """The data file that the image at ``path`` names. Raises FormatError, BackingChainError."""
+    Raises FormatError, ImageLockedError; BackingChainError, for an OSError too.
+    """
+    if override is not None:
+        return (await files.open_given(holder, override, "data file", writable=writable)).storage
     raw = find_extension(header.extensions, EXTENSION_DATA_FILE)
     name = os.fsdecode((raw or b"").partition(b"\0")[0])
     if not name:
         raise FormatError("header", None, "external data file without its name (the --data-file option can give it)")
-    return local_path(path, name, "data file")
-
-
-async def open_data_file(
-    path: str,
-    header: Qcow2Header,
-    *,
-    override: str | None,
-    writable: bool,
-    seen: dict[str, str],
-    options: OpenOptions,
-    opener: Callable[[str, bool, OpenOptions], Awaitable[Storage]],
-) -> Storage:
-    """Open and lock the data file of the image at ``path``; ``seen``: the files of the chain so far, by identity.
-
-    Raises FormatError, BackingChainError, ImageLockedError; OSError becomes BackingChainError.
-    """
-    data_path = data_file_path(path, header) if override is None else override
-    identity = os.path.realpath(data_path)
-    if identity in seen or _is_same_file(path, data_path):
-        raise BackingChainError(path, f"its data file {data_path} is part of the chain itself")
-    seen[identity] = data_path
-    try:
-        return await opener(data_path, writable, options)
-    except OSError as error:
-        detail = f"cannot open its data file {data_path}: {error.strerror or error}"
-        if override is None and isinstance(error, FileNotFoundError):
-            detail += "; if it is elsewhere (QEMU starts from the working directory), say --data-file PATH"
-        if error.errno == errno.EROFS:
-            detail += "; qcowfuse -r serves the image read-only"
-        raise BackingChainError(path, detail) from error
-
-
-def _is_same_file(first: str, second: str) -> bool:
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False  # opening it will say what is wrong
+    return (await files.open_named(holder, name, "data file", writable=writable)).storage
 
 
 async def check_length(path: str, header: Qcow2Header, mapping: Mapping, *, writable: bool) -> None:

@@ -23,7 +23,6 @@ from ..storage.base import Storage
 from ..storage.file import FileStorage
 from .chain import open_image
 from .check import is_preallocated
-from .inspect import opener_for
 from .mapping import Layer, Mapping
 from .options import OpenOptions
 
@@ -48,16 +47,14 @@ class MapEntry:
 
 
 @asynccontextmanager
-async def map_image(
-    path: str, options: OpenOptions | None = None, *, force_share: bool = False
-) -> AsyncIterator[AsyncIterator[MapEntry]]:
+async def map_image(path: str, options: OpenOptions | None = None) -> AsyncIterator[AsyncIterator[MapEntry]]:
     """The extents of the virtual disk in order, each as long as it can be: iterate over what the context gives.
-    ``options``: a snapshot instead of the disk, and what the image does not say about the files below it.
+    The chain is opened as ``options`` say, but read-only and without a key.
 
     Raises what :func:`~qcowfuse.driver.chain.open_image` raises, CorruptImageError, OSError.
     """
     options = (options or OpenOptions())._replace(read_only=True, tables_only=True)
-    image = await open_image(path, options, opener=opener_for(force_share=force_share))
+    image = await open_image(path, options)
     try:
         walk = _MapWalk(image.layers)
         await walk.find_holes()

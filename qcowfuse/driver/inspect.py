@@ -35,9 +35,8 @@ from ..format.header import (
 from ..format.luks import LuksHeader as LuksHeader
 from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
-from ..storage.file import open_file_storage
-from .chain import StorageOpener, open_storage
 from .encryption import load_luks_header
+from .files import open_storage
 from .options import OpenOptions
 from .snapshot_table import load_snapshots as load_snapshots
 
@@ -73,17 +72,6 @@ class ImageInfo:
     luks: LuksHeader | None = None
 
 
-async def open_shared_storage(path: str, writable: bool, options: OpenOptions) -> Storage:
-    """A :data:`~qcowfuse.driver.chain.StorageOpener` that takes no lock. Read-only. Raises OSError."""
-    assert not writable
-    return await open_file_storage(path, writable=False)
-
-
-def opener_for(*, force_share: bool) -> StorageOpener:
-    """How the tools open files: locked like any reader, or not at all."""
-    return open_shared_storage if force_share else open_storage
-
-
 async def read_header(storage: Storage, *, for_check: bool = False) -> Qcow1Header | Qcow2Header:
     """The header of an open image; ``for_check``: one without refcount table will do.
 
@@ -99,7 +87,7 @@ async def read_header(storage: Storage, *, for_check: bool = False) -> Qcow1Head
 
 async def is_version_1(path: str, *, force_share: bool = False) -> bool:
     """Whether the image is of version 1, however damaged. Raises FormatError, ImageLockedError, OSError."""
-    storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
         return probe_format(bytes(await storage.pread(0, min(8, storage.size())))) == "qcow"
     finally:
@@ -121,7 +109,7 @@ async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
 
     Raises FormatError, UnsupportedFeatureError (features that nobody here knows), ImageLockedError, OSError.
     """
-    storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
         header = await read_header(storage)
         info = _describe(path, storage, header)

@@ -28,8 +28,11 @@ class OpenOptions(NamedTuple):
     wait for a lock that another process holds. ``discard`` False: nothing is given back to the file system.
     ``detect_zeroes``: what a write of zeroes becomes.
     ``snapshot``: id or name of the internal snapshot to serve instead of the disk as it is; implies ``read_only``.
-    ``backing_format``: ``raw`` or ``qcow2`` (of any version) for backing files whose format the image leaves open.
-    ``data_file``: the external data file, where it is not the one that the image names.
+    ``backing_format``: ``raw``, ``qcow2`` (of any version) or ``auto`` (by content) for backing files whose format
+    the image leaves open.
+    ``backing_file``, ``data_file``: those of the image itself, where they are not the ones that it names.
+    ``allow_dirs``: folders beneath which images may name files; ``no_backing``: images may name none.
+    ``force_share``: read, without locks, what others may be writing.
     ``io_uring``: what must wait for the disk is read by io_uring, where that can be had.
     ``passphrase`` is asked once when a layer is encrypted; ``tables_only``: encrypted layers stay locked, and their
     data cannot be read.
@@ -42,7 +45,11 @@ class OpenOptions(NamedTuple):
     detect_zeroes: DetectZeroes = DetectZeroes.OFF
     snapshot: str | None = None
     backing_format: str | None = None
+    backing_file: str | None = None
     data_file: str | None = None
+    allow_dirs: tuple[str, ...] = ()
+    no_backing: bool = False
+    force_share: bool = False
     passphrase: PassphraseSource | None = None
     tables_only: bool = False
     io_uring: bool = False

@@ -54,8 +54,8 @@ from ..format.header import (
 from ..format.header_bytes import serialise_switch
 from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snapshots
 from ..storage.base import Storage
-from .chain import StorageOpener, open_storage
-from .inspect import opener_for, read_header
+from .files import StorageOpener, open_storage
+from .inspect import read_header
 from .metadata import MetadataClusters, find_metadata
 from .options import OpenOptions
 from .shadow_refcounts import ShadowRefcounts, load_refcount_table
@@ -70,7 +70,7 @@ Progress = Callable[[int, int], None]
 
 async def list_snapshots(path: str, *, force_share: bool = False) -> tuple[Snapshot, ...]:
     """The snapshots of an image; none for version 1. Raises FormatError, ImageLockedError, OSError."""
-    storage = await opener_for(force_share=force_share)(path, False, OpenOptions(read_only=True))
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
         header = await read_header(storage)
         return (await load_snapshots(storage, header))[0] if isinstance(header, Qcow2Header) else ()

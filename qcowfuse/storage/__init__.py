@@ -6,7 +6,8 @@
 3. ``OSError`` is what comes out, untouched; a failed flush is final (``base``, rule 4).
 
 ``base`` is the protocol, ``file`` the real thing, ``opened`` what regular files and block devices differ in,
-``workers`` its threads, ``ring`` its reads by io_uring (``restricted_ring``: it does nothing else), ``syscalls`` what
-the standard library lacks, ``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage
-for measuring: a known delay (``delay_model``) on each access, and an image that is locked in RAM.
+``beneath`` files found by names from strangers, ``workers`` its threads, ``ring`` its reads by io_uring
+(``restricted_ring``: it does nothing else), ``syscalls`` what the standard library lacks, ``locks`` the image locks
+that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a known delay (``delay_model``) on
+each access, and an image that is locked in RAM.
 """

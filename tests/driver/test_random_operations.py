@@ -202,7 +202,7 @@ async def test_allocated_bytes_is_exact(name: str, n_counted_first: int) -> None
     spec = replace(SPECS[name], backing="qcow2") if SPECS[name].backing else SPECS[name]
     built = build_image(spec)
     memory = MemoryStorage(built.top, suspend=True)
-    image = await open_memory_image({**built.files, TOP: memory})
+    image = await open_memory_image({**built.files, TOP: memory}, backing_format="auto")
     if n_counted_first == 1000:
         await image.count_allocated()
     chooser = random.Random(3)
@@ -214,7 +214,7 @@ async def test_allocated_bytes_is_exact(name: str, n_counted_first: int) -> None
     await image.count_allocated()
     counted = image.allocated_bytes()
     await image.aclose()
-    again = await open_memory_image({**built.files, TOP: bytes(memory.data)}, read_only=True)
+    again = await open_memory_image({**built.files, TOP: bytes(memory.data)}, read_only=True, backing_format="auto")
     await again.count_allocated()
     assert again.allocated_bytes() == counted
     assert 0 < counted < again.size

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.options import L2CacheSize, OpenOptions
+from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.format.header import header_length_needed, parse_header
 from qcowfuse.format.header_bytes import serialise_header
 from tests.support import battery, qemu
@@ -24,7 +24,7 @@ async def test_reads_what_qemu_wrote(spec: ImageSpec, image_folder: Path) -> Non
     """A read-only image shows QEMU's bytes in every way of asking, refuses writes, and leaves the file as it was."""
     built = build(spec, image_folder)
     before = built.path.read_bytes()
-    image = await open_image(str(built.path), OpenOptions(read_only=True))
+    image = await open_image(str(built.path), built.options._replace(read_only=True))
     try:
         expected = reference_bytes(built.path, spec.format_name)
         assert image.format_name == spec.format_name
@@ -39,7 +39,7 @@ async def test_reads_with_a_starved_cache(spec: ImageSpec, image_folder: Path) -
     """With no L2 cache to speak of the bytes are the same."""
     built = build(spec, image_folder)
     expected = reference_bytes(built.path, spec.format_name)
-    options = OpenOptions(read_only=True, l2_cache_size=L2CacheSize(n_bytes=0))
+    options = built.options._replace(read_only=True, l2_cache_size=L2CacheSize(n_bytes=0))
     image = await open_image(str(built.path), options)
     try:
         await battery.check_reads(image, expected, seed=5)
@@ -52,7 +52,7 @@ async def test_opening_for_writing_writes_nothing(spec: ImageSpec, image_folder:
     """Open for writing, read, flush and close leave the file as it was, byte for byte."""
     built = build(spec, image_folder)
     before = built.path.read_bytes()
-    image = await open_image(str(built.path))
+    image = await open_image(str(built.path), built.options)
     try:
         await battery.read(image, 0, min(image.size, 70_000))
         await image.flush()
@@ -69,7 +69,7 @@ async def test_reads_large_images(spec: ImageSpec, image_folder: Path) -> None:
         place: reference_window(built.path, spec.format_name, guest_offset=place, n_bytes=MIB)
         for place in spec.windows
     }
-    image = await open_image(str(built.path), OpenOptions(read_only=True))
+    image = await open_image(str(built.path), built.options._replace(read_only=True))
     try:
         assert image.size == qemu.info(built.path)["virtual-size"]
         for place, expected in windows.items():

@@ -44,7 +44,7 @@ async def test_qemu_finds_what_we_wrote(spec: ImageSpec, image_folder: Path) -> 
     below = [path.read_bytes() for path in built.backing_paths]
 
     async def open_it() -> Image:
-        return await open_image(str(built.path))
+        return await open_image(str(built.path), built.options)
 
     model = await battery.check_image(open_it, expected)
     must_be_sound(spec, built)
@@ -59,7 +59,7 @@ async def test_writing_in_turn_with_qemu(spec: ImageSpec, image_folder: Path) ->
     model = DiskModel(reference_bytes(built.path, spec.format_name))
     rng = random.Random(spec.id)
     for number in range(3):
-        image = await open_image(str(built.path))
+        image = await open_image(str(built.path), built.options)
         try:
             await battery.check_reads(image, model.data, seed=number, n_random=20)
             await battery.check_writes(image, model, seed=number, n_writes=12)
@@ -88,7 +88,7 @@ async def test_writes_to_large_images(spec: ImageSpec, image_folder: Path) -> No
         for place in spec.windows
     }
     rng = random.Random(spec.id)
-    image = await open_image(str(built.path))
+    image = await open_image(str(built.path), built.options)
     try:
         for place, model in models.items():
             for guest_offset, n_bytes in battery.random_ranges(rng, MIB, 12):

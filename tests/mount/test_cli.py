@@ -51,6 +51,7 @@ def test_own_options_have_two_ways_in() -> None:
         *("--read-only", "--name=x.raw", "--l2-cache-size=64M", "--lock-wait=1", "--no-writeback-cache", "-f"),
         *("--debug-io-delay=1ms", "--debug-image-in-memory", "--allow-other", "--log-file=/tmp/l"),
         *("--backing-format=qcow2", "--data-file=d.raw", "--aio=threads"),
+        *("--backing-file=b,1.raw", "--allow-dir=/a", "--allow-dir=/b"),
     )
     short = parse(
         "-o",
@@ -58,12 +59,16 @@ def test_own_options_have_two_ways_in() -> None:
         "-o",
         "debug-io-delay=1ms,debug_image_in_memory,allow_other,log-file=/tmp/l,backing_format=qcow2,data_file=d.raw",
         "-o",
-        "aio=threads",
+        "aio=threads,backing-file=b\\,1.raw,allow_dir=/a,allow-dir=/b",
     )
     assert long == short
     assert long.open_options.read_only
     assert long.open_options.backing_format == "qcow2"
     assert long.open_options.data_file == "d.raw"
+    assert long.open_options.backing_file == "b,1.raw"
+    assert long.open_options.allow_dirs[:2] == ("/a", "/b")
+    assert parse("-o", "no-backing") == parse("--no-backing")
+    assert parse("--no-backing").open_options.no_backing
     assert long.fuse_options == {"allow_other"}
     assert not long.open_options.io_uring
 
@@ -172,6 +177,10 @@ def test_bad_cache_sizes(text: str) -> None:
         ["--lock-wait", "nan", "image", "mount"],
         ["--debug-io-delay", "fast", "image", "mount"],
         ["--aio", "native", "image", "mount"],
+        ["--backing-format", "vmdk", "image", "mount"],
+        ["--no-backing", "--allow-dir", "/", "image", "mount"],
+        ["-o", "no-backing,backing-file=x", "image", "mount"],
+        ["-o", "allow-dir", "image", "mount"],
         ["-o", "umask=9", "image", "mount"],
         ["-o", "uid=root", "image", "mount"],
         ["-o", "remount", "image", "mount"],

@@ -62,7 +62,7 @@ def test_image_through_a_mount(spec: ImageSpec, tmp_path: Path) -> None:
     mount_point = tmp_path / "mount point"
     mount_point.mkdir()
     model = DiskModel(reference_bytes(built.path, spec.format_name))
-    with Mounted(built.path, mount_point, *spec.mount_options) as mounted:
+    with Mounted(built.path, mount_point, *built.words) as mounted:
         assert not first_difference(mounted.file.read_bytes(), model.data)
         if model.size:
             change(mounted.file, model, random.Random(spec.id))
@@ -82,7 +82,7 @@ def test_large_image_through_a_mount(spec: ImageSpec, tmp_path: Path) -> None:
         place: DiskModel(reference_window(built.path, spec.format_name, guest_offset=place, n_bytes=MIB))
         for place in spec.windows
     }
-    with Mounted(built.path, mount_point, *spec.mount_options) as mounted:
+    with Mounted(built.path, mount_point, *built.words) as mounted:
         assert mounted.file.stat().st_size == qemu.info(built.path)["virtual-size"]
         fd = os.open(mounted.file, os.O_RDWR)
         try:

@@ -261,6 +261,7 @@ async def open_memory_image(
     read_only: bool = False,
     storages: dict[str, Storage] | None = None,
     detect_zeroes: DetectZeroes = DetectZeroes.OFF,
+    backing_format: str | None = None,
 ) -> QcowImage:
     """Open the chain of ``files`` from memory. ``wrap`` is put around the top storage, ``wrap_data`` around its data
     file; all storages that were made are noted in ``storages``. A MemoryStorage among ``files`` is used as it is."""
@@ -281,7 +282,11 @@ async def open_memory_image(
         return storage
 
     options = OpenOptions(
-        read_only=read_only, l2_cache_size=cache, passphrase=passphrase, detect_zeroes=detect_zeroes
+        read_only=read_only,
+        l2_cache_size=cache,
+        passphrase=passphrase,
+        detect_zeroes=detect_zeroes,
+        backing_format=backing_format,
     )
     return await open_image(TOP, options, opener=opener)
 

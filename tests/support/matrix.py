@@ -13,6 +13,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from qcowfuse.driver.options import OpenOptions
+
 from . import qemu
 
 KIB = 1024
@@ -54,13 +56,14 @@ class Layer:
 class ImageSpec:
     """An image: its layers, the lowest first.
 
-    ``mount_options`` are what qcowfuse has to be told. ``large``: too large to be compared whole; the places in
-    ``windows`` (multiples of 64 KiB) are.
+    ``backing_format`` and ``allows_folder`` (all that is built there) are what qcowfuse has to be told. ``large``:
+    too large to be compared whole; the places in ``windows`` (multiples of 64 KiB) are.
     """
 
     id: str
     layers: tuple[Layer, ...]
-    mount_options: tuple[str, ...] = ()
+    backing_format: str | None = None
+    allows_folder: bool = False
     windows: tuple[int, ...] = ()
 
     @property
@@ -81,12 +84,15 @@ class ImageSpec:
 
 @dataclass(frozen=True, slots=True)
 class BuiltImage:
-    """A built image: the file to open, its format, the files below it, and its external data file."""
+    """A built image: the file to open, its format, the files below it, its external data file, and what has to be
+    said when it is opened, as options and as words of a command line."""
 
     path: Path
     format_name: str
     backing_paths: tuple[Path, ...]
-    data_path: Path | None = None
+    data_path: Path | None
+    options: OpenOptions
+    words: tuple[str, ...]
 
 
 def build(spec: ImageSpec, folder: Path) -> BuiltImage:
@@ -120,7 +126,10 @@ def build(spec: ImageSpec, folder: Path) -> BuiltImage:
         paths += [built.path] if data_path is None else [data_path, built.path]
         below = built
     n_own = 1 if data_path is None else 2
-    return BuiltImage(paths[-1], spec.format_name, tuple(paths[:-n_own]), data_path)
+    needed = OpenOptions(backing_format=spec.backing_format, allow_dirs=(str(folder),) if spec.allows_folder else ())
+    words = [f"--allow-dir={folder}" for folder in needed.allow_dirs]
+    words += [f"--backing-format={spec.backing_format}"] if spec.backing_format is not None else []
+    return BuiltImage(paths[-1], spec.format_name, tuple(paths[:-n_own]), data_path, needed, tuple(words))
 
 
 def _relative(path: Path, folder: Path) -> Path:
@@ -530,8 +539,9 @@ def _version1() -> Iterable[ImageSpec]:
         "v1-over-odd-raw", (Layer("raw", MIB + 123, make=fill_raw(5)), Layer("qcow", SIZE, steps=(fill(1, 6),)))
     )
     lower = Layer("qcow", SIZE, steps=(fill(1),))
-    yield ImageSpec("v1-over-v1", (lower, Layer("qcow", SIZE, steps=(fill(2, 5),))))
-    yield ImageSpec("v1-over-v3", (Layer("qcow2", SIZE, steps=(fill(1),)), Layer("qcow", SIZE, steps=(fill(2, 5),))))
+    yield ImageSpec("v1-over-v1", (lower, Layer("qcow", SIZE, steps=(fill(2, 5),))), backing_format="auto")
+    v3 = Layer("qcow2", SIZE, steps=(fill(1),))
+    yield ImageSpec("v1-over-v3", (v3, Layer("qcow", SIZE, steps=(fill(2, 5),))), backing_format="qcow2")
     yield ImageSpec("v3-over-v1", (lower, Layer("qcow2", SIZE, steps=(fill(2, 5),))))
     yield ImageSpec(
         "v3-over-v1-compressed",
@@ -604,6 +614,7 @@ def _chains() -> Iterable[ImageSpec]:
             Layer("qcow2", SIZE, name="b/c/middle.qcow2", steps=(fill(2, 4),)),
             Layer("qcow2", SIZE, name="b/top.qcow2", steps=(fill(3, 4),)),
         ),
+        allows_folder=True,
     )
     yield ImageSpec(
         "absolute-backing",
@@ -611,6 +622,7 @@ def _chains() -> Iterable[ImageSpec]:
             Layer("qcow2", SIZE, name="a/base.qcow2", steps=(fill(1),)),
             Layer("qcow2", SIZE, name="b/top.qcow2", steps=(fill(3, 4),), absolute_backing=True),
         ),
+        allows_folder=True,
     )
     yield ImageSpec(
         "backing-name-not-ascii",

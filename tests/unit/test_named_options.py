@@ -53,10 +53,12 @@ OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
 PRINTED_BY = {
     "cli/create_options.py": {"qcowfuse-img create"},
     "cli/img.py": {name for name in COMMANDS if name != "qcowfuse"},
+    "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
     "cli": {"qcowfuse"},
     "driver/chain.py": OPENS_A_CHAIN,
     "driver/data_file.py": OPENS_A_CHAIN,
+    "driver/files.py": OPENS_A_CHAIN,
     "driver/create.py": {"qcowfuse-img create"},
     "driver/new_file.py": {"qcowfuse-img create"},
     "driver/snapshot_edit.py": {"qcowfuse-img snapshot"},
