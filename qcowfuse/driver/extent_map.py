@@ -17,14 +17,17 @@ from dataclasses import dataclass, replace
 import trio
 
 from ..format.entries import ClusterKind
-from ..format.extents import MISS
+from ..format.extents import Run
 from ..format.geometry import SECTOR_SIZE, round_up
+from ..format.presence import n_without
 from ..storage.base import Storage
 from ..storage.file import FileStorage
 from .chain import open_image
 from .check import is_preallocated
 from .mapping import Layer, Mapping
 from .options import OpenOptions
+
+_LOOKS_PER_CHECKPOINT = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,7 @@ class _MapWalk:
         self.recursive: list[bool] = []
         """By layer: whether holes of the host file tell more than the tables do."""
         self._size = layers[0].size
+        self._n_looks = 0
 
     async def find_holes(self) -> None:
         """Which layers' files have to be asked for holes."""
@@ -119,11 +123,7 @@ class _MapWalk:
         depth = 0
         while True:
             layer = self.layers[depth]
-            run = layer.lookup(position, min(n_bytes, layer.size - position))
-            if run.kind == MISS:
-                assert isinstance(layer, Mapping)
-                pins.callback(layer.cache.unpin, await layer.load(position))
-                run = layer.lookup(position, min(n_bytes, layer.size - position))
+            run = await _run_at(layer, position, min(n_bytes, layer.size - position), pins)
             n_bytes = run.n_bytes
             if run.kind != ClusterKind.UNALLOCATED:
                 break
@@ -134,7 +134,9 @@ class _MapWalk:
             if position >= self.layers[depth].size:
                 # The rest of a raw file's last sector.
                 return [self._entry(depth, position, n_bytes, zero=True, host_offset=position)]
-        await trio.lowlevel.checkpoint()
+        self._n_looks += 1
+        if self._n_looks % _LOOKS_PER_CHECKPOINT == 0:
+            await trio.lowlevel.checkpoint()
         if run.kind == ClusterKind.COMPRESSED:
             entry = self._entry(depth, position, n_bytes, data=True)
             return [replace(entry, compressed=True)]
@@ -185,17 +187,43 @@ class _MapWalk:
         if slice_ is None or not may_have_place or not (is_zero or entry_format.is_extended):
             yield self._entry(depth, position, n_bytes, zero=True, present=is_zero)
             return
-        cluster_size = layer.geometry.cluster_size
+        cluster_bits, cluster_size = layer.geometry.cluster_bits, layer.geometry.cluster_size
         end = position + n_bytes
         entries, words = slice_.entries, entry_format.words
         has_place = entry_format.cluster_mask if entry_format.is_extended else entry_format.offset_mask
         while position < end:
-            in_cluster = position % cluster_size
-            length = min(cluster_size - in_cluster, end - position)
-            entry = entries[words * layer.index(position)]
-            place = (entry & entry_format.offset_mask) + in_cluster if entry & has_place else None
+            index, in_cluster = layer.index(position), position % cluster_size
+            n_clusters = in_cluster + end - position + cluster_size - 1 >> cluster_bits
+            n_alike = n_without(entries, entry_format, has_place, index, n_clusters)
+            place = None
+            if not n_alike:
+                first = entries[words * index] & entry_format.offset_mask
+                place = first + in_cluster
+                n_alike = 1
+                while n_alike < n_clusters:
+                    following = entries[words * (index + n_alike)]
+                    if not following & has_place or following & entry_format.offset_mask != first + (
+                        n_alike << cluster_bits
+                    ):
+                        break
+                    n_alike += 1
+            length = min((n_alike << cluster_bits) - in_cluster, end - position)
             yield self._entry(depth, position, length, zero=True, present=is_zero, host_offset=place)
             position += length
+
+
+async def _run_at(layer: Layer, position: int, n_bytes: int, pins: ExitStack) -> Run:
+    """As ``layer.lookup``, what it needs being loaded and pinned first; where the place of a run does not matter, the
+    run is found at C speed."""
+    if isinstance(layer, Mapping):
+        slice_ = layer.cache.slices.get(layer.key(position))
+        if slice_ is None and layer.empty_until(position, position + n_bytes) == position:
+            slice_ = await layer.load(position)
+            pins.callback(layer.cache.unpin, slice_)
+        if slice_ is not None and layer.presence(slice_.entries, position, 1)[0] is not ClusterKind.DATA:
+            kind, n_bytes = layer.presence(slice_.entries, position, n_bytes)
+            return Run(kind, 0, n_bytes)
+    return layer.lookup(position, n_bytes)
 
 
 def _host_extent(storage: Storage, host_offset: int, n_bytes: int) -> tuple[int, bool]:

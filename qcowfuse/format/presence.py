@@ -51,6 +51,28 @@ def presence_run(
     return kind, min(n_alike << cluster_bits, end) - in_cluster
 
 
+def n_without(entries: array[int], entry_format: EntryFormat, bits: int, index: int, n_clusters: int) -> int:
+    """How many of ``n_clusters`` entries from ``index`` on have none of ``bits`` in their first word, up to one that
+    has."""
+    words = entry_format.words
+    n_found = 0
+    look = _FIRST_LOOK
+    while n_found < n_clusters:
+        start = index + n_found
+        part = entries[words * start : words * (start + min(look, n_clusters - n_found)) : words]
+        if part[0] & bits:
+            break
+        first = _little_endian(part)
+        n_here = _n_repeated(first, part[0])
+        if n_here < len(part):
+            n_here = _n_matching(first, 0, bits)
+        n_found += n_here
+        if n_here < len(part):
+            break
+        look = n_clusters
+    return n_found
+
+
 def _n_like(
     entry: int, part: array[int], entry_format: EntryFormat, kind: ClusterKind, *, is_compressed: bool
 ) -> int:
