@@ -70,6 +70,7 @@ class Writer:
         self._storage = mapping.storage
         self._data = mapping.data
         self._data_clusters = data_clusters
+        self.has_raw_data_file = data_clusters is not None and data_clusters.is_raw
         self._holes_are_zeroes = mapping.encrypted is None
         self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
         self._claims = Claims()
@@ -246,7 +247,7 @@ class Writer:
         in_cluster = guest_offset & self._cluster_mask
         # One slice at a time: a look-up of more would be done again and again.
         n_bytes = min(n_bytes, self._mapping.slice_end(guest_offset) - guest_offset)
-        if self._data_clusters is not None and self._data_clusters.is_raw:
+        if self.has_raw_data_file:
             return await self._zero_raw(guest_offset, n_bytes, unmap=unmap)
         reaches_end = guest_offset + n_bytes == self.size
         n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
@@ -283,6 +284,22 @@ class Writer:
         n_data = sum(extent.n_bytes for extent in extents if extent.kind != ClusterKind.ZERO)
         self._usage.add(guest_offset, -n_data)
         return n_covered
+
+    async def link_some(self, guest_offset: int, n_bytes: int) -> int:
+        """Link the start of a range of a raw data file as it stands; returns how many bytes that was. Needs no claim:
+        a write that is on its way goes to the same place and makes the same link."""
+        slice_ = await self._writable_slice(guest_offset)
+        try:
+            end = min(guest_offset + n_bytes, self._mapping.slice_end(guest_offset))
+            start = guest_offset & ~self._cluster_mask
+            n_clusters = end - start + self._cluster_mask >> self._cluster_bits
+            extents = await self._reader.lookup(start, min(n_clusters << self._cluster_bits, self.size - start))
+            plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
+            self._link(slice_, start, start, plan)
+        finally:
+            self._cache.unpin(slice_)
+        self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
+        return end - guest_offset
 
     def _zero_entries(self, slice_: L2Slice, guest_offset: int, n_clusters: int, *, unmap: bool) -> None:
         entry_format = self._mapping.entry_format

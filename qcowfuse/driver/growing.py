@@ -6,7 +6,10 @@
 3. What would show in the new part is zeroed, and durably so, before the size changes: a backing file that is
    longer, the rest of the last cluster, the state of a virtual machine that an L1 table may hold behind the disk.
    Where the version has no zero clusters and a backing file would show, zeroes are written as data.
-4. After a failure the disk has its old size. A longer L1 table stays, and goes to disk with the next flush.
+4. An external data file is only made longer. What it holds behind the old end is somebody's data, and stays: in a raw
+   one the disk goes on with it, and it is linked as it stands; in others nothing links to it, and no more of it shows
+   than the rest of the last cluster if that is linked. (QEMU shortens those to the new size.)
+5. After a failure the disk has its old size. A longer L1 table stays, and goes to disk with the next flush.
 """
 
 from __future__ import annotations
@@ -107,7 +110,8 @@ class Grower:
         try:
             if self._mapping.data is not self._mapping.storage:
                 await self._grow_data_file(old_size, geometry.size)
-            await self._zero(old_size, geometry.size, n_l1_before)
+            if not self._writer.has_raw_data_file:
+                await self._zero(old_size, geometry.size, n_l1_before)
             await self._ordering.change_header(self._size_fields(fields, geometry.size))
         except BaseException:
             self._resize(old_size)
@@ -138,10 +142,11 @@ class Grower:
         self._ordering.move_l1(run.host_offset, self._l1_has_moved)
 
     async def _grow_data_file(self, old_size: int, size: int) -> None:
-        """An external data file is as long as the disk, and what is not mapped in it is zero: it may be a raw one."""
+        """An external data file is at least as long as the disk; rule 4."""
         data = self._mapping.data
-        if data.size() > old_size:
-            await data.write_zeroes(old_size, min(data.size(), size) - old_size)
+        position, end = old_size, min(data.size(), size)
+        while position < end and self._writer.has_raw_data_file:
+            position += await self._writer.link_some(position, end - position)
         if data.size() < size:
             await data.truncate(size)
 
@@ -152,7 +157,8 @@ class Grower:
         self._ordering.unlink_cluster(old)
 
     async def _zero(self, old_size: int, size: int, n_l1_before: int) -> None:
-        """Zero whatever is not zero from ``old_size`` to ``size``."""
+        """Zero whatever is not zero from ``old_size`` to ``size``, in an external data file by the entries alone."""
+        has_data_file = self._mapping.data is not self._mapping.storage
         cluster_size, shift = self._writer.cluster_size, self._mapping.geometry.l1_shift
         end = min(size, max(n_l1_before << shift, *(layer.size for layer in self._reader.layers[1:]), old_size))
         position = old_size
@@ -163,7 +169,9 @@ class Grower:
                 if extent.kind == ClusterKind.ZERO or extent_end <= position:
                     continue
                 start, position = max(position, extent.guest_offset), min(round_up(extent_end, cluster_size), size)
+                if has_data_file and extent.layer == 0:
+                    start = round_up(start, cluster_size)
                 while start < position:
-                    start += await self._writer.zero_some(start, position - start, unmap=True)
+                    start += await self._writer.zero_some(start, position - start, unmap=not has_data_file)
             position = max(position, stop)
             await trio.lowlevel.checkpoint()

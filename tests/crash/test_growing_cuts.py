@@ -14,7 +14,7 @@ from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
-from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
+from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import Guest, check_cuts, record_workload
 
@@ -29,6 +29,11 @@ SPECS = {
     "snapshot": ImageSpec(size=100 * KIB, fill=0.6, snapshot=True),
     "extended": ImageSpec(
         size=100 * KIB, cluster_size=16384, extended_l2=True, fill=0.3, backing="raw", backing_size=200 * KIB
+    ),
+    "data-file": ImageSpec(size=100 * KIB, fill=0.5, data_file="plain", data_behind=80 * KIB),
+    "data-file-raw": ImageSpec(size=100 * KIB, fill=0.5, data_file="raw", data_behind=80 * KIB),
+    "data-file-raw-extended": ImageSpec(
+        size=100 * KIB, cluster_size=16384, extended_l2=True, fill=0.3, data_file="raw", data_behind=400 * KIB
     ),
 }
 
@@ -174,5 +179,49 @@ async def test_growing_fails_at_any_operation(spec: str, code: int) -> None:
         if not reached:
             assert not errors
             assert number > 20
+            break
+        number += 1
+
+
+@pytest.mark.parametrize("spec", ["data-file", "data-file-raw", "data-file-raw-extended"])
+async def test_growing_over_a_longer_data_file_fails_at_any_operation(spec: str) -> None:
+    """The Nth operation on the image fails, for every N: not a byte of the data file changes, the disk has one of its
+    two sizes, shows what it then must, and a second try succeeds."""
+    built = build_image(SPECS[spec])
+    before = built.files[DATA]
+    size = built.spec.size + 70 * KIB
+    number = 0
+    while True:
+        memory, data = MemoryStorage(built.top), MemoryStorage(before)
+        faulty = FaultyStorage(memory)
+
+        def wrap(_: MemoryStorage, faulty: FaultyStorage = faulty) -> Storage:
+            return faulty
+
+        image = await open_memory_image({**built.files, TOP: memory, DATA: data}, wrap=wrap)
+        faulty.operations.clear()
+        faulty.check = fail_at(number, code=errno.ENOSPC)
+        error: Exception | None = None
+        try:
+            await image.grow(size)
+        except (OSError, ReadOnlyImageError) as caught:
+            error = caught
+        reached = len(faulty.operations) > number
+        failed_flush = reached and faulty.operations[number].kind == "flush"
+        faulty.check = None
+        assert image.size == (built.spec.size if error else size)
+        if error and not failed_flush:
+            await image.grow(size)
+        shown = before[:size] if built.spec.data_file == "raw" else built.contents.ljust(size, b"\0")
+        assert bytes(await image.read(0, image.size)) == shown[: image.size]
+        try:
+            await image.aclose()
+        except OSError:
+            assert failed_flush
+        assert data.data == before
+        assert not check_image_bytes(memory.data).errors
+        if not reached:
+            assert error is None
+            assert number > 5
             break
         number += 1

@@ -12,6 +12,7 @@ from qcowfuse.cli.img import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from tests.support import qemu
+from tests.support.oracle import reference_bytes
 
 MIB = 1 << 20
 OPTIONS = {
@@ -63,18 +64,40 @@ def test_a_longer_backing_file(image_folder: Path, options: str, backing_format:
 
 @pytest.mark.parametrize("is_raw", ["on", "off"])
 def test_a_data_file_grows_along(image_folder: Path, is_raw: str) -> None:
-    """The data file is as long as the disk; what stood behind its old end does not show."""
+    """The data file is as long as the disk. What stood behind its old end is still there: a raw one goes on with it,
+    as in QEMU; of another one it does not show."""
     data, image = image_folder / "data", image_folder / "disk.qcow2"
     qemu.create(image, "qcow2", MIB, options=f"data_file={data},data_file_raw={is_raw}")
     qemu.io(image, ["write -P 5 0 1M"])
     with data.open("ab") as file:
         file.write(b"junk" * 1000)
     assert main(["resize", "-q", str(image), "3M"]) == 0
-    assert data.stat().st_size == 3 * MIB
-    qemu.io(image, ["read -P 5 0 1M", "read -P 0 1M 2M", "write -P 6 2M 1M"])
+    assert data.read_bytes() == (b"\x05" * MIB + b"junk" * 1000).ljust(3 * MIB, b"\0")
+    shown = data.read_bytes() if is_raw == "on" else (b"\x05" * MIB).ljust(3 * MIB, b"\0")
+    assert reference_bytes(image, "qcow2") == shown
+    qemu.io(image, ["write -P 6 2M 1M"])
     assert qemu.check(image).clean, qemu.check(image).text
     if is_raw == "on":
-        assert data.read_bytes() == b"\x05" * MIB + bytes(MIB) + b"\x06" * MIB
+        assert data.read_bytes() == shown[: 2 * MIB] + b"\x06" * MIB
+
+
+@pytest.mark.parametrize("options", ["", ",data_file_raw=on", ",extended_l2=on,data_file_raw=on"])
+@pytest.mark.parametrize("size", ["+512", "+100k", "3M"])
+def test_a_longer_data_file_is_not_changed(image_folder: Path, options: str, size: str) -> None:
+    """Not a byte behind the end of the disk is zeroed, nor cut off, whether the file is still longer or not."""
+    data, image = image_folder / "data", image_folder / "disk.qcow2"
+    qemu.create(image, "qcow2", MIB - 1536, options=f"data_file={data}{options}")
+    qemu.io(image, ["write -P 5 0 200k"])
+    before = (data.read_bytes()[: MIB - 1536] + b"precious" * MIB)[: 2 * MIB]
+    data.write_bytes(before)
+    assert main(["resize", "-q", str(image), size]) == 0
+    assert data.read_bytes() == before.ljust(3 * MIB if size == "3M" else 0, b"\0")
+    assert qemu.check(image).clean, qemu.check(image).text
+    shown = reference_bytes(image, "qcow2")
+    if "raw" in options:
+        assert shown == data.read_bytes()[: len(shown)]
+    else:
+        assert shown[MIB - 1536 :] == bytes(len(shown) - MIB + 1536)
 
 
 def test_bitmaps_grow_along(image_folder: Path) -> None:

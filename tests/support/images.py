@@ -39,7 +39,8 @@ class ImageSpec:
     """What to build; sizes in bytes. ``version`` 1 takes ``l2_bits`` and any cluster size QEMU reads.
 
     ``fill`` is the share of 4 KiB guest blocks that hold data. ``zeroes`` puts plain and preallocated zero
-    clusters over the second half. ``backing_size`` may be smaller than ``size``. ``data_file``: an external one.
+    clusters over the second half. ``backing_size`` may be smaller than ``size``. ``data_file``: an external one,
+    with ``data_behind`` bytes of something else behind the disk.
     """
 
     version: int = 3
@@ -56,6 +57,7 @@ class ImageSpec:
     backing_size: int = 0
     l2_bits: int = 6
     data_file: Literal["plain", "raw"] | None = None
+    data_behind: int = 0
     seed: int = 1
 
 
@@ -136,7 +138,8 @@ def build_image(spec: ImageSpec) -> BuiltImage:
                 zero_ranges.append((start, end))
         files[TOP] = _read(folder, "top.img")
         if spec.data_file:
-            files[DATA] = _read(folder, "data.img")
+            behind = b"not of the disk " * (spec.data_behind // 16)
+            files[DATA] = _read(folder, "data.img")[: spec.size if behind else None] + behind
     return BuiltImage(spec, files, bytes(contents), snapshot_contents, tuple(zero_ranges))
 
 

@@ -126,7 +126,8 @@ async def record_workload(
         return recording
 
     files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
-    record = GuestRecord(built.contents, recording.clock)
+    behind = built.files[DATA] if built.spec.data_file == "raw" else b""
+    record = GuestRecord(built.contents, recording.clock, behind=behind)
     data: RecordingStorage | None = None
 
     def wrap_data(inner: MemoryStorage) -> Storage:

@@ -300,9 +300,11 @@ class GuestRecord:
     Writers that overlap in time must not touch the same sectors.
     """
 
-    def __init__(self, contents: bytes, clock: Clock) -> None:
+    def __init__(self, contents: bytes, clock: Clock, *, behind: bytes = b"") -> None:
+        """``behind``: what the disk goes on with when it grows, from its beginning on; then zeroes."""
         self.contents = bytearray(contents)
         self.clock = clock
+        self._behind = behind
         self._versions: dict[int, list[_Version]] = {}
         self._promises: list[tuple[int, int]] = []
         self._sizes = [_Size(0, 0, len(contents))]
@@ -311,7 +313,8 @@ class GuestRecord:
         """The guest makes the disk larger."""
         begun = _Size(self.clock.tick(), NEVER, size)
         self._sizes.append(begun)
-        self.contents.extend(bytes(size - len(self.contents)))
+        n_before = len(self.contents)
+        self.contents.extend(self._behind[n_before:size].ljust(size - n_before, b"\0"))
         return begun
 
     def end_grow(self, begun: _Size) -> None:
@@ -381,13 +384,12 @@ class Expectation:
     def mismatches(self, found: bytes) -> list[int]:
         """Guest sectors that hold what they must not."""
         assert len(found) in self._sizes
-        found = found.ljust(len(self._contents), b"\0")
-        if found == self._contents:
+        if found == self._contents[: len(found)]:
             return []
         wrong = []
         for sector in range(-(-len(found) // SECTOR)):
             part = found[sector * SECTOR : (sector + 1) * SECTOR]
-            if part == self._contents[sector * SECTOR : (sector + 1) * SECTOR]:
+            if part == self._contents[sector * SECTOR : sector * SECTOR + len(part)]:
                 continue
             if part not in self._allowed.get(sector, ()):
                 wrong.append(sector)
