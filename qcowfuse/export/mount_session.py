@@ -19,13 +19,14 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
-from . import mountpoint
+from . import mount_users, mountpoint, served_file
 from .at_once import AtOnce
 from .extra_operations import ExtraOperations
 from .operations import Operations, Ownership
 from .outside import Outside
 from .poll_first import PollFirstTrio, RequestGate
 from .process import captured_stderr
+from .served_file import ServedFile
 from .session_hook import SessionHook
 from .settings import MountSettings
 
@@ -35,6 +36,8 @@ MAX_TASKS = 160
 
 _CHECK_SECONDS = 30.0
 _DISCARD_FLUSH_SECONDS = 2.0
+_BUSY_LOOK_DELAY_SECONDS = 0.5
+"""Before a look that would make an unmount fail (rule 3 of :mod:`.served_file`)."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,13 +56,14 @@ class MountSession:
     ) -> None:
         is_folder = os.path.isdir(path)
         self.path = path
-        self.file_path = os.path.join(path, settings.file_name) if is_folder else path
+        self._file_name = settings.file_name if is_folder else None
         self.device = -1
         self.ended = trio.Event()
         self._failure: Exception | None = None
         self._image = image
         self._settings = settings
         self._outside = outside
+        self._looks_keep_busy = False
         self._size_is_wrong = trio.Event()
         self._has_discarded = trio.Event()
         self._gate = RequestGate()
@@ -77,11 +81,15 @@ class MountSession:
         )
 
     @property
+    def _file(self) -> ServedFile:
+        return ServedFile(self.path, self._file_name, self.device)
+
+    @property
     def description(self) -> str:
         """One line: what is served, how large, where."""
         image = self._image
         access = "read-only" if image.read_only else "read-write"
-        return f"{image.path}: {image.format_name}, {image.size} bytes, {access}, at {self.file_path}"
+        return f"{image.path}: {image.format_name}, {image.size} bytes, {access}, at {self._file.path}"
 
     def mount(self) -> None:
         """Mount. Raises MountError; then there is no mount."""
@@ -151,7 +159,8 @@ class MountSession:
         if self.device < 0:
             raise OSError("it is not in the table of mounts")
         tells_size = self._operations.enable_writeback_cache
-        await self._outside.run(mountpoint.check_served, self.file_path, self.device, self._image.size, tells_size)
+        is_free = await self._outside.run(served_file.check_served, self._file, self._image.size, tells_size)
+        self._looks_keep_busy = not is_free
 
     def _ownership(self) -> Ownership:
         settings = self._settings
@@ -173,9 +182,11 @@ class MountSession:
         """Put the kernel's idea of the size right after writes past the end, whenever there were some."""
         while True:
             await self._size_is_wrong.wait()
+            if self._looks_keep_busy:  # whoever has just seen a copy fail unmounts now, or not so soon
+                await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
             self._size_is_wrong = trio.Event()
             try:
-                await self._outside.run(mountpoint.tell_size, self.file_path, self.device, self._image.size)
+                await self._outside.run(served_file.tell_size, self._file, self._image.size)
             except OSError as exc:
                 _log.warning("the size that the kernel shows may be wrong: %s", exc)
 
@@ -203,7 +214,7 @@ class MountSession:
         if self._image.read_only:
             return
         try:
-            await self._outside.run(mountpoint.sync_served, self.file_path, self.device)
+            await self._outside.run(served_file.sync_served, self._file)
         except OSError:
             with suppress(Exception):
                 await self._image.flush()
@@ -211,7 +222,7 @@ class MountSession:
     async def users(self) -> str:
         """Who uses the mount, for a message; a look that takes long is given up."""
         with trio.move_on_after(2):
-            return await self._outside.run(mountpoint.users_of, self.file_path, self.device)
+            return await self._outside.run(mount_users.users_of, self._file.path, self.device)
         return "someone"
 
     def is_mounted(self) -> bool:

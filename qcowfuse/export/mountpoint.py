@@ -1,11 +1,8 @@
-"""A mount point: what may be one, whether it is ours, who uses it, and how it is given up.
+"""A mount point: what may be one, whether it is ours, and how it is given up.
 
 1. Whatever asks the served file system blocks, and must not be called by a thread of the daemon once the mount
    exists: see :mod:`.outside`, which calls it.
-2. A path is not a mount: something else may have been mounted over it, or the mount may have been detached. So
-   whatever acts on the served file by its path checks the device number of what it found first. (Otherwise the
-   repair of a size could truncate the plain file below.)
-3. Unmounting is never forced and never lazy here: either would take the disk away from its users.
+2. Unmounting is never forced and never lazy here: either would take the disk away from its users.
 """
 
 from __future__ import annotations
@@ -18,7 +15,6 @@ import stat
 import subprocess
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import MountError
@@ -27,7 +23,6 @@ FILE_SYSTEM_TYPE = "fuse.qcowfuse"
 READ_AHEAD_KIB = 1024
 """As large as one request gets."""
 _UMOUNT_NOFOLLOW = 8
-_N_USERS_SHOWN = 5
 
 
 class MountBusyError(MountError):
@@ -35,22 +30,31 @@ class MountBusyError(MountError):
 
 
 class MountEntry(NamedTuple):
-    """A line of the kernel's table of mounts."""
+    """A line of the kernel's table of mounts; ``parent_id`` is the ``mount_id`` of the mount below."""
 
+    mount_id: int
+    parent_id: int
     device: int
     path: str
     file_system: str
     source: str
 
 
-def mount_table() -> Iterator[MountEntry]:
-    """The mounts of this process's namespace, in the kernel's order."""
-    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+def mount_table(process: str = "self") -> Iterator[MountEntry]:
+    """The mounts of a process's namespace (by default this one's), in the kernel's order. Raises OSError."""
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
         for line in lines:
             left, _, right = line.rstrip("\n").partition(" - ")
             fields, kind = left.split(" "), right.split(" ")
             major, minor = fields[2].split(":")
-            yield MountEntry(os.makedev(int(major), int(minor)), _unescape(fields[4]), kind[0], _unescape(kind[1]))
+            yield MountEntry(
+                mount_id=int(fields[0]),
+                parent_id=int(fields[1]),
+                device=os.makedev(int(major), int(minor)),
+                path=_unescape(fields[4]),
+                file_system=kind[0],
+                source=_unescape(kind[1]),
+            )
 
 
 def _unescape(text: str) -> str:
@@ -111,15 +115,6 @@ def mounts_of(device: int) -> list[str]:
     return [mount.path for mount in mount_table() if mount.device == device][::-1]
 
 
-def open_served(path: str, device: int, flags: int) -> int:
-    """A descriptor of the served file. Raises OSError; ESTALE when something else is at ``path`` (rule 2)."""
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if os.fstat(fd).st_dev != device:
-        os.close(fd)
-        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), path)
-    return fd
-
-
 def raise_read_ahead(device: int) -> None:
     """Have the kernel read further ahead of sequential readers of a mount than its 128 KiB. Only root may."""
     setting = f"/sys/class/bdi/{os.major(device)}:{os.minor(device)}/read_ahead_kb"
@@ -131,45 +126,17 @@ def raise_read_ahead(device: int) -> None:
                 file.write(str(READ_AHEAD_KIB))
 
 
-def tell_size(path: str, device: int, n_bytes: int) -> None:
-    """Make the kernel believe that the served file has ``n_bytes``: it takes the answer to a truncate for true."""
-    fd = open_served(path, device, os.O_PATH)  # names the file without an open and a close of it
-    try:
-        os.truncate(f"/proc/self/fd/{fd}", n_bytes)
-    finally:
-        os.close(fd)
-
-
-def check_served(path: str, device: int, n_bytes: int, tells_size: bool) -> None:
-    """See that the mount answers with a file of ``n_bytes``; first, where asked, tell the kernel that size.
-    Raises OSError."""
-    if tells_size:
-        tell_size(path, device, n_bytes)
-    status = os.stat(path)
-    if (status.st_dev, status.st_size) != (device, n_bytes):
-        raise OSError(f"the file shows {status.st_size} bytes instead of {n_bytes}")
-
-
-def sync_served(path: str, device: int) -> None:
-    """Have the kernel send what it holds back, and make it durable."""
-    fd = open_served(path, device, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def unmount(device: int) -> None:
     """Give up every mount of ``device`` in this namespace.
 
     Raises MountBusyError when it is in use or something is mounted on top, MountError when it cannot be done.
     """
-    for path in mounts_of(device):
-        try:
-            found = device_at(path)
-        except OSError as exc:
-            raise MountError(f"{path}: cannot be unmounted: {exc.strerror}") from exc
-        if found != device:
+    table = list(mount_table())
+    for mount in table[::-1]:
+        if mount.device != device:
+            continue
+        path = mount.path
+        if any(other.parent_id == mount.mount_id for other in table):  # no look at the path: it would be a user
             raise MountBusyError(f"{path}: something else is mounted on top")
         if os.geteuid() == 0:
             _unmount_as_root(path)
@@ -198,41 +165,3 @@ def _unmount_as_user(path: str) -> None:
     if done.returncode:
         text = " ".join(done.stderr.split())
         raise (MountBusyError if "busy" in text else MountError)(text or f"{path}: fusermount3 failed")
-
-
-def users_of(path: str, device: int) -> str:
-    """Who uses the mount, as far as this process can see: loop devices and processes, for a message."""
-    users = [*_loop_devices_on(path), *_processes_in(device)]
-    if not users:
-        return "unknown users (another user's processes, or another mount namespace)"
-    more = f" and {len(users) - _N_USERS_SHOWN} more" if len(users) > _N_USERS_SHOWN else ""
-    return ", ".join(users[:_N_USERS_SHOWN]) + more
-
-
-def _loop_devices_on(path: str) -> Iterator[str]:
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            if backing.read_text(errors="surrogateescape").rstrip("\n") == path:
-                yield f"/dev/{backing.parts[3]}"
-        except OSError:
-            continue
-
-
-def _processes_in(device: int) -> Iterator[str]:
-    for process in Path("/proc").glob("[0-9]*"):
-        if process.name == str(os.getpid()):
-            continue
-        try:
-            links = [process / "cwd", process / "root", *(process / "fd").iterdir()]
-            name = (process / "comm").read_text().strip()
-        except OSError:
-            continue
-        if any(_is_on(link, device) for link in links):
-            yield f"{name} (pid {process.name})"
-
-
-def _is_on(link: Path, device: int) -> bool:
-    try:
-        return link.stat().st_dev == device
-    except OSError:
-        return False

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import stat
 import subprocess
 import sys
@@ -22,10 +21,10 @@ from tests.support.mounting import (
     run_qcowfuse,
     wait_until,
 )
+from tests.support.users import NOBODY, as_user
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
 
-NOBODY = 65534
 COMMAND = Path("/usr/local/bin/qcowfuse")
 
 
@@ -117,39 +116,6 @@ def test_mount_command_passes_failures_on(tmp_path: Path, mount_point: Path) -> 
     assert done.returncode != 0
     assert "No such file" in done.stderr
     assert not is_mounted(mount_point)
-
-
-@pytest.fixture
-def users_folder() -> Iterator[Path]:
-    """A folder that belongs to nobody, and a /dev/fuse that a user may open."""
-    mode = stat.S_IMODE(os.stat("/dev/fuse").st_mode)
-    folder = Path(f"/dev/shm/qcowfuse-user-{os.getpid()}")
-    folder.mkdir()
-    os.chown(folder, NOBODY, NOBODY)
-    os.chmod("/dev/fuse", 0o666)
-    try:
-        yield folder
-    finally:
-        os.chmod("/dev/fuse", mode)
-        shutil.rmtree(folder)
-
-
-def as_user(script: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run a shell script as nobody; ``$qcowfuse`` is the command.
-
-    This nobody may read everything, because interpreter and source may lie in a home directory of root.
-    """
-    privileges = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    return subprocess.run(
-        ["setpriv", *user, *privileges, "sh", "-eu", "-c", script, "sh", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "qcowfuse": f"{sys.executable} -m qcowfuse"},
-    )
 
 
 def as_user_without_privileges(command: str, file: Path) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,157 @@
+"""Calls on the served file that the daemon has made outside of itself, and that keep nobody from unmounting it.
+
+1. These calls wait for the daemon, and must not be made by a thread of it: see :mod:`.outside`, which makes them.
+2. A descriptor in a mount, and even a look at a path in it that waits for an answer, makes that mount busy: an
+   unmount at that moment fails. So the calls do not go through the mount that users see, but through a clone of
+   it that is attached nowhere (open_tree(2)): the mount can be unmounted meanwhile, and the file system ends when
+   the clone is closed. To clone takes a look-up that asks the daemon nothing.
+3. To clone, root's rights are needed, or those of root in a user namespace of one's own; some systems forbid that
+   too (Ubuntu, many containers). There the file is reached by its path, and :func:`check_served` says so.
+4. A path is not a mount: something else may have been mounted over it, or the mount may have been detached. So
+   whatever is found is compared with the device number first. (Otherwise the repair of a size could truncate the
+   plain file below.)
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import NamedTuple
+
+from . import mount_users
+
+_SYS_OPEN_TREE = 428
+_AT_FDCWD = -100
+_OPEN_TREE_CLONE = 1
+_CLONE_NEWNS = 0x00020000
+_CLONE_NEWUSER = 0x10000000
+
+
+class ServedFile(NamedTuple):
+    """The file ``name`` in the mount of ``device`` at ``mount_path``; None: the mount itself is the file."""
+
+    mount_path: str
+    name: str | None
+    device: int
+
+    @property
+    def path(self) -> str:
+        """Where users find it."""
+        return self.mount_path if self.name is None else os.path.join(self.mount_path, self.name)
+
+
+def tell_size(file: ServedFile, n_bytes: int) -> None:
+    """Make the kernel believe that the served file has ``n_bytes``: it takes the answer to a truncate for true.
+    Raises OSError."""
+    with _named(file) as (fd, _):  # names the file without an open and a close of it
+        os.truncate(f"/proc/self/fd/{fd}", n_bytes)
+
+
+def check_served(file: ServedFile, n_bytes: int, tells_size: bool) -> bool:
+    """See that the mount answers with a file of ``n_bytes``; first, where asked, tell the kernel that size.
+
+    Returns whether such looks leave users free to unmount (rule 3). Raises OSError.
+    """
+    with _named(file) as (fd, is_clone):
+        if tells_size:
+            os.truncate(f"/proc/self/fd/{fd}", n_bytes)
+        status = os.fstat(fd)
+    if status.st_size != n_bytes:
+        raise OSError(f"the file shows {status.st_size} bytes instead of {n_bytes}")
+    return is_clone
+
+
+def sync_served(file: ServedFile) -> None:
+    """Have the kernel send what it holds back, and make it durable. Where the mount is gone from here, by way of
+    whoever has it still. Raises OSError."""
+    try:
+        with _named(file) as (named, _):
+            fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        fd = _open_elsewhere(file)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_everything(file: ServedFile) -> None:
+    """:func:`sync_served`; where nobody lets us near the file, all file systems of the machine, this one included."""
+    try:
+        sync_served(file)
+    except OSError:
+        os.sync()
+
+
+def _open_elsewhere(file: ServedFile) -> int:
+    for path in mount_users.paths_elsewhere(file.device, file.name):
+        with suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            if os.fstat(fd).st_dev == file.device:
+                return fd
+            os.close(fd)
+    raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), file.path)
+
+
+@contextmanager
+def _named(file: ServedFile) -> Iterator[tuple[int, bool]]:
+    """A descriptor that only names the file (O_PATH), and whether users can unmount meanwhile."""
+    clone = _clone(file.mount_path)
+    root = os.open(file.mount_path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW) if clone is None else clone
+    try:
+        if os.fstat(root).st_dev != file.device:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file.path)
+        if file.name is None:
+            yield root, clone is not None
+            return
+        fd = os.open(file.name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
+        try:
+            yield fd, clone is not None
+        finally:
+            os.close(fd)
+    finally:
+        os.close(root)
+
+
+def _clone(path: str) -> int | None:
+    """A descriptor of the root of an unattached clone of the mount at ``path``; None where that is forbidden."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = _open_tree(libc, path)
+    if fd >= 0:
+        return fd
+    if ctypes.get_errno() != errno.EPERM or threading.current_thread() is not threading.main_thread():
+        return None
+    return _clone_in_user_namespace(libc, path)
+
+
+def _open_tree(libc: ctypes.CDLL, path: str) -> int:
+    result: int = libc.syscall(
+        ctypes.c_long(_SYS_OPEN_TREE),
+        ctypes.c_int(_AT_FDCWD),
+        ctypes.c_char_p(os.fsencode(path)),
+        ctypes.c_uint(_OPEN_TREE_CLONE | os.O_CLOEXEC),
+    )
+    return result
+
+
+def _clone_in_user_namespace(libc: ctypes.CDLL, path: str) -> int | None:
+    """The same by a process that is root in namespaces of its own, and gone with them at once: while they exist they
+    hold a copy of every mount of the system."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                if libc.unshare(_CLONE_NEWUSER | _CLONE_NEWNS) == 0 and (fd := _open_tree(libc, path)) >= 0:
+                    socket.send_fds(theirs, [b"fd"], [fd])
+            finally:
+                os._exit(0)
+        theirs.close()
+        _, fds, _, _ = socket.recv_fds(ours, 2, 1)
+        os.waitpid(pid, 0)
+    return fds[0] if fds else None
