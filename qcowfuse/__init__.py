@@ -4,7 +4,7 @@ The packages, each of which imports only from those to its left (a test checks i
 
     errors <- format             <- driver <- export <- cli
     errors <- system  <- storage <- driver
-    errors <- system                       <- export
+    errors <- system                       <- export, cli
 
 ``errors``   every exception that a caller may see
 ``format``   sans I/O: bytes of an image to values and back

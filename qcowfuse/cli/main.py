@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 128 + 2
     finally:
-        key.wipe()
+        key.close()
     # The interpreter's own way out takes a few milliseconds, and the shell waits for them.
     sys.stdout.flush()
     sys.stderr.flush()

@@ -3,6 +3,9 @@
 1. A file is taken as a whole, a newline at its end included, as QEMU takes the file of a secret.
 2. The prompt comes before the process goes into the background, and only when the image is seen to need it.
 3. Whoever gets the passphrase overwrites it; nothing is kept here, printed or logged.
+4. What is typed is typed into a process of its own, which ends, and waits in a pipe for the process that opens the
+   image. No other process ever has it in its memory: neither the starter nor the process outside of the mount.
+5. A process that has a passphrase leaves no core dump.
 """
 
 from __future__ import annotations
@@ -14,10 +17,13 @@ from collections.abc import Mapping
 from ..driver.options import OpenOptions
 from ..driver.quick_look import may_need_passphrase
 from ..errors import ImageUsageError
+from ..system.privileges import forbid_core_dumps
 
 CREDENTIAL_NAME = "qcowfuse.key"
 """The credential (``LoadCredential=``) that is used where no file is given."""
 MAX_KEY_BYTES = 1 << 20
+_PIPE_BYTES = 1 << 16
+_ASKED, _NOT_ASKED = 0, 1
 
 
 class KeySource:
@@ -29,7 +35,8 @@ class KeySource:
             credential = os.path.join(credentials, CREDENTIAL_NAME)
             key_file = credential if os.path.exists(credential) else None
         self._key_file = key_file
-        self._typed: bytearray | None = None
+        self._typed = -1
+        """The pipe in which a typed passphrase waits."""
 
     def prepare(self, image: str, options: OpenOptions) -> None:
         """Ask on the terminal if the image needs a passphrase and no file has it.
@@ -47,38 +54,52 @@ class KeySource:
         except Exception:
             return  # the real opening meets it again, and can say so properly
         if layer is not None:
-            self._typed = ask(layer)
+            self._typed = _ask_elsewhere(layer)
 
     def __call__(self, path: str) -> bytearray:
         """The passphrase. Raises ImageUsageError, OSError."""
         if self._key_file is not None:
             return read_key_file(self._key_file)
-        typed, self._typed = self._typed, None
-        if typed is None:
+        if self._typed < 0:
             raise _no_key(path)
-        return typed
+        forbid_core_dumps()
+        try:
+            return _read_secret(self._typed, _PIPE_BYTES)
+        finally:
+            self.close()
 
-    def wipe(self) -> None:
-        """Overwrite what nobody has asked for."""
-        if self._typed is not None:
-            self._typed[:] = bytes(len(self._typed))
-            self._typed = None
+    def close(self) -> None:
+        """This process will not ask for the passphrase (any more)."""
+        if self._typed >= 0:
+            os.close(self._typed)
+            self._typed = -1
 
 
 def read_key_file(path: str) -> bytearray:
     """All of a file. Raises OSError, ImageUsageError where it is too long to be a passphrase."""
-    key = bytearray()
+    forbid_core_dumps()
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         if stat.S_ISDIR(os.fstat(fd).st_mode):
             raise ImageUsageError(f"key file {path}: is a directory")
-        while part := os.read(fd, MAX_KEY_BYTES + 1 - len(key)):
-            key += part
+        key = _read_secret(fd, MAX_KEY_BYTES + 1)
     finally:
         os.close(fd)
     if len(key) > MAX_KEY_BYTES:
         raise ImageUsageError(f"key file {path}: longer than {MAX_KEY_BYTES} bytes")
     return key
+
+
+def _read_secret(fd: int, n_bytes_max: int) -> bytearray:
+    """All that there is, up to a limit, without copies that nobody overwrites. Raises OSError."""
+    buffer = bytearray(n_bytes_max)
+    view = memoryview(buffer)
+    n_bytes = 0
+    while n_bytes < n_bytes_max and (n_read := os.readv(fd, [view[n_bytes:]])):
+        n_bytes += n_read
+    secret = buffer[:n_bytes]
+    view[:n_bytes] = bytes(n_bytes)
+    return secret
 
 
 def ask(image: str, *, twice: bool = False) -> bytearray:
@@ -101,6 +122,36 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
     except EOFError:
         raise ImageUsageError(f"{image}: no passphrase was given") from None
     return bytearray(os.fsencode(typed))
+
+
+def _ask_elsewhere(image: str) -> int:
+    """:func:`ask` in a child process; the read end of the pipe into which it has written the passphrase.
+
+    Raises ImageUsageError.
+    """
+    read_end, write_end = os.pipe2(os.O_CLOEXEC)
+    pid = os.fork()
+    if pid == 0:
+        code = _NOT_ASKED
+        try:
+            forbid_core_dumps()
+            try:
+                answer, code = bytes(ask(image)), _ASKED
+            except ImageUsageError as exc:
+                answer = os.fsencode(str(exc))
+            os.write(write_end, answer)
+        finally:
+            os._exit(code)
+    os.close(write_end)
+    try:
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code != _ASKED:
+            message = os.read(read_end, _PIPE_BYTES)
+            raise ImageUsageError(os.fsdecode(message) or f"{image}: no passphrase was given")
+    except BaseException:
+        os.close(read_end)
+        raise
+    return read_end
 
 
 def _no_key(image: str) -> ImageUsageError:

@@ -13,6 +13,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -37,6 +38,10 @@ if TYPE_CHECKING:
     from ..format.crypto import SectorCipher
 
 _SECTOR_MASK = SECTOR_SIZE - 1
+_MANY_ITERATIONS = 10_000_000
+"""Some seconds of one processor."""
+
+_log = logging.getLogger(__name__)
 
 
 class WrongKeyError(ImageUsageError):
@@ -137,7 +142,7 @@ class EncryptedData:
 
 
 class Passphrase:
-    """The passphrase of a chain, asked for at most once; use as a context, at whose end it is overwritten."""
+    """The passphrase of a chain, asked for at most once; whoever has made this calls :meth:`wipe` in the end."""
 
     def __init__(self, source: PassphraseSource | None) -> None:
         self._source = source
@@ -211,9 +216,18 @@ async def _unlock_luks(
         raise ImageUsageError(f"{path}: no key can unlock this image: none of its LUKS key slots is in use")
     secret = passphrase.get(path)
     n_bytes = key_material_length(luks.key_bytes)
-    for slot in active:
+    for number, slot in enumerate(active, 1):
+        if slot.iterations > _MANY_ITERATIONS:
+            _log.info(
+                "%s: LUKS key slot %d of %d wants %d rounds of PBKDF2, which takes a while",
+                path,
+                number,
+                len(active),
+                slot.iterations,
+            )
         material = bytes(await storage.pread(area_offset + slot.key_offset, n_bytes))
-        key = await trio.to_thread.run_sync(unlock_slot, luks, slot, material, secret)
+        # A stop must not wait for what an image asks for: the thread is left behind, and ends with the process.
+        key = await trio.to_thread.run_sync(unlock_slot, luks, slot, material, secret, abandon_on_cancel=True)
         if key is not None:
             return make_sector_cipher(luks.spec, key)
     raise WrongKeyError(f"{path}: this is not the key of this image: it opens none of the LUKS key slots in use")

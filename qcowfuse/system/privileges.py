@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import resource
 import struct
 from contextlib import suppress
 from typing import Final
@@ -49,6 +48,8 @@ def permitted_capabilities() -> int:
 
 def forbid_core_dumps() -> None:
     """From now on this process leaves no core dump, and other processes of its user can't read its memory."""
+    import resource
+
     with suppress(OSError, ValueError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import trio
 from qcowfuse.cli.create_options import parse_create_options
 from qcowfuse.driver.create import create_image
 from tests.support.images import PASSPHRASE, image_arguments
-from tests.support.mounting import TIMEOUT, Mounted, command, environment, is_mounted
+from tests.support.mounting import TIMEOUT, Mounted, command, daemon_pid, environment, is_mounted
 
 pytestmark = pytest.mark.mount
 
@@ -116,7 +117,8 @@ def test_wrong_and_missing_keys_are_one_line(image: Path, mount_point: Path, key
     assert image.read_bytes() == before
 
 
-@pytest.mark.parametrize(("typed", "code"), [(SECRET, 0), ("wrong", 3)])
+# With names, or the passphrase would be in the environment, by PYTEST_CURRENT_TEST.
+@pytest.mark.parametrize(("typed", "code"), [(SECRET, 0), ("wrong", 3)], ids=["right", "wrong"])
 def test_the_passphrase_is_asked_for_on_a_terminal(image: Path, mount_point: Path, typed: str, code: int) -> None:
     """The prompt names the image, does not show what is typed, and comes before the daemon goes its way."""
     pid, terminal = pty.fork()
@@ -139,7 +141,58 @@ def test_the_passphrase_is_asked_for_on_a_terminal(image: Path, mount_point: Pat
     assert typed.encode() not in said
     assert is_mounted(mount_point) is (code == 0)
     if code == 0:
-        unmount(mount_point)
+        try:
+            processes = processes_of(mount_point)
+            assert len(processes) == 2  # the daemon, and the process outside of the mount
+            assert {process: n_copies(process, PASSPHRASE) for process in processes} == dict.fromkeys(processes, 0)
+            assert "0" in limit_of_core_dumps(daemon_pid(mount_point))
+        finally:
+            unmount(mount_point)
+
+
+def processes_of(mount_point: Path) -> list[int]:
+    """All that were started for ``mount_point``."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if os.fsencode(mount_point) in (directory / "cmdline").read_bytes().split(b"\0"):
+                found.append(int(directory.name))
+    return found
+
+
+def n_copies(process: int, secret: bytes) -> int:
+    """How often the memory of a process holds ``secret``."""
+    n_found = 0
+    with open(f"/proc/{process}/mem", "rb", buffering=0) as memory, open(f"/proc/{process}/maps") as maps:
+        for line in maps:
+            addresses, access, *_ = line.split()
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            with suppress(OSError, OverflowError):
+                if "r" in access and end - start < 1 << 30:
+                    n_found += os.pread(memory.fileno(), end - start, start).count(secret)
+    return n_found
+
+
+def limit_of_core_dumps(process: int | None) -> list[str]:
+    """The soft and the hard limit."""
+    lines = Path(f"/proc/{process}/limits").read_text().splitlines()
+    return next(line for line in lines if line.startswith("Max core file size")).split()[4:6]
+
+
+def test_a_stop_need_not_wait_for_the_derivation_of_a_key(image: Path, mount_point: Path, key_file: Path) -> None:
+    """An image that wants 2^27 rounds for each of its slots is told of, and given up at once by SIGTERM."""
+    contents = image.read_bytes()
+    area = contents.index(b"LUKS\xba\xbe")
+    with image.open("r+b") as file:
+        file.seek(area + 208 + 4)  # the iterations of the first key slot
+        file.write((1 << 27).to_bytes(4, "big"))
+    arguments = command("-f", "--key-file", key_file, image, mount_point)
+    with subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stderr is not None
+        assert "wants 134217728 rounds of PBKDF2" in process.stderr.readline()
+        process.terminate()
+        assert "stopped by SIGTERM before the image was open" in process.stderr.read()
+        assert process.wait(TIMEOUT) == 5
 
 
 def test_a_plain_image_needs_no_question(tmp_path: Path, mount_point: Path) -> None:

@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "storage": {"errors", "system"},
     "driver": {"errors", "format", "storage"},
     "export": {"errors", "driver", "system"},
-    "cli": {"errors", "driver", "export", "_version"},
+    "cli": {"errors", "system", "driver", "export", "_version"},
     "__init__": {"_version"},
     "__main__": {"cli"},
 }
