@@ -133,10 +133,11 @@ class AppendAllocator:
 
     is_dirty = False
 
-    def __init__(self, storage: Storage, cluster_size: int) -> None:
+    def __init__(self, storage: Storage, cluster_size: int, first_free: int = 0) -> None:
+        """``first_free``: nothing is put before it, although the file may end there."""
         self._storage = storage
         self._cluster_size = cluster_size
-        self._end = 0
+        self._end = first_free
         self._high_water = storage.size()
 
     async def allocate(self, n_clusters: int) -> HostRun:

@@ -56,6 +56,7 @@ from .data_file import (
 from .decoded import CompressedSource
 from .files import ChainFile, ChainFiles, StorageOpener, plain_name
 from .header_bits import HeaderBits
+from .lost_end import l1_place, refuse_lost_end, warn_of_lost_end
 from .mapping import Layer, Mapping, RawLayer
 from .metadata import MetadataClusters, find_metadata
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
@@ -275,8 +276,11 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
             sources.append(None)
             continue
         mapping = _mapping_of(number, layer, cache)
+        is_written = number == 0 and not options.read_only
+        if not is_written:
+            mask = mapping.entry_format.l1_offset_mask
+            warn_of_lost_end(layer.path, layer.storage, layer.header, layer.l1_table, mask)
         if layer.data is not None and isinstance(layer.header, Qcow2Header):
-            is_written = number == 0 and not options.read_only
             await check_length(layer.path, layer.header, mapping, writable=is_written)
         layers.append(mapping)
         compression = layer.header.compression_type if isinstance(layer.header, Qcow2Header) else 0
@@ -289,8 +293,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     bitmaps: KeptBitmaps | None = None
     data_clusters: DataClusters | None = None
     if not options.read_only:
-        _refuse_truncated(path, top, top_mapping)
-        allocator, metadata = await _allocator_of(top, header)
+        allocator, metadata = await _allocator_of(path, top, header)
         if isinstance(allocator, RefcountAllocator) and isinstance(header, Qcow2Header) and _may_have_bitmaps(header):
             from .bitmaps import load_kept_bitmaps
 
@@ -350,18 +353,6 @@ async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
     return replace(await _open_layer(path, layer.storage, "qcow"), data=layer.data, encrypted=layer.encrypted)
 
 
-def _refuse_truncated(path: str, layer: _Opened, mapping: Mapping) -> None:
-    """An image that lost its end: what is left may be read, but writing would build on what is missing."""
-    last_table = max(
-        (entry & mapping.entry_format.l1_offset_mask for entry in filter(None, layer.l1_table)), default=0
-    )
-    if last_table >= max(layer.storage.size(), 1):
-        raise ImageUsageError(
-            f"{path}: L2 table at {last_table:#x} lies past the end of the file ({layer.storage.size()} bytes): "
-            "truncated; serve it read-only (qcowfuse -r) to save what is left"
-        )
-
-
 def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:
     header = layer.header
     assert header is not None
@@ -395,12 +386,19 @@ def _geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
     )
 
 
-async def _allocator_of(layer: _Opened, header: Qcow1Header | Qcow2Header) -> tuple[Allocator, MetadataClusters]:
-    """The allocator of a writable image, and what nothing may be written on top of."""
+async def _allocator_of(
+    path: str, layer: _Opened, header: Qcow1Header | Qcow2Header
+) -> tuple[Allocator, MetadataClusters]:
+    """The allocator of a writable image, and what nothing may be written on top of. Raises ImageUsageError where the
+    file has lost its end."""
     if isinstance(header, Qcow1Header):
-        return AppendAllocator(layer.storage, 1 << header.cluster_bits), MetadataClusters(header.cluster_bits)
+        await refuse_lost_end(path, layer.storage, header, l1_table=layer.l1_table)
+        _, l1_offset, l1_bytes = l1_place(header)
+        allocator_v1 = AppendAllocator(layer.storage, 1 << header.cluster_bits, first_free=l1_offset + l1_bytes)
+        return allocator_v1, MetadataClusters(header.cluster_bits)
     table_bytes = header.refcount_table_clusters << header.cluster_bits
     table = parse_table(await pread(layer.storage, header.refcount_table_offset, table_bytes))
+    await refuse_lost_end(path, layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
     metadata = await find_metadata(layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
     allocator = RefcountAllocator(
         layer.storage,

@@ -33,6 +33,7 @@ from ..format.bitmap_directory import (
 )
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, parse_table, serialise_table
 from ..format.extensions import EXTENSION_LUKS_HEADER, find_extension
+from ..format.geometry import SECTOR_SIZE, round_up
 from ..format.header import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
@@ -78,7 +79,8 @@ class Walk:
         self.stored = StoredRefcounts(storage, header)
         self.counts = ReferenceCounts(header.cluster_bits, header.refcount_order)
         self.cluster_size = 1 << header.cluster_bits
-        self.n_clusters = -(-storage.size() >> header.cluster_bits)
+        self._file_size = round_up(storage.size(), SECTOR_SIZE)  # as QEMU counts it
+        self.n_clusters = -(-self._file_size >> header.cluster_bits)
         self.has_data_file = bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
         self.is_extended = bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2)
         self.needs_rebuild = False
@@ -95,7 +97,6 @@ class Walk:
         self._taken: list[tuple[int, ...]] = []
         self._ends: list[int] = []
         self._cluster_bits = header.cluster_bits
-        self._file_size = storage.size()
         self._n_file_clusters = self.n_clusters
         self._steps_done = 0
         self._steps = 1

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ..errors import CorruptImageError
 from ..format.entries import ClusterKind, EntryFormat, parse_table
 from ..format.extents import MISS, Extent, Run, lookup_run
 from ..format.geometry import Geometry
@@ -209,8 +208,6 @@ class Mapping:
         if not host_offset:
             entries = parse_table(bytes(n_bytes))
         else:
-            if host_offset >= self.storage.size():
-                raise CorruptImageError("L2 table", host_offset, "lies past the end of the image file")
             data = self.storage.try_pread(host_offset, n_bytes)
             if data is None:
                 data = await self.storage.pread(host_offset, n_bytes)

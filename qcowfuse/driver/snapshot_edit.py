@@ -56,6 +56,7 @@ from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snap
 from ..storage.base import Storage
 from .files import StorageOpener, open_storage
 from .inspect import read_header
+from .lost_end import refuse_lost_end
 from .metadata import MetadataClusters, find_metadata
 from .options import OpenOptions
 from .shadow_refcounts import ShadowRefcounts, load_refcount_table
@@ -128,6 +129,9 @@ async def _editing(path: str, opener: StorageOpener, progress: Progress | None) 
         snapshots, snapshots_bytes = await load_snapshots(storage, header)
         l1_table = await load_l1_table(storage, header.l1_table_offset, header.l1_size)
         refcount_table = await load_refcount_table(storage, header)
+        others = [("snapshot table", header.snapshots_offset, snapshots_bytes)]
+        others += [("L1 table of a snapshot", entry.l1_table_offset, entry.l1_size * 8) for entry in snapshots]
+        await refuse_lost_end(path, storage, header, l1_table=l1_table, refcount_table=refcount_table, others=others)
         metadata = await find_metadata(storage, header, l1_table=l1_table, refcount_table=refcount_table)
         if metadata.shared:
             raise CorruptImageError("image", None, "two of its structures lie on the same cluster")

@@ -58,11 +58,8 @@ def find_snapshot(
 
 
 async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:
-    """An L1 table of a size that is within the limits. Raises FormatError where it lies outside the file, OSError."""
-    if n_entries and host_offset + n_entries * 8 > storage.size():
-        raise FormatError(
-            "L1 table", host_offset, f"reaches past the end of the file ({storage.size()} bytes): truncated"
-        )
+    """An L1 table of a size that is within the limits; what of it lies past the end of the file is zero. Raises
+    OSError."""
     table = array("Q")
     end = host_offset + n_entries * 8
     for start in range(host_offset, end, _CHUNK):  # by and by: it may have 32 MiB

@@ -214,7 +214,7 @@ def parse_header(data: bytes, file_size: int, *, for_check: bool = False) -> Qco
 
 
 def _parse_v1(data: bytes) -> Qcow1Header:
-    _require(len(data) >= V1_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 48")
+    data = bytes(data).ljust(V1_HEADER_LENGTH, b"\0")
     (
         _magic,
         _version,
@@ -271,7 +271,8 @@ def _parse_v1(data: bytes) -> Qcow1Header:
 
 
 def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
-    _require(len(data) >= V2_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 72")
+    # Past the end of the file QEMU reads zeroes, so that a header-only file is as good as a padded one.
+    data = bytes(data).ljust(V2_HEADER_LENGTH, b"\0")
     (
         _magic,
         version,
@@ -291,12 +292,10 @@ def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
         MIN_CLUSTER_BITS <= cluster_bits <= MAX_CLUSTER_BITS, 20, f"cluster_bits {cluster_bits}, expected 9 to 21"
     )
     cluster_size = 1 << cluster_bits
-    # Past the end of the file QEMU reads zeroes, so that a header-only file is as good as a padded one.
     area = bytes(data[:cluster_size]).ljust(cluster_size, b"\0")
     incompatible = compatible = autoclear = 0
     refcount_order, header_length, compression_type = 4, V2_HEADER_LENGTH, COMPRESSION_DEFLATE
     if version == 3:
-        _require(len(data) >= V3_MIN_HEADER_LENGTH, len(data), f"ends after {len(data)} bytes, expected 104")
         incompatible, compatible, autoclear, refcount_order, header_length = V3_STRUCT.unpack_from(
             area, V2_HEADER_LENGTH
         )

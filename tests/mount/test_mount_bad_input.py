@@ -57,7 +57,7 @@ def test_not_an_image(tmp_path: Path, mount_point: Path, how: list[str]) -> None
 
 @pytest.mark.parametrize("n_bytes", [0, 3, 60, 200])
 def test_truncated_image(image: Path, mount_point: Path, how: list[str], n_bytes: int) -> None:
-    """An image that ends in its header, or before its L1 table."""
+    """An image that ends in its header, or before its refcounts."""
     os.truncate(image, n_bytes)
     assert_refused([*how, image, mount_point], IMAGE, str(image))
 
