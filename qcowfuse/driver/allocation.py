@@ -282,17 +282,23 @@ class RefcountAllocator:
             self._metadata.check_free(run.host_offset, run.n_clusters << self._cluster_bits)
             if punch:
                 await self._punch(first, run.n_clusters)
-            for cluster in range(first, first + run.n_clusters):
-                while True:
-                    try:
-                        self._decrement(cluster)
-                        break
-                    except BlockMissing as missing:
-                        await self._load_block(missing.block_index)
+            end = first + run.n_clusters
+            while first < end:
+                n_here = min(end - first, self._per_block - first % self._per_block)
+                try:
+                    self._decrement_all(first, n_here)
+                except BlockMissing as missing:
+                    await self._load_block(missing.block_index)
+                    continue
+                first += n_here
 
     async def _punch(self, first: int, n_clusters: int) -> None:
         """Punch holes where the count is 1, while it still keeps the clusters from being taken."""
         start = first
+        if await self._are_owned(first, n_clusters):
+            with suppress(OSError):
+                await self._storage.punch_hole(first << self._cluster_bits, n_clusters << self._cluster_bits)
+            return
         for cluster in range(first, first + n_clusters + 1):
             if cluster < first + n_clusters and await self.refcount(cluster) == 1:
                 continue
@@ -301,6 +307,19 @@ class RefcountAllocator:
                     n_bytes = cluster - start << self._cluster_bits
                     await self._storage.punch_hole(start << self._cluster_bits, n_bytes)
             start = cluster + 1
+
+    async def _are_owned(self, first: int, n_clusters: int) -> bool:
+        """Whether the count of each of the clusters is 1."""
+        end = first + n_clusters
+        while first < end:
+            if await self.refcount(first) != 1:
+                return False
+            block_index, index = divmod(first, self._per_block)
+            n_here = min(end - first, self._per_block - index)
+            if self._block(block_index).counts[index : index + n_here].count(1) != n_here:
+                return False
+            first += n_here
+        return True
 
     async def refcount(self, cluster: int) -> int:
         """The count of a host cluster."""
@@ -469,6 +488,25 @@ class RefcountAllocator:
         self._set(block_index, block, index, index + 1, count)
         if not count:
             self._first_maybe_free = min(self._first_maybe_free, cluster)
+
+    def _decrement_all(self, first: int, n_clusters: int) -> None:
+        """Clusters of one block: all, or with an exception some or, for BlockMissing, none."""
+        block_index, index = divmod(first, self._per_block)
+        if (
+            n_clusters > 1
+            and block_index < len(self._table)
+            and self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK
+        ):
+            block = self._block(block_index)
+            end = index + n_clusters
+            if block.counts[index:end].count(1) == n_clusters:
+                block.counts[index:end] = array(block.counts.typecode, bytes(n_clusters * block.counts.itemsize))
+                block.mark_dirty(index, end)
+                self._dirty_blocks.add(block_index)
+                self._first_maybe_free = min(self._first_maybe_free, first)
+                return
+        for cluster in range(first, first + n_clusters):
+            self._decrement(cluster)
 
     def take_dirty(self) -> DirtyRefcounts:
         """See Allocator."""

@@ -11,7 +11,6 @@ The way of a write that is not in place:
    complete".
 4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
    and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim.
-5. Zeroing whole clusters changes entries alone, in one step without an await; it waits for claims like a write.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.data_file`).
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
 """
@@ -28,7 +27,6 @@ from ..format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan
 from ..format.entries import ClusterKind
 from ..format.geometry import MAX_CLUSTER_BITS
 from ..format.subclusters import link_extended, plan_write_extended
-from ..format.zero_plan import can_zero_by_entry, clusters_to_give_back, zero_clusters
 from ..storage.base import Buffer
 from .allocation import Allocator, HostRun
 from .claims import Claims
@@ -40,7 +38,7 @@ from .reading import ChainReader
 from .table_cache import L2Slice, TableCache
 from .usage import Usage
 
-_ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
+ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
 
 class Writer:
@@ -73,7 +71,7 @@ class Writer:
         self.has_raw_data_file = data_clusters is not None and data_clusters.is_raw
         self._holes_are_zeroes = mapping.encrypted is None
         self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
-        self._claims = Claims()
+        self.claims = Claims()
         self._table_lock = trio.Lock()
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
@@ -82,9 +80,8 @@ class Writer:
         self._try_pwritev = mapping.data.try_pwritev
         # Encrypted clusters and those of a data file take the other way; so does a storage that writes in threads.
         self._allocates_at_once = data_clusters is None and mapping.encrypted is None
-        self._zeroes_by_entry = can_zero_by_entry(mapping.entry_format, may_fall_through=len(reader.layers) == 1)
 
-    async def _writable_slice(self, guest_offset: int) -> L2Slice:
+    async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
         mapping = self._mapping
         l1_index = mapping.l1_index(guest_offset)
@@ -117,7 +114,7 @@ class Writer:
         run = await self._allocate_table(-(-table_size // self.cluster_size))
         try:
             self._metadata.add(run.host_offset, table_size)
-            contents: Buffer = _ZEROES[:table_size]
+            contents: Buffer = ZEROES[:table_size]
             if old:
                 contents = await self._storage.pread(old, table_size)
             if not self._storage.try_pwritev(run.host_offset, [contents]):
@@ -178,7 +175,7 @@ class Writer:
             if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
                 return 0
         first = guest_offset >> self._cluster_bits
-        if self._claims.first_conflict(first, first + plan.n_clusters):
+        if self.claims.first_conflict(first, first + plan.n_clusters):
             return 0
         run = self._allocator.try_allocate(plan.n_clusters)
         if run is None:
@@ -190,7 +187,7 @@ class Writer:
             if run.is_fresh:
                 host_offset += plan.head
             else:
-                parts = [part for part in (_ZEROES[: plan.head], *parts, _ZEROES[: plan.tail]) if len(part)]
+                parts = [part for part in (ZEROES[: plan.head], *parts, ZEROES[: plan.tail]) if len(part)]
             is_written = self._try_pwritev(host_offset, parts)
         except BaseException:
             self._allocator.give_back(run)
@@ -206,7 +203,7 @@ class Writer:
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
         mapping = self._mapping
-        slice_ = await self._writable_slice(guest_offset)
+        slice_ = await self.writable_slice(guest_offset)
         try:
             plan = self._plan_write(
                 slice_.entries,
@@ -225,70 +222,24 @@ class Writer:
                 await self._write_data(host_offset, guest_offset, [view[: plan.n_bytes]])
                 return plan.n_bytes
             first = guest_offset >> self._cluster_bits
-            conflict = self._claims.first_conflict(first, first + plan.n_clusters)
+            conflict = self.claims.first_conflict(first, first + plan.n_clusters)
             if conflict is not None:
                 if conflict.start <= first:
                     await conflict.released.wait()
                     return 0
                 plan = shortened(plan, conflict.start - first, guest_offset & self._cluster_mask, self._cluster_bits)
-            claim = self._claims.take(first, first + plan.n_clusters)
+            claim = self.claims.take(first, first + plan.n_clusters)
             try:
                 return await self._allocate_and_link(plan, slice_, guest_offset, view)
             finally:
-                self._claims.release(claim)
+                self.claims.release(claim)
         finally:
             self._cache.unpin(slice_)
-
-    async def zero_some(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> int:
-        """Zero the start of a range; returns how many bytes that was, 0 after having waited for a claim.
-
-        ``unmap``: whole clusters may give their space back.
-        """
-        in_cluster = guest_offset & self._cluster_mask
-        # One slice at a time: a look-up of more would be done again and again.
-        n_bytes = min(n_bytes, self._mapping.slice_end(guest_offset) - guest_offset)
-        if self.has_raw_data_file:
-            return await self._zero_raw(guest_offset, n_bytes, unmap=unmap)
-        reaches_end = guest_offset + n_bytes == self.size
-        n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
-        if in_cluster or not n_clusters or not self._zeroes_by_entry:
-            here = self.cluster_size - in_cluster if self._zeroes_by_entry else len(_ZEROES)
-            return await self._write_zeroes(guest_offset, min(n_bytes, here))
-        mapping = self._mapping
-        n_clusters = min(n_clusters, (1 << mapping.slice_bits) - mapping.index(guest_offset))
-        n_covered = min(n_clusters << self._cluster_bits, self.size - guest_offset)
-        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
-        if extent.kind == ClusterKind.ZERO and (extent.n_bytes >= self.cluster_size or extent.n_bytes == n_bytes):
-            n_zeroes = n_bytes if extent.n_bytes == n_bytes else extent.n_bytes & ~self._cluster_mask
-            n_skipped, n_clusters = await self._space_in_zeroes(guest_offset, n_zeroes) if unmap else (n_zeroes, 0)
-            if n_skipped or not n_clusters:
-                return min(n_skipped, n_zeroes)
-            n_covered = min(n_clusters << self._cluster_bits, self.size - guest_offset)
-        slice_ = await self._writable_slice(guest_offset)
-        try:
-            first = guest_offset >> self._cluster_bits
-            conflict = self._claims.first_conflict(first, first + n_clusters)
-            if conflict is not None:
-                await conflict.released.wait()
-                return 0
-            claim = self._claims.take(first, first + n_clusters)
-            try:
-                extents = await self._reader.lookup(guest_offset, n_covered)
-                if unmap and self._data_clusters is not None:
-                    await self._punch(guest_offset, n_covered)
-                self._zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
-            finally:
-                self._claims.release(claim)
-        finally:
-            self._cache.unpin(slice_)
-        n_data = sum(extent.n_bytes for extent in extents if extent.kind != ClusterKind.ZERO)
-        self._usage.add(guest_offset, -n_data)
-        return n_covered
 
     async def link_some(self, guest_offset: int, n_bytes: int) -> int:
         """Link the start of a range of a raw data file as it stands; returns how many bytes that was. Needs no claim:
         a write that is on its way goes to the same place and makes the same link."""
-        slice_ = await self._writable_slice(guest_offset)
+        slice_ = await self.writable_slice(guest_offset)
         try:
             end = min(guest_offset + n_bytes, self._mapping.slice_end(guest_offset))
             start = guest_offset & ~self._cluster_mask
@@ -300,52 +251,6 @@ class Writer:
             self._cache.unpin(slice_)
         self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
         return end - guest_offset
-
-    def _zero_entries(self, slice_: L2Slice, guest_offset: int, n_clusters: int, *, unmap: bool) -> None:
-        entry_format = self._mapping.entry_format
-        index = self._mapping.index(guest_offset)
-        let_go = zero_clusters(slice_.entries, entry_format, index, n_clusters, unmap=unmap)
-        self._cache.mark_dirty(slice_, index * entry_format.words, (index + n_clusters) * entry_format.words)
-        for entry in let_go:
-            self._unlink(entry, 0)
-
-    async def _zero_raw(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> int:
-        """Zero the start of a range in a raw data file; the entries stay as they are."""
-        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
-        if extent.kind == ClusterKind.DATA:
-            zero = self._data.punch_hole if unmap else self._data.write_zeroes
-            await zero(guest_offset, extent.n_bytes)
-        elif unmap:
-            await self._punch(guest_offset, extent.n_bytes)
-        return extent.n_bytes
-
-    async def _punch(self, guest_offset: int, n_bytes: int) -> None:
-        """Give back space in the data file, before entries let go of it. Places that no entry has hold nothing."""
-        with suppress(OSError):  # space that is not given back is no loss
-            await self._data.punch_hole(guest_offset, n_bytes)
-
-    async def _space_in_zeroes(self, guest_offset: int, n_bytes: int) -> tuple[int, int]:
-        """In a part of a slice that reads as zeroes: how many bytes give nothing back to the host, and how many
-        clusters behind them do."""
-        mapping = self._mapping
-        slice_ = self._cache.slices.get(mapping.key(guest_offset))
-        if slice_ is None:
-            if not mapping.slice_host_offset(guest_offset >> mapping.slice_shift):
-                return n_bytes, 0
-            slice_ = await mapping.load(guest_offset)
-            self._cache.unpin(slice_)
-        n_clusters = n_bytes + self._cluster_mask >> self._cluster_bits
-        skipped, n_held = clusters_to_give_back(
-            slice_.entries, mapping.entry_format, mapping.index(guest_offset), n_clusters
-        )
-        return skipped << self._cluster_bits, n_held
-
-    async def _write_zeroes(self, guest_offset: int, n_bytes: int) -> int:
-        """Zeroes as data, but for what reads as zeroes already."""
-        extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
-        if extent.kind == ClusterKind.ZERO:
-            return extent.n_bytes
-        return await self.write_some(guest_offset, _ZEROES[:n_bytes])
 
     async def _allocate_and_link(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
         start = guest_offset - plan.head
@@ -371,11 +276,11 @@ class Writer:
             elif run is not None and run.is_fresh and self._holes_are_zeroes:
                 skipped = plan.head
             else:
-                buffers.insert(0, _ZEROES[: plan.head])
+                buffers.insert(0, ZEROES[: plan.head])
             if tail is not None:
                 buffers.append(tail)
             elif run is None or not run.is_fresh or not self._holes_are_zeroes:
-                buffers.append(_ZEROES[: plan.tail])
+                buffers.append(ZEROES[: plan.tail])
             write_offset = host_offset + (start & self._cluster_mask) + skipped
             await self._write_data(write_offset, start + skipped, [part for part in buffers if len(part)])
         except BaseException as error:
@@ -413,9 +318,9 @@ class Writer:
         self._cache.mark_dirty(slice_, first, end)
         for number, old in enumerate(replaced):
             if old:
-                self._unlink(old, host_offset + (number << self._cluster_bits))
+                self.unlink(old, host_offset + (number << self._cluster_bits))
 
-    def _unlink(self, old: int, new_offset: int) -> None:
+    def unlink(self, old: int, new_offset: int) -> None:
         """Note the host clusters that an overwritten entry referred to. Version 1 counts nothing: they are lost."""
         entry_format = self._mapping.entry_format
         if entry_format.version == 1 or entry_format.has_data_file:

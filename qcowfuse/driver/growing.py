@@ -34,6 +34,7 @@ from .ordering import Ordering, SizeFields
 from .reading import ChainReader
 from .table_cache import TableCache
 from .usage import Usage
+from .zeroing import Zeroer
 
 log = logging.getLogger(__name__)
 _MAX_SIZE = (1 << 63) - SECTOR_SIZE
@@ -51,6 +52,7 @@ class Grower:
         mapping: Mapping,
         reader: ChainReader,
         writer: Writer,
+        zeroer: Zeroer,
         allocator: Allocator,
         metadata: MetadataClusters,
         ordering: Ordering,
@@ -64,6 +66,7 @@ class Grower:
         self._mapping = mapping
         self._reader = reader
         self._writer = writer
+        self._zeroer = zeroer
         self._allocator = allocator
         self._metadata = metadata
         self._ordering = ordering
@@ -172,6 +175,6 @@ class Grower:
                 if has_data_file and extent.layer == 0:
                     start = round_up(start, cluster_size)
                 while start < position:
-                    start += await self._writer.zero_some(start, position - start, unmap=not has_data_file)
+                    start += await self._zeroer.zero_some(start, position - start, unmap=not has_data_file)
             position = max(position, stop)
             await trio.lowlevel.checkpoint()

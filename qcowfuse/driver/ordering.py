@@ -43,7 +43,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
@@ -59,6 +59,9 @@ from .table_cache import L2Slice, TableCache
 
 log = logging.getLogger(__name__)
 _SECTOR_WORDS = 64
+_RUNS_AT_ONCE = 1024
+_CLUSTERS_AT_ONCE = 4096
+_WRITES_PER_CHECKPOINT = 32
 
 SizeFields = Callable[[int, int], MetadataWrite]
 """``(l1_size, l1_table_offset)`` to the write that puts them into the header, with the size of the disk."""
@@ -93,6 +96,7 @@ class Ordering:
         self._storage = storage
         self._data = None if mapping.data is storage else mapping.data
         self._mapping = mapping
+        self._cluster_size = mapping.geometry.cluster_size
         self._entry_format: EntryFormat = mapping.entry_format
         self._l1_table: array[int] = mapping.l1_table
         self._l1_table_offset = l1_table_offset
@@ -122,6 +126,11 @@ class Ordering:
 
     def unlink_cluster(self, run: HostRun) -> None:
         """Clusters that nothing in memory refers to any more: to be given back when that is durable."""
+        if self._unlinked:
+            host_offset, n_clusters, _ = self._unlinked[-1]
+            if host_offset + n_clusters * self._cluster_size == run.host_offset:
+                self._unlinked[-1] = HostRun(host_offset, n_clusters + run.n_clusters)
+                return
         self._unlinked.append(run)
 
     def move_l1(self, host_offset: int, on_moved: Callable[[HostRun], None]) -> None:
@@ -273,7 +282,7 @@ class Ordering:
         if size_fields is not None:
             self._header_changed(size_fields)
         if unlinked:
-            self._released.append((generation, merged(unlinked, self._mapping.geometry.cluster_size)))
+            self._released.append((generation, unlinked))
         if final:
             await self._release_unlinked()
 
@@ -320,7 +329,7 @@ class Ordering:
             self._size_fields = None
         if self._moved_l1 is None:
             return
-        cluster_size = self._mapping.geometry.cluster_size
+        cluster_size = self._cluster_size
         old = HostRun(self._l1_table_offset, divide_up(self._l1_size * WORD_SIZE, cluster_size))
         self._l1_table_offset, on_moved = self._moved_l1
         self._l1_size = len(self._l1_table)
@@ -335,7 +344,9 @@ class Ordering:
             await self._write_all(refcounts.table)
 
     async def _write_all(self, writes: Sequence[MetadataWrite]) -> None:
-        for host_offset, data in writes:
+        for number, (host_offset, data) in enumerate(writes, 1):
+            if number % _WRITES_PER_CHECKPOINT == 0:
+                await trio.lowlevel.checkpoint()
             self._metadata.check_own(host_offset, len(data), "a table")
             if not self._storage.try_pwritev(host_offset, (data,)):
                 await self._storage.pwritev(host_offset, (data,))
@@ -349,8 +360,11 @@ class Ordering:
                 continue
             # Everything is durable already: who gives up waiting now must not leave clusters behind.
             with trio.CancelScope(shield=True):
-                for run in runs:
-                    await self._release(run)
+                for first in range(0, len(runs), _RUNS_AT_ONCE):
+                    for run in merged(runs[first : first + _RUNS_AT_ONCE], self._cluster_size):
+                        for part in _parts(run, self._cluster_size):
+                            await self._release(part)
+                    await trio.lowlevel.checkpoint()
 
     async def _release(self, run: HostRun) -> None:
         try:
@@ -358,3 +372,13 @@ class Ordering:
         except (OSError, QcowFuseError) as error:
             # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
             log.warning("%s: %s", self._storage.name, error)
+
+
+def _parts(run: HostRun, cluster_size: int) -> Iterator[HostRun]:
+    """Runs that are given back while nobody waits too long."""
+    host_offset, n_left, _ = run
+    while n_left > _CLUSTERS_AT_ONCE:
+        yield HostRun(host_offset, _CLUSTERS_AT_ONCE)
+        host_offset += _CLUSTERS_AT_ONCE * cluster_size
+        n_left -= _CLUSTERS_AT_ONCE
+    yield HostRun(host_offset, n_left)

@@ -37,6 +37,7 @@ from .ordering import Ordering
 from .reading import ChainReader
 from .table_cache import LAYER_BITS, TableCache
 from .usage import Usage
+from .zeroing import Zeroer
 
 if TYPE_CHECKING:
     from .bitmaps import KeptBitmaps
@@ -89,6 +90,7 @@ class QcowImage:
         self._begun = False
         self._ordering: Ordering | None = None
         self._writer: Writer | None = None
+        self._zeroer: Zeroer | None = None
         self._grower: Grower | None = None
         if allocator is not None:
             self._ordering = Ordering(
@@ -111,11 +113,21 @@ class QcowImage:
                 usage=self._usage,
                 data_clusters=data_clusters,
             )
+            self._zeroer = Zeroer(
+                mapping=mapping,
+                reader=reader,
+                cache=cache,
+                writer=self._writer,
+                ordering=self._ordering,
+                usage=self._usage,
+                data_clusters=data_clusters,
+            )
             self._grower = Grower(
                 path=path,
                 mapping=mapping,
                 reader=reader,
                 writer=self._writer,
+                zeroer=self._zeroer,
                 allocator=allocator,
                 metadata=metadata,
                 ordering=self._ordering,
@@ -390,14 +402,18 @@ class QcowImage:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
         end = guest_offset + n_bytes
-        async with self._writing() as writer:
-            if self._bitmaps is not None:
-                self._bitmaps.mark(guest_offset, n_bytes)
-            while guest_offset < end:
-                self._require_writable()
-                guest_offset += await writer.zero_some(
-                    guest_offset, end - guest_offset, unmap=unmap and self._discard
-                )
+        unmap = unmap and self._discard
+        if not n_bytes:
+            self._require_writable()
+        while guest_offset < end:
+            # Each step is an operation in flight of its own: what the first ones free need not wait for the last.
+            async with self._writing():
+                if self._bitmaps is not None:
+                    self._bitmaps.mark(guest_offset, end - guest_offset)
+                assert self._zeroer is not None
+                guest_offset += await self._zeroer.zero_some(guest_offset, end - guest_offset, unmap=unmap)
+            if guest_offset < end:
+                await trio.lowlevel.checkpoint()
 
     async def grow(self, size: int) -> None:
         """See Image."""

@@ -73,6 +73,15 @@ def n_without(entries: array[int], entry_format: EntryFormat, bits: int, index: 
     return n_found
 
 
+def n_owned_data(entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int) -> int:
+    """How many of ``n_clusters`` standard entries from ``index`` on are data clusters that are owned alone, up to one
+    that is not."""
+    if entry_format.version == 1 or entry_format.is_extended or entry_format.has_data_file:
+        return 0
+    words = _little_endian(entries[index : index + n_clusters])
+    return _before_missing(words, _n_matching(words, COPIED, entry_format.not_plain))
+
+
 def _n_like(
     entry: int, part: array[int], entry_format: EntryFormat, kind: ClusterKind, *, is_compressed: bool
 ) -> int:
