@@ -3,6 +3,8 @@
 1. Commas separate; a backslash makes the next character plain.
 2. Own options have the names of the long ones, with ``-`` or ``_``. What only concerns mount(8) is accepted and
    means nothing. Anything unknown is refused by name.
+3. ``remount`` is refused before anything else: from version 2.41 on mount(8) puts the options that the mount has
+   before it, ``user_id=0`` of the kernel among them, and none of those is what the user has to change.
 """
 
 from __future__ import annotations
@@ -66,11 +68,12 @@ def split_options(text: str) -> list[str]:
 def sort_options(lists: Iterable[str]) -> MountOptions:
     """Sort the options of all the lists; later ones win. Raises MountOptionError."""
     found = MountOptions()
-    for option in (option for text in lists for option in split_options(text)):
+    options = [option for text in lists for option in split_options(text)]
+    if "remount" in options:
+        raise MountOptionError("remount is not possible: unmount, then mount with the new options")
+    for option in options:
         key, has_value, value = option.partition("=")
         own = key.replace("_", "-")
-        if option == "remount":
-            raise MountOptionError("remount is not possible: unmount, then mount with the new options")
         if option == "ro":
             found.flags.add("read-only")
         elif option == "rw":

@@ -136,6 +136,14 @@ def test_unknown_mount_options_are_refused_by_name(option: str, named: str) -> N
         sort_options([f"rw,{option},dev"])
 
 
+def test_remount_is_refused_before_all_else() -> None:
+    """mount(8) of util-linux 2.41 puts the options of the mount first: none of them is the user's mistake."""
+    present = "rw,nosuid,nodev,relatime,user_id=0,group_id=0,default_permissions,allow_other"
+    for lists in ([f"{present},remount,ro"], [present, "remount"]):
+        with pytest.raises(MountOptionError, match="^remount is not possible"):
+            sort_options(lists)
+
+
 @pytest.mark.parametrize(
     ("text", "size"),
     [
