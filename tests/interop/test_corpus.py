@@ -1,8 +1,13 @@
-"""Images that other projects made: the same answer as qemu-img, or a refusal that says why."""
+"""Images that no QEMU and no qcowfuse made: the same answer as qemu-img, or a refusal that says why.
+
+1. All is tested on the images of ``tests.support.foreign``, which are laid out byte by byte.
+2. Where the corpus of images from other projects lies beside the checkout, they are tested in addition.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,20 +15,18 @@ import pytest
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import BackingChainError, FormatError, QcowFuseError
-from tests.support import battery, qemu
+from tests.support import battery, foreign, qemu
 from tests.support.oracle import DiskModel, first_difference, reference_bytes
 
 CORPUS = Path(__file__).parents[3] / "shared" / "corpus"
-READABLE = (
+_IN_CORPUS = (
     "cdi-fs-overhead.qcow2",
     "dfvfs-ext2.qcow2",
     "qemu-bios-tables-test.aarch64.iso.qcow2",
     "qemu-bios-tables-test.arm.iso.qcow2",
-    "shared-mime-info-disk.qcow2",
     "vasi-test.qcow2",
 )
-SOUND = tuple(name for name in READABLE if name != "shared-mime-info-disk.qcow2")
-REFUSED: dict[str, type[QcowFuseError]] = {
+_REFUSED_IN_CORPUS: dict[str, type[QcowFuseError]] = {
     "cdi-invalid-qcow-backing-file.img": FormatError,
     "cdi-invalid-qcow-large-memory.img": FormatError,
     "cdi-invalid-qcow-large-size.img": FormatError,
@@ -39,13 +42,35 @@ REFUSED: dict[str, type[QcowFuseError]] = {
     "libvirt-datafile-emptystr.qcow2": FormatError,
     "libvirt-qcow2datafile-datafile.qcow2": BackingChainError,
 }
-
-pytestmark = pytest.mark.skipif(not CORPUS.is_dir(), reason="the corpus of foreign images is not here")
+_CORPUS = CORPUS.is_dir()
+SOUND = (*foreign.SOUND, *(_IN_CORPUS if _CORPUS else ()))
+READABLE = (*SOUND, "no_disk", *(["shared-mime-info-disk.qcow2"] if _CORPUS else ()))
+REFUSED: dict[str, type[QcowFuseError]] = {
+    **dict.fromkeys(foreign.WRONG, FormatError),
+    **dict.fromkeys(foreign.INCOMPLETE, BackingChainError),
+    **(_REFUSED_IN_CORPUS if _CORPUS else {}),
+}
+BROKEN_SNAPSHOTS = ("many_broken_snapshots", *(["cdi-invalid-qcow-large-json.img"] if _CORPUS else ()))
 
 
 def copy(name: str, folder: Path) -> Path:
-    """A writable copy of one image."""
+    """A writable copy of one image, made or of the corpus."""
+    if maker := foreign.ALL.get(name):
+        path = folder / f"{name}.qcow2"
+        maker(path)
+        return path
     return Path(shutil.copyfile(CORPUS / name, folder / name))
+
+
+def loops(name: str, folder: Path) -> Iterator[Path]:
+    """Beside ``name``: the images with which it makes a loop."""
+    if name in foreign.ALL:
+        for other in foreign.INCOMPLETE:
+            if other.startswith("loop"):
+                yield copy(other, folder)
+    else:
+        for path in CORPUS.glob("libvirt-loop-*"):
+            yield copy(path.name, folder).rename(folder / path.name.removeprefix("libvirt-"))
 
 
 @pytest.mark.parametrize("name", READABLE)
@@ -80,8 +105,8 @@ async def test_writes_to_foreign_images(name: str, image_folder: Path) -> None:
 @pytest.mark.parametrize("read_only", [True, False])
 async def test_refuses(name: str, error: type[QcowFuseError], read_only: bool, image_folder: Path) -> None:
     """A hostile, incomplete or unserved image is refused with one line that names the cause, and not changed."""
-    for other in CORPUS.glob("libvirt-loop-*"):
-        copy(other.name, image_folder).rename(image_folder / other.name.removeprefix("libvirt-"))
+    if "loop" in name:
+        assert len(list(loops(name, image_folder))) == 3
     path = copy(name, image_folder)
     before = path.read_bytes()
     with pytest.raises(error) as caught:
@@ -90,23 +115,33 @@ async def test_refuses(name: str, error: type[QcowFuseError], read_only: bool, i
     assert path.read_bytes() == before
 
 
-async def test_chain_of_foreign_images(image_folder: Path) -> None:
-    """A chain whose parts come from another project opens once its missing lowest file is there."""
-    (image_folder / "cirros.raw").write_bytes(bytes(range(256)) * 4096)
-    first = copy("cdi-cirros-snapshot1.qcow2", image_folder).rename(image_folder / "cirros-snapshot1.qcow2")
-    second = copy("cdi-cirros-snapshot2.qcow2", image_folder)
-    assert first.exists()
-    expected = reference_bytes(second, "qcow2")
-    image = await open_image(str(second), OpenOptions(read_only=True))
+def chain(of_corpus: bool, folder: Path) -> Path:
+    """The uppermost image of a chain that is complete."""
+    if not of_corpus:
+        foreign.small_file_system(folder / "missing.qcow2")
+        return copy("missing_qcow2", folder)
+    (folder / "cirros.raw").write_bytes(bytes(range(256)) * 4096)
+    copy("cdi-cirros-snapshot1.qcow2", folder).rename(folder / "cirros-snapshot1.qcow2")
+    return copy("cdi-cirros-snapshot2.qcow2", folder)
+
+
+@pytest.mark.parametrize("of_corpus", [False, True] if _CORPUS else [False])
+async def test_chain_of_foreign_images(of_corpus: bool, image_folder: Path) -> None:
+    """A chain whose parts are foreign opens once its missing lowest file is there."""
+    path = chain(of_corpus, image_folder)
+    expected = reference_bytes(path, "qcow2")
+    assert any(expected)
+    image = await open_image(str(path), OpenOptions(read_only=True))
     try:
         await battery.check_reads(image, expected, n_random=200)
     finally:
         await image.aclose()
 
 
-async def test_many_broken_snapshots(image_folder: Path) -> None:
+@pytest.mark.parametrize("name", BROKEN_SNAPSHOTS)
+async def test_many_broken_snapshots(name: str, image_folder: Path) -> None:
     """An image with 65536 empty snapshots opens read-only and shows a disk of the size that its header names."""
-    path = copy("cdi-invalid-qcow-large-json.img", image_folder)
+    path = copy(name, image_folder)
     image = await open_image(str(path), OpenOptions(read_only=True))
     try:
         assert image.size == int.from_bytes(path.read_bytes()[24:32], "big")
