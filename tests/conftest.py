@@ -9,12 +9,14 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
+from tests.support.container import LACKS
+
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("qcowfuse", deadline=None)
 settings.load_profile("qcowfuse")
 
-DECLARED_SKIPS = ("corpus",)
-"""Parts of skip reasons that are no failure under QCOWFUSE_NO_SKIPS=1: things that a complete machine may lack."""
+DECLARED_SKIPS = (LACKS,)
+"""Parts of skip reasons that are no failure under QCOWFUSE_NO_SKIPS=1: what a container may lack."""
 
 NO_SKIPS = os.environ.get("QCOWFUSE_NO_SKIPS") == "1"
 

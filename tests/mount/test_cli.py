@@ -140,7 +140,7 @@ def test_remount_is_refused_before_all_else() -> None:
     """mount(8) of util-linux 2.41 puts the options of the mount first: none of them is the user's mistake."""
     present = "rw,nosuid,nodev,relatime,user_id=0,group_id=0,default_permissions,allow_other"
     for lists in ([f"{present},remount,ro"], [present, "remount"]):
-        with pytest.raises(MountOptionError, match="^remount is not possible"):
+        with pytest.raises(MountOptionError, match=r"^remount is not possible"):
             sort_options(lists)
 
 

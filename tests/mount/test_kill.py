@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.container import need_loop_devices
 from tests.support.killing import IMAGE_OPTIONS, KillTest
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -15,6 +16,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_a_killed_daemon_loses_nothing_that_was_fsynced(number: int) -> None:
     """Killed twice in a row, each time at some moment of the load (C1 to C7 as the page cache shows them)."""
+    need_loop_devices()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         test = KillTest(Path(name), number, *IMAGE_OPTIONS[number])
         for _ in range(2):

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.container import is_contained, lacks
+
 REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
 LAUNCHER = f"""#!/bin/sh
@@ -49,7 +51,11 @@ def machine() -> Iterator[Path]:
     for directory in (upper, work, root):
         directory.mkdir(parents=True)
     options = f"lowerdir=/,upperdir={upper},workdir={work}"
-    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", options, root], check=True)
+    command = ["mount", "-t", "overlay", "overlay", "-o", options, root]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        shutil.rmtree(top)
+        lacks(f"overlay mounts: {done.stderr.strip()}")
     try:
         shutil.copy(UNIT, root / "etc/systemd/system")
         launcher = root / "usr/local/bin/qcowfuse"
@@ -85,7 +91,10 @@ def boot(machine: Path) -> Iterator[Callable[[str], None]]:
                 command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, timeout=60, check=False
             )
         log = machine / "srv/out.log"
-        said = log.read_text() if log.exists() else (machine.parent / "console").read_text()
+        console_said = (machine.parent / "console").read_text()
+        if not log.exists() and is_contained():
+            lacks(f"a systemd within it: {console_said.strip()}")
+        said = log.read_text() if log.exists() else console_said
         assert done.returncode == 0, said
 
     yield boot

@@ -2,6 +2,7 @@
 
 1. Whoever detaches a loop device or unmounts a file system here waits until the kernel has really done it.
 2. Partitions are read by ``partx``, since a kernel without partition parsers ignores ``losetup -P``.
+3. In a container, whose /dev is not the kernel's, the device nodes of partitions are made and removed here.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import qemu
+from .container import lacks, need_loop_devices
 from .mounting import Mounted, wait_until
 
 
@@ -43,6 +45,7 @@ def loop_device(
     file: Path, *, direct_io: bool = False, sector_size: int = 512, read_only: bool = False
 ) -> Iterator[Path]:
     """Attach ``file`` to a free loop device with its partitions looked for, and detach it at the end."""
+    need_loop_devices()
     words = ["losetup", "-fP", "--show", "--sector-size", str(sector_size)]
     words += [f"--direct-io={'on' if direct_io else 'off'}"]
     if read_only:
@@ -54,6 +57,9 @@ def loop_device(
         qemu.must_run("losetup", "-d", device)
         # Another program may have got the same device by now.
         wait_until(lambda: backing_file(device) != str(file), f"{device} to be detached")
+        for part in device.parent.glob(f"{device.name}p*"):
+            if not _in_sysfs(part).exists():
+                part.unlink(missing_ok=True)
 
 
 def loop_setting(device: Path, column: str) -> str:
@@ -73,8 +79,30 @@ def partitions_of(device: Path) -> list[Path]:
     qemu.run("partx", "-u", device)  # fails where the kernel has done it
     numbers = [int(line) for line in qemu.must_run("partx", "-g", "-o", "NR", device).split()]
     parts = [device.with_name(f"{device.name}p{number}") for number in numbers]
+    wait_until(lambda: all(_in_sysfs(part).exists() for part in parts), f"partitions of {device}")
+    if not _is_dev_of_the_kernel():
+        for part in parts:
+            _make_node(part)
     wait_until(lambda: all(_is_block_device(part) for part in parts), f"partitions of {device}")
     return parts
+
+
+def _in_sysfs(device: Path) -> Path:
+    return Path("/sys/class/block") / device.name
+
+
+def _is_dev_of_the_kernel() -> bool:
+    return qemu.must_run("findmnt", "-n", "-o", "FSTYPE", "--target", "/dev").strip() == "devtmpfs"
+
+
+def _make_node(device: Path) -> None:
+    """The device node of a partition, as the kernel numbers it now."""
+    major, minor = (_in_sysfs(device) / "dev").read_text().split(":")
+    device.unlink(missing_ok=True)
+    try:
+        os.mknod(device, stat.S_IFBLK | 0o600, os.makedev(int(major), int(minor)))
+    except PermissionError:
+        lacks("device nodes of partitions, and the right to make them")
 
 
 def _is_block_device(path: Path) -> bool:

@@ -18,6 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
+from .container import need_loop_devices
+
 REPOSITORY = Path(__file__).parents[2]
 TIMEOUT = 30.0
 """Seconds that a start or an end may take on a slow machine."""
@@ -207,6 +209,7 @@ class Mounted:
 @contextmanager
 def loop_device(file: Path, *options: str) -> Iterator[str]:
     """A loop device on ``file`` for the time of the block."""
+    need_loop_devices()
     done = subprocess.run(["losetup", "-f", "--show", *options, file], check=True, capture_output=True, text=True)
     device = done.stdout.strip()
     try:

@@ -16,6 +16,7 @@ import trio
 
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage.file import IOV_MAX, FileStorage, open_file_storage
+from tests.support.container import need_loop_devices
 
 SHM = Path("/dev/shm")
 
@@ -419,6 +420,7 @@ def loop_device(tmp_path: Path) -> Iterator[str]:
     """A loop device over 1 MiB of the letter L."""
     if os.geteuid() != 0:
         pytest.skip("loop devices need root")
+    need_loop_devices()
     image = tmp_path / "image"
     image.write_bytes(b"L" * (1 << 20))
     command = ["losetup", "--find", "--show", str(image)]
