@@ -76,7 +76,7 @@ def is_alive(pid: int) -> bool:
     """Whether the process exists and is more than a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the latter when it goes between the open and the read
         return False
 
 
