@@ -6,7 +6,7 @@ The packages, each of which imports only from those to its left (a test checks i
     errors <- system  <- storage <- driver
     errors <- system                       <- export, cli
 
-``errors``   every exception that a caller may see
+``errors``   every exception that a caller may see, and ``printable``, the way of text to a terminal or a log
 ``format``   sans I/O: bytes of an image to values and back
 ``system``   what Linux offers and the standard library lacks
 ``storage``  bytes at offsets, asynchronously; knows nothing of QCOW

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from ..driver.options import DelayModel, DetectZeroes, L2CacheSize, OpenOptions
 from ..export.settings import MountSettings, User
+from ..printable import printable
 from .exit_codes import ExitCode
 from .image_names import backing_format, check_names, configured_folders
 from .mount_options import MountOptionError, sort_options
@@ -161,7 +162,7 @@ def _plain(argv: Sequence[str]) -> SimpleNamespace | None:
 
 
 def _refuse(message: str) -> NoReturn:
-    sys.stderr.write(f"qcowfuse: {message} (qcowfuse --help says more)\n")
+    sys.stderr.write(printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
     raise SystemExit(ExitCode.USAGE)
 
 

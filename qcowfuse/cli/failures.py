@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from ..errors import QcowFuseError
+from ..printable import printable
 
 if TYPE_CHECKING:
     from .arguments import Arguments
@@ -24,10 +25,6 @@ def describe(exc: BaseException, arguments: Arguments) -> str:
         if arguments.image not in text and not text.startswith(arguments.mount_point):
             text = f"{arguments.image}: {text}"
     else:
-        text = f"unexpected failure, please report it: {type(exc).__name__}: {exc} (--debug shows more)"
-    return printable(" ".join(text.split("\n")))
-
-
-def printable(text: str) -> str:
-    """Without control characters: file names may hold anything."""
-    return "".join(c if c.isprintable() or 0xDC80 <= ord(c) <= 0xDCFF else "?" for c in text)
+        detail = " ".join(str(exc).split())
+        text = f"unexpected failure, please report it: {type(exc).__name__}: {detail} (--debug shows more)"
+    return printable(text)

@@ -23,7 +23,8 @@ from ..driver.extent_map import map_image
 from ..driver.inspect import describe_image, is_version_1
 from ..driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
 from ..errors import ImageUsageError, QcowFuseError
-from . import img_output
+from ..printable import printable
+from . import img_output, logs
 from .create_options import parse_create_options, parse_size
 from .image_names import add_name_options, options_of_names
 from .img_progress import ProgressLine
@@ -58,7 +59,7 @@ _REPAIRS = {"leaks": Fix.LEAKS, "all": Fix.ALL}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(ImgExit.FAILED, f"{self.prog}: {message} (--help says more)\n")
+        self.exit(ImgExit.FAILED, printable(f"{self.prog}: {message} (--help says more)") + "\n")
 
 
 def _build_parser() -> _Parser:
@@ -174,6 +175,7 @@ def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
+    logs.warn_to_stderr("qcowfuse-img")
     try:
         given = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
     except SystemExit as exc:
@@ -202,7 +204,7 @@ def _fail(exc: QcowFuseError | OSError, image: str) -> int:
         text = f"{path}: {exc.strerror or exc}"
     else:
         text = str(exc) if image in str(exc) else f"{image}: {exc}"
-    print(f"qcowfuse-img: {img_output.printable(text)}", file=sys.stderr)
+    print(f"qcowfuse-img: {printable(text)}", file=sys.stderr)
     return ImgExit.FAILED
 
 
@@ -249,7 +251,7 @@ def _map(given: argparse.Namespace) -> int:
 def _check(given: argparse.Namespace) -> int:
     fix = _REPAIRS.get(given.repair, Fix.NOTHING)
     if fix and given.force_share:
-        print(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U", file=sys.stderr)
+        print(printable(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U"), file=sys.stderr)
         return ImgExit.FAILED
 
     async def run() -> int:
@@ -263,7 +265,7 @@ def _check(given: argparse.Namespace) -> int:
                 nonlocal n_findings
                 n_findings += 1
                 if n_findings <= MAX_FINDINGS and not given.quiet:
-                    progress.print_above(img_output.printable(finding))
+                    progress.print_above(printable(finding))
 
             result = await check_image(
                 given.image, report=report, progress=progress.show, force_share=given.force_share, fix=fix
@@ -324,11 +326,7 @@ def _resize(given: argparse.Namespace) -> int:
             await image.aclose()
         if not given.quiet:
             change = "had that size already" if image.size == before else f"had {before}"
-            print(
-                img_output.printable(
-                    f"{given.image}: {img_output.size_text(image.size)} ({image.size} bytes), {change}"
-                )
-            )
+            print(printable(f"{given.image}: {img_output.size_text(image.size)} ({image.size} bytes), {change}"))
         return ImgExit.OK
 
     return run_until_stopped(run)
@@ -356,5 +354,5 @@ def _create(given: argparse.Namespace) -> int:
         if passphrase is not None:
             passphrase[:] = bytes(len(passphrase))
     if not given.quiet:
-        print(img_output.printable(f"{given.image}: {given.format} image of {img_output.size_text(created)}"))
+        print(printable(f"{given.image}: {given.format} image of {img_output.size_text(created)}"))
     return ImgExit.OK

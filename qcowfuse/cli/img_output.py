@@ -13,6 +13,7 @@ from typing import Any
 from ..driver.check_result import CheckResult
 from ..driver.extent_map import MapEntry
 from ..driver.inspect import AUTO, IN_USE, ImageInfo, LuksHeader, Snapshot
+from ..printable import printable
 
 Json = dict[str, Any]
 
@@ -165,11 +166,6 @@ def size_text(n_bytes: int) -> str:
         if unit == "EiB":
             break
     return f"{value:.3g} {unit}"
-
-
-def printable(text: str) -> str:
-    """Without control characters and undecodable bytes."""
-    return "".join(character if character.isprintable() else "?" for character in text)
 
 
 def info_lines(info: ImageInfo) -> Iterable[str]:

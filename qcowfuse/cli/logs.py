@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from typing import Any
+
+from ..printable import printable
 
 _SYSLOG = "/dev/log"
 _LOG_DAEMON = 3 << 3
@@ -18,12 +21,30 @@ _SEVERITIES = (
 _ROOT = logging.getLogger()
 
 
+class OneLine(logging.Formatter):
+    """A record is one line, whatever names are in it; a traceback follows in indented lines."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
+        """See Formatter."""
+        return printable(super().formatMessage(record))
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """See Formatter."""
+        return "\n".join("  " + printable(line) for line in super().formatException(ei).splitlines())
+
+
+def warn_to_stderr(program: str) -> None:
+    """What is logged without any handler: warnings and worse, one line each."""
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(OneLine(f"{program}: %(levelname)s: %(message)s"))
+
+
 def log_to_stderr(*, debug: bool) -> None:
     """Begin to log."""
     logging.raiseExceptions = False  # a log that cannot be written must not end the service
     logging.captureWarnings(True)
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("qcowfuse: %(levelname)s: %(message)s"))
+    handler.setFormatter(OneLine("qcowfuse: %(levelname)s: %(message)s"))
     _ROOT.handlers[:] = [handler]
     _ROOT.setLevel(logging.DEBUG if debug else logging.INFO)
     for noisy in ("pyfuse3", "trio"):
@@ -33,7 +54,7 @@ def log_to_stderr(*, debug: bool) -> None:
 def log_to_file(path: str) -> None:
     """Append to a file. Raises OSError."""
     handler = logging.FileHandler(os.path.abspath(path), encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s qcowfuse[%(process)d] %(levelname)s: %(message)s"))
+    handler.setFormatter(OneLine("%(asctime)s qcowfuse[%(process)d] %(levelname)s: %(message)s"))
     _ROOT.handlers[:] = [handler]
 
 
@@ -43,7 +64,7 @@ def open_syslog() -> logging.Handler:
         syslog = _Syslog(_SYSLOG)
     except OSError:
         return logging.NullHandler()
-    syslog.setFormatter(logging.Formatter(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))
+    syslog.setFormatter(OneLine(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))
     return syslog
 
 

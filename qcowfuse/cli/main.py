@@ -33,6 +33,7 @@ _log = logging.getLogger("qcowfuse")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
+    logs.log_to_stderr(debug=False)  # parsing reads a file, and may have to warn
     try:
         arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
     except SystemExit as exc:

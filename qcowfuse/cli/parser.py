@@ -6,13 +6,14 @@ import argparse
 from typing import NoReturn
 
 from .._version import __version__
+from ..printable import printable
 from .exit_codes import EXPLANATIONS, ExitCode
 from .image_names import add_name_options
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(ExitCode.USAGE, f"qcowfuse: {message} (qcowfuse --help says more)\n")
+        self.exit(ExitCode.USAGE, printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
 
 
 def build_parser(default_lock_wait: float) -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from ..driver.options import OpenOptions
 from ..driver.quick_look import may_need_passphrase
 from ..errors import ImageUsageError
+from ..printable import printable
 from ..system.privileges import forbid_core_dumps
 
 CREDENTIAL_NAME = "qcowfuse.key"
@@ -114,9 +115,8 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
         raise _no_key(image) from None
     import getpass
 
-    shown = "".join(character if character.isprintable() else "?" for character in image)
     try:
-        typed = getpass.getpass(f"Passphrase of {shown}: ")
+        typed = getpass.getpass(f"Passphrase of {printable(image)}: ")
         if twice and typed != getpass.getpass("Once more: "):
             raise ImageUsageError(f"{image}: the passphrases differ")
     except EOFError:

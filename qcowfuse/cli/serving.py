@@ -16,10 +16,10 @@ from ..driver.chain import open_image
 from ..export.mount import Notices, serve
 from ..export.outside import Outside
 from ..export.process import Starter, leave_session
+from ..printable import printable
 from . import logs
 from .arguments import Arguments
 from .exit_codes import ExitCode
-from .failures import printable
 from .passphrase import KeySource
 
 

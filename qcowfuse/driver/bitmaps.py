@@ -41,9 +41,10 @@ from ..format.bitmap_directory import (
 )
 from ..format.bitmaps import Contents, DirtyBits, table_entries_needed
 from ..format.entries import parse_table, serialise_table
-from ..format.extensions import EXTENSION_BITMAPS, find_extension, printable
+from ..format.extensions import EXTENSION_BITMAPS, find_extension
 from ..format.geometry import WORD_SIZE, divide_up
 from ..format.header import Qcow2Header
+from ..printable import printable
 from ..storage.base import Buffer, Storage
 from .allocation import HostRun, RefcountAllocator
 from .metadata import MetadataClusters
@@ -411,4 +412,4 @@ class KeptBitmaps:
 
 
 def _shown(entry: BitmapEntry) -> str:
-    return printable(entry.name.encode("utf-8", "surrogateescape"))
+    return printable(entry.name.partition("\0")[0])

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from ..errors import FormatError
+from ..printable import printable
 
 EXTENSION_END = 0x00000000
 EXTENSION_BACKING_FORMAT = 0xE2792ACA
@@ -42,10 +43,9 @@ class FeatureName(NamedTuple):
     name: str
 
 
-def printable(raw: bytes) -> str:
+def text_of(raw: bytes) -> str:
     """Text of an image as one line that is safe to show: bytes up to the first NUL, the unprintable as ``?``."""
-    text = raw.partition(b"\0")[0].decode("utf-8", "replace")
-    return "".join(character if character.isprintable() else "?" for character in text)
+    return printable(raw.partition(b"\0")[0].decode("utf-8", "replace"))
 
 
 def parse_extensions(data: bytes, start: int, end: int) -> tuple[HeaderExtension, ...]:
@@ -93,7 +93,7 @@ def parse_feature_names(data: bytes) -> tuple[FeatureName, ...]:
     for position in range(0, len(data), _FEATURE_ENTRY.size):
         entry = data[position : position + _FEATURE_ENTRY.size].ljust(_FEATURE_ENTRY.size, b"\0")
         kind, bit, raw = _FEATURE_ENTRY.unpack(entry)
-        name = printable(raw)
+        name = text_of(raw)
         if not name:
             break
         names.append(FeatureName(kind, bit, name))

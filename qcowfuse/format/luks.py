@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from ..errors import FormatError, UnsupportedFeatureError
-from .extensions import EXTENSION_LUKS_HEADER, HeaderExtension, find_extension, printable
+from .extensions import EXTENSION_LUKS_HEADER, HeaderExtension, find_extension, text_of
 from .geometry import SECTOR_SIZE, divide_up, round_up
 
 HASHES = {
@@ -206,7 +206,7 @@ def parse_luks_header(data: bytes, length: int) -> LuksHeader:
         key_digest=digest,
         digest_salt=salt,
         digest_iterations=iterations,
-        uuid=printable(uuid),
+        uuid=text_of(uuid),
         slots=slots,
     )
 
@@ -286,7 +286,7 @@ def serialise_luks_header(header: LuksHeader) -> bytes:
 
 def _text(raw: bytes, place: int) -> str:
     _require(b"\0" in raw, place, "name without an end, expected a NUL")
-    return printable(raw)
+    return text_of(raw)
 
 
 def _require(condition: bool, place: int, detail: str) -> None:

@@ -13,13 +13,14 @@ PACKAGE = Path(__file__).parents[2] / "qcowfuse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 MAY_IMPORT = {
     "errors": set(),
+    "printable": set(),
     "_version": set(),
-    "format": {"errors"},
+    "format": {"errors", "printable"},
     "system": {"errors"},
     "storage": {"errors", "system"},
-    "driver": {"errors", "format", "storage"},
+    "driver": {"errors", "format", "storage", "printable"},
     "export": {"errors", "driver", "system"},
-    "cli": {"errors", "system", "driver", "export", "_version"},
+    "cli": {"errors", "system", "driver", "export", "_version", "printable"},
     "__init__": {"_version"},
     "__main__": {"cli"},
 }
