@@ -133,6 +133,11 @@ class Ordering:
                 return
         self._unlinked.append(run)
 
+    @property
+    def n_unlinked(self) -> int:
+        """How many runs of clusters wait to be given back by the next flush."""
+        return len(self._unlinked)
+
     def move_l1(self, host_offset: int, on_moved: Callable[[HostRun], None]) -> None:
         """The L1 table has become longer than the one on disk, which it will replace, at ``host_offset``, with the
         next :meth:`change_header`. Then ``on_moved`` is told where the old one was."""

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from .bitmaps import KeptBitmaps
 
 log = logging.getLogger(__name__)
+_MAX_UNLINKED = 1 << 18
+"""Runs of clusters to be let go of before they are given back: a whole disk of them, scattered, fills memory."""
 _SHORT_READ = "request for {n_bytes} bytes at {guest_offset:#x} of a disk of {size} bytes"
 
 
@@ -412,6 +414,8 @@ class QcowImage:
                     self._bitmaps.mark(guest_offset, end - guest_offset)
                 assert self._zeroer is not None
                 guest_offset += await self._zeroer.zero_some(guest_offset, end - guest_offset, unmap=unmap)
+            if self._ordering is not None and self._ordering.n_unlinked >= _MAX_UNLINKED:
+                await self.flush()
             if guest_offset < end:
                 await trio.lowlevel.checkpoint()
 

@@ -64,7 +64,6 @@ class MountSession:
         self._settings = settings
         self._outside = outside
         self._looks_keep_busy = False
-        self._size_is_wrong = trio.Event()
         self._has_discarded = trio.Event()
         self._gate = RequestGate()
         self._final_ownership = self._ownership()
@@ -75,7 +74,6 @@ class MountSession:
             mtime_ns=_mtime_ns(image.path),
             gate=self._gate,
             growable=settings.growable,
-            on_write_past_end=self._note_wrong_size,
             on_release=on_release,
             on_discard=self._note_discard,
         )
@@ -175,20 +173,14 @@ class MountSession:
             mode=mode,
         )
 
-    def _note_wrong_size(self) -> None:
-        self._size_is_wrong.set()
-
     async def repair_size(self) -> None:
-        """Put the kernel's idea of the size right after writes past the end, whenever there were some."""
-        while True:
-            await self._size_is_wrong.wait()
-            if self._looks_keep_busy:  # whoever has just seen a copy fail unmounts now, or not so soon
-                await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
-            self._size_is_wrong = trio.Event()
-            try:
-                await self._outside.run(served_file.tell_size, self._file, self._image.size)
-            except OSError as exc:
-                _log.warning("the size that the kernel shows may be wrong: %s", exc)
+        """Put the kernel's idea of the size right, whenever it may be wrong."""
+        await self._operations.sizes.watch(self._mend)
+
+    async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
+        if self._looks_keep_busy and (lowers or forgets):  # whoever has seen a copy fail unmounts now, or not so soon
+            await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
+        await self._outside.run(served_file.mend_served, self._file, n_bytes, lowers, syncs, forgets)
 
     def _note_discard(self) -> None:
         self._has_discarded.set()

@@ -2,19 +2,12 @@
 
 1. Only FUSEError (and cancellation) leaves a handler: anything else would end the mount. What to answer is in
    :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
-2. A disk keeps its size. Truncating to the present size succeeds; so does truncating to zero, which changes
-   nothing: it is how O_TRUNC arrives, and ``cp`` and ``dd`` open with that. Less is refused. More makes the disk
-   larger when it is ``growable``, as do writes and allocations past the end; else it is refused.
-3. With the write-back cache the kernel believes its own idea of the size of a regular file. It learns it from
-   the first attributes (or, for a root inode, from a setattr: see :mod:`.mount_session`), and moves it by itself
-   when a client writes past the end. Such a write gets ENOSPC here, and ``on_write_past_end`` is called, so that the
-   kernel's idea can be put right. Not so when the disk is growable: the kernel may hold more of what lies past
-   the end, and must not be told to drop it.
-4. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.poll_first`).
-5. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
+2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
+3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.poll_first`).
+4. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
    write-back cache the kernel keeps the times. For a root inode it then never moves them by itself: a file that
    is mounted over a file shows the time that utimens gave it last.)
-6. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
+5. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
    is open for writing somewhere: before it tells of the release it has written everything. So holes are where
    the image has them while there is no writer; while there is one, all of the file counts as data. When the disk
    is growable, not even its end is known then: the answer is that of a file system which does not know holes.
@@ -34,13 +27,13 @@ from dataclasses import dataclass, replace
 from typing import NoReturn
 
 import pyfuse3
-import trio
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
 from ..driver.image import Image
 from .errnos import errno_of
 from .poll_first import RequestGate
 from .seeking import Seeker, never
+from .sizes import Sizes
 
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
@@ -82,8 +75,8 @@ class _Times:
 class Operations(pyfuse3.Operations):
     """One file that holds ``image``. ``file_name`` is its name in a folder, None when the file is the root itself.
 
-    ``mtime_ns`` is the time that the file shows until it is written. ``on_write_past_end``, ``on_release``
-    and ``on_discard`` must not block.
+    ``mtime_ns`` is the time that the file shows until it is written. ``on_release`` and ``on_discard`` must not
+    block.
     """
 
     supports_dot_lookup = False
@@ -97,7 +90,6 @@ class Operations(pyfuse3.Operations):
         mtime_ns: int,
         gate: RequestGate | None = None,
         growable: bool = False,
-        on_write_past_end: Callable[[], None] = lambda: None,
         on_release: Callable[[], None] = lambda: None,
         on_discard: Callable[[], None] = lambda: None,
     ) -> None:
@@ -108,8 +100,6 @@ class Operations(pyfuse3.Operations):
         self.n_open = 0
         self.daemon_statistics: dict[str, int] = {}
         self._n_writers = 0
-        self._is_growable = growable
-        self._grow_lock = trio.Lock()
         self._image = image
         self._seeker = Seeker(image)
         self._size = image.size
@@ -119,6 +109,15 @@ class Operations(pyfuse3.Operations):
         self._try_write_new = image.try_write_new
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
+        self.sizes = Sizes(
+            image,
+            self._file_inode,
+            growable=growable,
+            slow=self._slow,
+            note_write=self._note_write,
+            on_change=self._note_size,
+            trusts_kernel=lambda: self.enable_writeback_cache,
+        )
         self._ownership = ownership
         # Whoever may read the file may enter the folder.
         self._folder_ownership = replace(ownership, mode=ownership.mode | (ownership.mode & 0o444) >> 2)
@@ -126,7 +125,6 @@ class Operations(pyfuse3.Operations):
         self._folder_times = replace(self._times)
         self._n_writes = 0
         self._n_flushed = 0
-        self._on_write_past_end = on_write_past_end
         self._on_release = on_release
         self._on_discard = on_discard
         self._last_error = ""
@@ -146,6 +144,9 @@ class Operations(pyfuse3.Operations):
             return False
         self._note_write()
         return True
+
+    def _note_size(self, n_bytes: int) -> None:
+        self._size = n_bytes
 
     def _note_write(self) -> None:
         self._n_writes += 1
@@ -171,10 +172,10 @@ class Operations(pyfuse3.Operations):
             self._fail("read", exc)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
-        """Write ``buf``; past the end there is no space (rule 3)."""
+        """Write ``buf``."""
         try:
             if off + len(buf) > self._size:
-                return await self._write_past_end(off, buf)
+                return await self.sizes.write_past_end(off, buf)
             if self.has_declined:
                 self.has_declined = False
             elif self._try_write_in_place(off, buf):
@@ -192,53 +193,35 @@ class Operations(pyfuse3.Operations):
         finally:
             self._note_write()
 
-    async def _write_past_end(self, off: int, buf: bytes) -> int:
-        if self._is_growable:
-            await self._grow_to(off + len(buf))
-            await self._write_slowly(off, buf)
-            return len(buf)
-        n_fitting = max(0, self._size - off)
-        if n_fitting:
-            await self._write_slowly(off, memoryview(buf)[:n_fitting])
-        if self.enable_writeback_cache:
-            # The kernel takes any success for the whole of a written-back page: it must be told.
-            self._on_write_past_end()
-        elif n_fitting:
-            return n_fitting
-        raise FUSEError(errno.ENOSPC)
-
-    async def _grow_to(self, n_bytes: int) -> None:
-        """Make the disk larger, if it is not large enough by now."""
-        with self._slow():
-            async with self._grow_lock:
-                if n_bytes > self._size:
-                    await self._image.grow(n_bytes)
-                    self._size = self._image.size
-
     # ---- holes (called through ExtraOperations) ----
 
     async def fallocate(self, mode: int, off: int, length: int) -> None:
-        """Punch holes and zero ranges, at any offset and length inside of the disk; and make a growable one larger,
-        without taking space for it."""
+        """Punch holes, zero ranges and set space aside, at any offset and length inside of the disk; past its end
+        when it is growable."""
         try:
             if self._image.read_only:
                 raise FUSEError(errno.EROFS)
             kind = mode & ~FALLOC_KEEP_SIZE
-            reaches_past_end = off + length > self._size and not mode & FALLOC_KEEP_SIZE
-            if not mode and reaches_past_end and self._is_growable:
-                return await self._grow_to(off + length)
-            if kind not in (FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
+            if kind not in (0, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
                 raise FUSEError(errno.EOPNOTSUPP)
-            if reaches_past_end:
-                if not self._is_growable:
+            if not mode and off + length > self._size and self.sizes.is_growable:
+                return await self.sizes.grow_to(off + length)
+            if not kind:
+                raise FUSEError(errno.EOPNOTSUPP)
+            if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
+                if not self.sizes.is_growable:
                     raise FUSEError(errno.ENOSPC)
-                await self._grow_to(off + length)
+                await self.sizes.grow_to(off + length)
             length = min(length, self._size - off)
             if length <= 0:
                 return None
             try:
                 with self._slow():
                     await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
+            except BaseException:
+                # The kernel changes neither pages nor size after a failure, and a part may be done.
+                self.sizes.is_wrong(forgets=True)
+                raise
             finally:
                 self._note_write()
             self._on_discard()
@@ -252,7 +235,7 @@ class Operations(pyfuse3.Operations):
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 raise FUSEError(errno.EINVAL)
             if self._n_writers and self.enable_writeback_cache:
-                if self._is_growable:
+                if self.sizes.is_growable:
                     raise FUSEError(errno.EINVAL)
                 if not 0 <= off < self._size:
                     raise FUSEError(errno.ENXIO)
@@ -277,6 +260,8 @@ class Operations(pyfuse3.Operations):
         """Every close of a descriptor: durable as well, where anything was written since the last time."""
         if self._n_flushed < self._n_writes:
             await self._flush_image("flush")
+        if fh & _WRITER:
+            await self.sizes.wait_until_mended()
 
     async def _flush_image(self, operation: str) -> None:
         n_writes = self._n_writes
@@ -319,15 +304,23 @@ class Operations(pyfuse3.Operations):
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
         """The attributes of file or folder."""
+        if self.sizes.is_in_doubt:
+            await self.sizes.settle(ctx.pid)
         return self._attributes_of(inode)
 
     async def setattr(
         self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
     ) -> EntryAttributes:
-        """Owner, mode, times; the size as rule 2 says. Who may do what has been checked by the kernel."""
+        """Owner, mode, times, size. Who may do what has been checked by the kernel."""
         is_file = inode == self._file_inode
+        shown = self._size
         if fields.update_size:
-            await self._set_size(attr.st_size if is_file else -1)
+            if not is_file:
+                raise FUSEError(errno.EISDIR)
+            try:
+                shown = await self.sizes.truncate(attr.st_size, ctx.pid)
+            except Exception as exc:
+                self._fail("truncate", exc)
         ownership = self._ownership if is_file else self._folder_ownership
         times = self._times if is_file else self._folder_times
         if fields.update_mode:
@@ -342,22 +335,12 @@ class Operations(pyfuse3.Operations):
         if fields.update_mtime:
             times.mtime_ns = attr.st_mtime_ns
         times.ctime_ns = attr.st_ctime_ns if fields.update_ctime else now
-        return self._attributes_of(inode)
-
-    async def _set_size(self, n_bytes: int) -> None:
-        if n_bytes < 0:
-            raise FUSEError(errno.EISDIR)
-        if self._image.read_only:
-            raise FUSEError(errno.EROFS)
-        if n_bytes > self._size:
-            if not self._is_growable:
-                raise FUSEError(errno.EFBIG)
-            try:
-                await self._grow_to(n_bytes)
-            except Exception as exc:
-                self._fail("truncate", exc)
-        elif n_bytes not in (0, self._size):
-            raise FUSEError(errno.EPERM)
+        entry = self._attributes_of(inode)
+        if is_file and shown < self._size:
+            entry.st_size = shown
+            entry.attr_timeout = 0
+            self._on_discard()
+        return entry
 
     def _attributes_of(self, inode: int) -> EntryAttributes:
         if inode == self._file_inode:

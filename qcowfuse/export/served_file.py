@@ -45,11 +45,24 @@ class ServedFile(NamedTuple):
         return self.mount_path if self.name is None else os.path.join(self.mount_path, self.name)
 
 
-def tell_size(file: ServedFile, n_bytes: int) -> None:
-    """Make the kernel believe that the served file has ``n_bytes``: it takes the answer to a truncate for true.
-    Raises OSError."""
-    with _named(file) as (fd, _):  # names the file without an open and a close of it
-        os.truncate(f"/proc/self/fd/{fd}", n_bytes)
+def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forgets: bool) -> None:
+    """Have the kernel show ``n_bytes`` where it shows less; with ``lowers`` where it shows more, too, and with
+    ``syncs`` not before it has sent all that it holds back. ``forgets``: drop cached pages. Raises OSError."""
+    with _named(file) as (named, _):  # names the file without an open and a close of it
+        path = f"/proc/self/fd/{named}"
+        if forgets or (lowers and syncs):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            try:
+                if lowers and syncs:
+                    with suppress(OSError):  # whoever wrote hears of it
+                        os.fsync(fd)
+                if forgets:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            finally:
+                os.close(fd)
+        shown = os.fstat(named).st_size
+        if shown < n_bytes or (lowers and shown > n_bytes):
+            os.truncate(path, n_bytes)  # the kernel takes the answer for true
 
 
 def check_served(file: ServedFile, n_bytes: int, tells_size: bool) -> bool:

@@ -16,10 +16,11 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from qcowfuse.errors import CorruptImageError
+from qcowfuse.export import sizes
 from qcowfuse.export.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
 from tests.support.memory_image import MemoryImage
 
-CTX = cast(RequestContext, None)
+CTX = cast(RequestContext, SimpleNamespace(pid=1))
 FILE = FILE_INODE_IN_DIRECTORY
 ROOT = pyfuse3.ROOT_INODE
 MTIME = 1_600_000_000_123_456_789
@@ -75,12 +76,43 @@ async def test_write_across_the_end_is_short(image: MemoryImage) -> None:
 
 async def test_written_back_page_across_the_end_fails_and_is_reported(image: MemoryImage) -> None:
     """With the write-back cache it is ENOSPC, what fits is written, and the size gets repaired."""
-    calls: list[int] = []
-    operations = serve(image, on_write_past_end=lambda: calls.append(1))
+    operations = serve(image)
     operations.enable_writeback_cache = True
     assert await errno_from(operations.write(FILE, image.size - 3, b"abcdef")) == errno.ENOSPC
     assert bytes(image.data[-3:]) == b"abc"
-    assert calls == [1]
+    assert await mended(operations) == (image.size, True, False, False)
+
+
+async def mended(operations: Operations) -> tuple[int, bool, bool, bool]:
+    """What is asked of the process outside of the mount: size, lowers, syncs, forgets."""
+    asked: list[tuple[int, bool, bool, bool]] = []
+    with trio.move_on_after(10) as scope:
+
+        async def mend(n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
+            asked.append((n_bytes, lowers, syncs, forgets))
+            scope.cancel()
+
+        await operations.sizes.watch(mend)
+    return asked[0]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.EFBIG, errno.ENOSPC])
+async def test_a_write_across_the_end_that_cannot_grow_keeps_what_fits(image: MemoryImage, number: int) -> None:
+    """A growable disk that does not grow: what fits is written, the kernel is told, the rest fails."""
+    operations = serve(image, growable=True)
+    operations.enable_writeback_cache = True
+
+    async def refuse(size: int) -> None:
+        raise OSError(number, "no")
+
+    image.grow = refuse  # type: ignore[method-assign]
+    expected = errno.ENOSPC if number == errno.EOPNOTSUPP else number
+    assert await errno_from(operations.write(FILE, image.size - 3, b"abcdef")) == expected
+    assert bytes(image.data[-3:]) == b"abc"
+    assert await mended(operations) == (image.size, True, True, False)
+    operations.enable_writeback_cache = False
+    assert await operations.write(FILE, image.size - 3, b"defghi") == 3
+    assert bytes(image.data[-3:]) == b"def"
 
 
 async def test_close_flushes_only_after_writes(image: MemoryImage) -> None:
@@ -218,17 +250,56 @@ async def test_writes_move_the_times(image: MemoryImage) -> None:
     assert attributes.st_mtime_ns == attributes.st_ctime_ns > MTIME
 
 
-async def test_size_stays() -> None:
-    """Truncation to zero (O_TRUNC) and to the size itself change nothing; other sizes are refused."""
+@pytest.mark.parametrize("growable", [False, True])
+async def test_truncation_zeroes(growable: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Truncating to less zeroes the rest. The answer is the smaller size, for the kernel to drop its pages, and is
+    out of date at once; who asks next gets the true one, after the kernel's has been raised."""
+    stored: list[tuple[int, int, bytes]] = []
+    monkeypatch.setattr(sizes, "store_in_kernel", lambda *what: stored.append(what))
     image = MemoryImage(1000)
     image.data[:] = b"x" * 1000
-    operations = serve(image)
-    for size in (0, 1000):
-        assert (await operations.setattr(FILE, *change(size=size), FILE, CTX)).st_size == 1000
-    assert await errno_from(operations.setattr(FILE, *change(size=999), FILE, CTX)) == errno.EPERM
-    assert await errno_from(operations.setattr(FILE, *change(size=1001), FILE, CTX)) == errno.EFBIG
+    operations = serve(image, growable=growable)
+    operations.enable_writeback_cache = True
+    assert (await operations.setattr(FILE, *change(size=1000), FILE, CTX)).st_size == 1000
+    for size in (999, 500, 0):
+        answer = await operations.setattr(FILE, *change(size=size), FILE, CTX)
+        assert (answer.st_size, answer.attr_timeout) == (size, 0)
+        assert image.data == b"x" * size + bytes(1000 - size)
+        answer = await operations.getattr(FILE, CTX)
+        assert (answer.st_size, answer.attr_timeout > 0) == (1000, True)
+        await operations.getattr(FILE, CTX)
+        assert stored == [(FILE, 999, b"\0")], "once only: the page may have been written since"
+        stored.clear()
+        assert await mended(operations) == (1000, False, growable, False)
+    if not growable:
+        assert await errno_from(operations.setattr(FILE, *change(size=1001), FILE, CTX)) == errno.EFBIG
     assert await errno_from(operations.setattr(ROOT, *change(size=0), None, CTX)) == errno.EISDIR
-    assert image.data == b"x" * 1000
+
+
+async def test_a_truncation_from_outside_says_the_size_and_changes_nothing() -> None:
+    """While the process outside tells the kernel a size, that truncation is none, even when the disk has grown."""
+    image = MemoryImage(1024)
+    operations = serve(image, growable=True)
+    operations.sizes.is_wrong()
+    with trio.move_on_after(10) as scope:
+
+        async def mend(n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
+            await operations.setattr(FILE, *change(size=2048), FILE, CTX)
+            image.data[:] = b"x" * 2048
+            assert (await operations.setattr(FILE, *change(size=n_bytes), FILE, CTX)).st_size == 2048
+            scope.cancel()
+
+        await operations.sizes.watch(mend)
+    assert image.data == b"x" * 2048
+
+
+async def test_a_truncation_that_fails_is_an_error() -> None:
+    """What the image raises is answered, and what the kernel has cached is dropped: a part may be zeroes."""
+    image = MemoryImage(1000)
+    operations = serve(image)
+    image.failure = OSError(errno.EIO, "disk")
+    assert await errno_from(operations.setattr(FILE, *change(size=5), FILE, CTX)) == errno.EIO
+    assert await mended(operations) == (1000, False, False, True)
 
 
 async def test_read_only_image() -> None:

@@ -15,7 +15,7 @@ import pytest
 from qcowfuse.export.operations import FALLOC_ZERO_RANGE
 from tests.support import qemu
 from tests.support.loops import EXT4, loop_device, mounted_file_system, served
-from tests.support.mounting import Mounted, check_image_file, create_image, run_qcowfuse
+from tests.support.mounting import Mounted, check_image_file, create_image, run_qcowfuse, wait_until
 from tests.support.syscalls import fallocate
 
 MIB = 1 << 20
@@ -40,7 +40,7 @@ def raw_bytes(image: Path, source_format: str = "qcow2") -> bytes:
 @pytest.mark.parametrize("options", [(), ("--no-writeback-cache",)], ids=["writeback", "through"])
 @pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
 def test_truncate_grows_the_disk(tmp_path: Path, is_folder: bool, options: tuple[str, ...]) -> None:
-    """The new size shows at once, reads as zeroes, takes writes, and is in the image; less is refused."""
+    """The new size shows at once, reads as zeroes, takes writes, and is in the image; less zeroes the rest."""
     image = create_image(tmp_path / "disk.qcow2", "1M", "-o", "cluster_size=4k")
     point = tmp_path / "point"
     if is_folder:
@@ -57,11 +57,10 @@ def test_truncate_grows_the_disk(tmp_path: Path, is_folder: bool, options: tuple
         expected = (b"a" * MIB).ljust(3 * MIB - 4500, b"\0") + b"b" * 5000
         expected = expected.ljust(size, b"\0")
         assert os.pread(fd, size + 10, 0) == expected
-        for smaller in (size - 512, 5):
-            with pytest.raises(PermissionError):
-                os.ftruncate(fd, smaller)
-        os.truncate(mount.file, 0)  # how O_TRUNC arrives
+        os.ftruncate(fd, size - 600)  # the size stays, what lies behind becomes zeroes
+        expected = expected[: size - 600].ljust(size, b"\0")
         assert os.fstat(fd).st_size == size
+        assert os.pread(fd, size + 10, 0) == expected
         with pytest.raises(OSError, match="too large"):
             os.ftruncate(fd, 1 << 60)
         assert os.fstat(fd).st_size == size
@@ -160,6 +159,56 @@ def test_version_1_grows(tmp_path: Path) -> None:
     assert "last" in shown
 
 
+def check_refused_growth(mount: Mounted, contents: bytes, far: int) -> None:
+    """Writes past the end that cannot grow the disk fail; what fits is there, size and contents are the true ones."""
+    size = len(contents)
+    for offset in (far, size - 3):
+        fd = os.open(mount.file, os.O_RDWR)
+        with pytest.raises(OSError) as caught:
+            write_all_and_sync(fd, b"abcdef", offset)
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        os.close(fd)
+        wait_until(lambda: mount.file.stat().st_size == size, "the true size")
+        with mount.file.open("rb") as file:
+            wait_until(lambda file=file: file.seek(0, os.SEEK_END) == size, "the true size")  # type: ignore[misc]
+            if offset < size:
+                contents = contents[:-3] + b"abc"
+            file.seek(0)
+            assert file.read() == contents
+    with mount.file.open("r+b") as file:
+        with pytest.raises(OSError):
+            fallocate(file.fileno(), 0, 0, far)
+        assert os.fstat(file.fileno()).st_size == file.seek(0, os.SEEK_END) == size
+        file.seek(-3, os.SEEK_END)
+        file.write(contents[-1:] * 3)
+
+
+def write_all_and_sync(fd: int, data: bytes, offset: int) -> None:
+    """Write on after a short write, as programs do, and fsync."""
+    while data:
+        n_written = os.pwrite(fd, data, offset)
+        data, offset = data[n_written:], offset + n_written
+    os.fsync(fd)
+
+
+@pytest.mark.parametrize("options", [(), ("--no-writeback-cache",)], ids=["writeback", "through"])
+def test_a_size_beyond_the_format_is_refused(tmp_path: Path, options: tuple[str, ...]) -> None:
+    """Clusters of 512 bytes cannot map 1 PiB: a write there fails and leaves no trace, one that fits still grows."""
+    image = create_image(tmp_path / "disk.qcow2", "1M", "-o", "cluster_size=512")
+    qemu.must_run("qemu-io", "-c", "write -P 5 0 1M", image)
+    with served(image, "--growable", *options) as mount:
+        fd = os.open(mount.file, os.O_RDWR)
+        with pytest.raises(OSError):
+            write_all_and_sync(fd, b"far", 1 << 50)
+        wait_until(lambda: os.fstat(fd).st_size == MIB, "the true size")
+        os.pwrite(fd, b"near", MIB)
+        os.fsync(fd)
+        assert os.pread(fd, 2 * MIB, 0) == (b"\x05" * MIB + b"near").ljust(os.fstat(fd).st_size, b"\0")
+        os.close(fd)
+    check_image_file(image)
+    assert raw_bytes(image) == (b"\x05" * MIB + b"near").ljust(MIB + 512, b"\0")
+
+
 def test_snapshots_of_version_2_are_in_the_way(tmp_path: Path) -> None:
     """EOPNOTSUPP, as QEMU has it; version 3 grows, and the snapshot keeps its size."""
     for compat in ("0.10", "1.1"):
@@ -171,6 +220,7 @@ def test_snapshots_of_version_2_are_in_the_way(tmp_path: Path) -> None:
                 with pytest.raises(OSError) as caught:
                     os.truncate(mount.file, 2 * MIB)
                 assert caught.value.errno == errno.EOPNOTSUPP
+                check_refused_growth(mount, b"\x05" * MIB, 3 * MIB)
             else:
                 os.truncate(mount.file, 2 * MIB)
                 mount.file.write_bytes(b"n" * 2 * MIB)

@@ -65,6 +65,9 @@ class MemoryImage:
             raise ReadOnlyImageError("the image is read-only")
         self.data[guest_offset : guest_offset + len(data)] = data
 
+    async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
+        await self.write(guest_offset, bytes(n_bytes))
+
     async def grow(self, size: int) -> None:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:
