@@ -20,8 +20,11 @@ from ..format.header import Qcow2Header
 from ..storage.base import Storage
 from .check_result import CheckResult, Progress, Report
 from .check_snapshots import load_snapshot_table
-from .check_walk import DUBIOUS, Walk
+from .check_walk import DUBIOUS, ITEMS_PER_CHECKPOINT, Walk
 from .reference_counts import is_zero_or_one
+
+_ITEMS_PER_BLOCK = 1 << 7
+"""Comparing all counts of a block at once takes as long as looking at so many."""
 
 
 async def check_storage(
@@ -84,20 +87,23 @@ class Comparison:
             if stored.tobytes() != counted.tobytes():
                 self._unequal.add(number)
                 self.wrong_blocks.append(number)
-                self._judge_block(first, stored, counted, quiet=quiet)
+                await self._judge_block(first, stored, counted, quiet=quiet)
             elif not is_zero_or_one(stored):
                 self._unequal.add(number)
             if not quiet:
                 await walk.step()
+            await walk.handled(_ITEMS_PER_BLOCK)
         walk.result.image_end_offset = (highest + 1) << walk.header.cluster_bits
 
     def _block_numbers(self) -> Iterator[int]:
         walk = self._walk
         return iter(sorted({*(n for n, entry in enumerate(walk.stored.table) if entry), *walk.counts.blocks}))
 
-    def _judge_block(self, first: int, stored: array[int], counted: array[int], *, quiet: bool) -> None:
+    async def _judge_block(self, first: int, stored: array[int], counted: array[int], *, quiet: bool) -> None:
         result, report = self._walk.result, self._walk.report
         for index, (has, needs) in enumerate(zip(stored, counted, strict=True)):
+            if index % ITEMS_PER_CHECKPOINT == 0:
+                await self._walk.handled(ITEMS_PER_CHECKPOINT)
             if has == needs:
                 continue
             self.has_zero |= has == 0
@@ -123,7 +129,7 @@ class Comparison:
         for index, entry in enumerate(table):
             l2_offset = entry & OFFSET_MASK
             if not l2_offset:
-                walk.skip_step()
+                await walk.skip_step()
                 continue
             refcount = await self._refcount(l2_offset)
             if refcount is None:
@@ -155,6 +161,8 @@ class Comparison:
         has_data_file = walk.has_data_file
         known, block = -1, walk.counts.empty
         for index in range(0, len(words), 2 if walk.is_extended else 1):
+            if index % ITEMS_PER_CHECKPOINT == 0:
+                await walk.handled(min(ITEMS_PER_CHECKPOINT, len(words) - index))
             entry = words[index]
             if not entry or entry & COMPRESSED:
                 continue

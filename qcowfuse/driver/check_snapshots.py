@@ -12,6 +12,8 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 
+import trio
+
 from ..errors import FormatError
 from ..format.header import Qcow2Header
 from ..format.snapshots import (
@@ -28,6 +30,7 @@ _FIXED_SIZE = 40
 _WRITTEN_EXTRA = 24
 _MAX_TABLE_SPAN = (1 << 31) - 1
 _WINDOW = 1 << 18
+_PER_CHECKPOINT = 256
 
 
 @dataclass(slots=True)
@@ -84,6 +87,8 @@ async def load_snapshot_table(storage: Storage, header: Qcow2Header, *, repair: 
     found: list[Snapshot] = []
     kept_bytes = position = 0
     for number in range(header.n_snapshots):
+        if number % _PER_CHECKPOINT == 0:
+            await trio.lowlevel.checkpoint()
         start = -(-position // 8) * 8
         offset = header.snapshots_offset + start
         fixed = await window.read(offset, _FIXED_SIZE)

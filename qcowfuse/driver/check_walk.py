@@ -50,6 +50,8 @@ _L2_RESERVED = 0x3F00_0000_0000_01FE
 _REFCOUNT_TABLE_RESERVED = 0x1FF
 _TABLE_CHUNK = 1 << 20
 _STEPS_PER_CHECKPOINT = 32
+ITEMS_PER_CHECKPOINT = 1 << 13
+"""Of about 1 us each."""
 DUBIOUS = 0xFFFF_FFFF
 """In ``Walk.first_blocks``: the table needs a look at each entry."""
 
@@ -99,6 +101,7 @@ class Walk:
         self._cluster_bits = header.cluster_bits
         self._n_file_clusters = self.n_clusters
         self._steps_done = 0
+        self._n_handled = 0
         self._steps = 1
         self._zeroes = bytes(self.cluster_size)
         n_words = self.cluster_size // 8
@@ -148,9 +151,17 @@ class Walk:
                 self._progress(min(self._steps_done, self._steps), self._steps)
             await trio.lowlevel.checkpoint()
 
-    def skip_step(self) -> None:
+    async def skip_step(self) -> None:
         """A step that there was nothing to do for."""
         self._steps_done += 1
+        await self.handled(1)
+
+    async def handled(self, n_items: int) -> None:
+        """So many more entries or counts were looked at one by one: now and then there is a checkpoint."""
+        self._n_handled += n_items
+        if self._n_handled >= ITEMS_PER_CHECKPOINT:
+            self._n_handled = 0
+            await trio.lowlevel.checkpoint()
 
     async def read(self, host_offset: int, n_bytes: int) -> Buffer:
         """Bytes of the image; zeroes past its end."""
@@ -225,7 +236,7 @@ class Walk:
         table = parse_table(await self.read(l1_offset, l1_size * 8))
         for index, entry in enumerate(table):
             if not entry:
-                self.skip_step()
+                await self.skip_step()
                 continue
             if entry & _L1_RESERVED:
                 self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")
@@ -238,7 +249,7 @@ class Walk:
                 if is_active:
                     self._note_copied(index, 1, 0)
             elif self._is_plain(raw):
-                self._count_plain(index, raw, is_active=is_active)
+                await self._count_plain(index, raw, is_active=is_active)
             else:
                 await self._count_any(l2_offset, parse_table(raw), is_active=is_active)
             await self.step()
@@ -262,7 +273,7 @@ class Walk:
             return False
         return raw == (first_entry * self._ones + self._ramp).to_bytes(len(raw), "big")
 
-    def _count_plain(self, index: int, raw: bytes, *, is_active: bool) -> None:
+    async def _count_plain(self, index: int, raw: bytes, *, is_active: bool) -> None:
         first_entry = int.from_bytes(raw[:8], "big")
         first = (first_entry & OFFSET_MASK) >> self._cluster_bits
         n_entries = len(raw) // 8
@@ -278,6 +289,7 @@ class Walk:
         for cluster in found.overflowed:
             self._overflow("cluster", cluster)
         for cluster in found.beyond:
+            await self.handled(1)
             self.corrupt(f"cluster at {cluster << self._cluster_bits:#x} lies past the end of the file")
             self.beyond.append((cluster, cluster))
         if not is_active:
@@ -293,6 +305,8 @@ class Walk:
         next_offset = 0
         fixed: list[int] = []
         for index in range(0, len(words), stride):
+            if index % ITEMS_PER_CHECKPOINT == 0:
+                await self.handled(min(ITEMS_PER_CHECKPOINT, len(words) - index))
             entry = words[index]
             bitmap = words[index + 1] if stride == 2 else 0
             if not entry and not bitmap:
@@ -371,6 +385,7 @@ class Walk:
             self.count(bitmap.table_offset, n_bytes, f"table of bitmap {bitmap.name}")
             end = min(bitmap.table_offset + n_bytes, self._file_size)
             for chunk in range(bitmap.table_offset, end, _TABLE_CHUNK):
+                await self.handled(_TABLE_CHUNK // 8)
                 for entry in parse_table(await self.read(chunk, min(_TABLE_CHUNK, end - chunk) // 8 * 8)):
                     if not is_valid_table_entry(entry, self.cluster_size):
                         self.corrupt(f"entry {entry:#018x} in the table of bitmap {bitmap.name} is invalid")

@@ -55,7 +55,7 @@ from ..storage.base import Storage
 from .check_compare import Comparison, check_storage
 from .check_result import CheckResult, Fix, Progress, Report
 from .check_snapshots import SnapshotTable, load_snapshot_table
-from .check_walk import Walk
+from .check_walk import ITEMS_PER_CHECKPOINT, Walk
 from .reference_counts import ReferenceCounts
 
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EPERM)
@@ -249,6 +249,8 @@ class _Repair:
         mended = stored[:]
         n_mended = 0
         for index in range(n_here):
+            if index % ITEMS_PER_CHECKPOINT == 0:
+                await walk.handled(ITEMS_PER_CHECKPOINT)
             has, needs = stored[index], counted[index]
             if has < needs if raise_them else has > needs:
                 mended[index] = needs
@@ -289,14 +291,14 @@ class _Repair:
             table = snapshots.serialise(self.header.virtual_size)
         n_more = -(-len(table) >> self._cluster_bits)
         n_in_file = self._storage.size() >> self._cluster_bits
-        plan = _plan_behind(walk, max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters), n_more)
+        plan = await _plan_behind(walk, max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters), n_more)
         try:
             await self._write_structure(walk.counts, plan, table)
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
             self._withdraw(walk.counts, plan)
-            found = _find_room(walk.counts, n_in_file, plan.n_clusters + 2)
+            found = await _find_room(walk, n_in_file, plan.n_clusters + 2)
             if found is None:
                 raise
             plan = _plan(walk.counts, found, n_more, self._cluster_bits)
@@ -370,9 +372,15 @@ class _Plan:
         self.n_clusters = len(blocks) + n_table_clusters + n_more
 
 
-def _plan(counts: ReferenceCounts, start: int, n_more: int, cluster_bits: int) -> _Plan:
+def _blocks_in_use(counts: ReferenceCounts) -> set[int]:
+    return {number for number, block in counts.blocks.items() if block.tobytes().lstrip(b"\0")}
+
+
+def _plan(
+    counts: ReferenceCounts, start: int, n_more: int, cluster_bits: int, in_use: set[int] | None = None
+) -> _Plan:
     """The blocks that are needed, those that describe the new clusters among them. Raises FormatError."""
-    needed = {number for number, block in counts.blocks.items() if any(block)}
+    needed = _blocks_in_use(counts) if in_use is None else set(in_use)
     while True:
         n_table_clusters = -(-(max(needed) + 1) * 8 >> cluster_bits)
         plan = _Plan(start, sorted(needed), n_table_clusters, n_more)
@@ -385,14 +393,16 @@ def _plan(counts: ReferenceCounts, start: int, n_more: int, cluster_bits: int) -
     return plan
 
 
-def _plan_behind(walk: Walk, start: int, n_more: int) -> _Plan:
+async def _plan_behind(walk: Walk, start: int, n_more: int) -> _Plan:
     """The first place at or behind cluster ``start`` that nothing points at, not even by mistake."""
-    plan = _plan(walk.counts, start, n_more, walk.header.cluster_bits)
+    in_use = _blocks_in_use(walk.counts)
+    plan = _plan(walk.counts, start, n_more, walk.header.cluster_bits, in_use)
     for first, last in sorted(walk.beyond):
         if first >= plan.start + plan.n_clusters:
             break
         if last >= plan.start:
-            plan = _plan(walk.counts, last + 1, n_more, walk.header.cluster_bits)
+            plan = _plan(walk.counts, last + 1, n_more, walk.header.cluster_bits, in_use)
+        await walk.handled(1 + len(in_use))
     return plan
 
 
@@ -404,14 +414,16 @@ def _room_at(counts: ReferenceCounts, cluster: int, end: int) -> int:
     return cluster - first
 
 
-def _find_room(counts: ReferenceCounts, end: int, n_clusters: int) -> int | None:
+async def _find_room(walk: Walk, end: int, n_clusters: int) -> int | None:
     """The first place inside the file with ``n_clusters`` in a row that nothing refers to."""
+    counts = walk.counts
     cluster = 0
     while cluster + n_clusters <= end:
         n_free = _room_at(counts, cluster, min(end, cluster + n_clusters))
         if n_free == n_clusters:
             return cluster
         cluster += n_free + 1
+        await walk.handled(n_free + 1)
     return None
 
 

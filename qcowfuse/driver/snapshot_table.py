@@ -6,6 +6,8 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import trio
+
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import parse_table
 from ..format.header import Qcow2Header
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from ..format.snapshots import Snapshot
 
 _CHUNK = 1 << 20
+_PER_CHECKPOINT = 256
 _MAX_NAMES_SHOWN = 20
 
 
@@ -34,6 +37,8 @@ async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[S
             buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _CHUNK)
         snapshot, position = parse_snapshot(buffer, position)
         snapshots.append(snapshot)
+        if len(snapshots) % _PER_CHECKPOINT == 0:
+            await trio.lowlevel.checkpoint()
         if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
             detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
             raise FormatError("snapshot table", header.snapshots_offset, detail)

@@ -15,8 +15,10 @@ import trio
 
 from ..format.entries import ClusterKind
 from ..format.extents import count_data
+from ..format.presence import presence_run
 from ..storage.base import Storage
 from .claims import Generations
+from .holes import slice_entries
 from .mapping import Layer, Mapping, RawLayer
 
 _RUNS_AT_ONCE = 256
@@ -104,12 +106,7 @@ class Usage:
                 position = empty_until
                 continue
             slice_end = min((position >> layer.slice_shift) + 1 << layer.slice_shift, end)
-            slice_ = layer.cache.slices.get(layer.key(position))
-            entries = (
-                slice_.entries
-                if slice_ is not None
-                else (await layer.read_slice(position >> layer.slice_shift)).entries
-            )
+            entries = await slice_entries(layer, position)
             n_entries = slice_end - position >> layer.geometry.cluster_bits
             if n_entries == 1 << layer.slice_bits:
                 n_data = count_data(entries, layer.entry_format, needs_holes=number + 1 < len(self._layers))
@@ -123,14 +120,14 @@ class Usage:
                 if n_runs % _RUNS_AT_ONCE == 0:
                     await trio.lowlevel.checkpoint()
                 in_cluster = position & (layer.geometry.cluster_size - 1)
-                run = layer.lookup_run(
+                kind, n_bytes = presence_run(
                     entries, layer.entry_format, layer.index(position), in_cluster, slice_end - position
                 )
-                if run.kind == ClusterKind.UNALLOCATED:
-                    holes.append((position, position + run.n_bytes))
-                elif run.kind != ClusterKind.ZERO:
-                    total += run.n_bytes
-                position += run.n_bytes
+                if kind is ClusterKind.UNALLOCATED:
+                    holes.append((position, position + n_bytes))
+                elif kind is ClusterKind.DATA:
+                    total += n_bytes
+                position += n_bytes
         if number + 1 < len(self._layers):
             for hole_start, hole_end in holes:
                 total += await self._count_range(number + 1, hole_start, hole_end)

@@ -9,6 +9,7 @@ import errno
 import random
 
 import pytest
+import trio
 
 from qcowfuse.driver.check_result import Fix
 from qcowfuse.driver.repair import repair_storage
@@ -133,3 +134,28 @@ async def test_failing_operations_in_a_repair(name: str, spec: ImageSpec, kind: 
         assert dangers(memory.data) <= before, number
         assert await contents_of(built, memory.data) == built.contents, number
         await mend_and_judge(built, memory.data)
+
+
+@pytest.mark.parametrize(("name", "spec", "kind"), CASES, ids=IDS)
+async def test_a_repair_that_is_given_up(name: str, spec: ImageSpec, kind: Damage) -> None:
+    """Cancelled at any checkpoint (SIGTERM while an image is opened does that): the next repair does the rest."""
+    built, data = damaged(spec, kind)
+    n_turns = 0
+    while True:
+        storage = MemoryStorage(data, suspend=True)
+        scope = trio.CancelScope()
+
+        async def start(storage: MemoryStorage = storage, scope: trio.CancelScope = scope) -> None:
+            with scope:
+                await repair(storage)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(start)
+            for _ in range(n_turns):
+                await trio.lowlevel.checkpoint()
+            scope.cancel()
+        await mend_and_judge(built, storage.data)
+        if not scope.cancelled_caught:
+            break
+        n_turns += max(1, n_turns // 3)
+    assert n_turns > 10

@@ -9,18 +9,31 @@ from array import array
 from collections.abc import Sequence
 
 import pytest
+import trio
 
 from qcowfuse.driver.check_compare import check_storage
 from qcowfuse.driver.check_result import CheckResult, Fix
+from qcowfuse.driver.check_walk import ITEMS_PER_CHECKPOINT
 from qcowfuse.driver.reference_counts import ReferenceCounts, is_zero_or_one
 from qcowfuse.driver.repair import repair_storage
 from qcowfuse.errors import ImageUsageError, UnsupportedFeatureError
+from qcowfuse.format.entries import READS_ZERO
 from qcowfuse.format.header import Qcow2Header, parse_header
 from qcowfuse.storage.base import Buffer
+from tests.driver.test_holes import Turns
 from tests.support import damage
 from tests.support.checker import check_image_bytes
 from tests.support.damage import COPIED, OFFSET_MASK, Damage, Tables
-from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.images import (
+    TOP,
+    ImageSpec,
+    build_image,
+    open_memory_image,
+    qemu_check,
+    qemu_read,
+    run_tool,
+    scratch_folder,
+)
 from tests.support.memory_storage import MemoryStorage
 
 SPEC = ImageSpec(fill=0.3, size=128 << 10)
@@ -256,3 +269,30 @@ async def test_agrees_with_the_checker_of_the_crash_tests(kind: Damage) -> None:
     result = await check_storage(MemoryStorage(data), header, lambda _: None)
     report = check_image_bytes(data)
     assert (result.leaks, result.corruptions > 0) == (report.leaks, bool(report.errors))
+
+
+def created(options: str, size: str) -> bytearray:
+    """An empty image."""
+    with scratch_folder() as folder:
+        run_tool("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, f"{folder}/image", size)
+        with open(f"{folder}/image", "rb") as file:
+            return bytearray(file.read())
+
+
+@pytest.mark.parametrize("entry", [READS_ZERO, 1 << 40])
+async def test_others_get_turns_within_a_large_table(entry: int) -> None:
+    """Of 262144 entries that are looked at one by one: zero clusters, and clusters that lie outside of the file."""
+    data = created("cluster_size=2M", "1T")
+    data += bytes(-len(data) % (2 << 20))
+    (l1_offset,) = struct.unpack_from(">Q", data, 40)
+    struct.pack_into(">Q", data, l1_offset, len(data))
+    data += struct.pack(">Q", entry) * (1 << 18)
+    storage = MemoryStorage(data)
+    header = parse_header(bytes(data[: 2 << 20]), len(data))
+    assert isinstance(header, Qcow2Header)
+    turns = Turns()
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(turns.count)
+        await check_storage(storage, header, lambda _: None)
+        nursery.cancel_scope.cancel()
+    assert turns.n >= (2 if entry == READS_ZERO else 1) * (1 << 18) // ITEMS_PER_CHECKPOINT

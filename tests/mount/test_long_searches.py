@@ -15,7 +15,7 @@ import pytest
 
 from tests.support import qemu
 from tests.support.loops import served
-from tests.support.mounting import Mounted, create_image, wait_until
+from tests.support.mounting import Mounted, command, create_image, environment, is_mounted, wait_until
 
 pytestmark = [pytest.mark.mount]
 GIB = 1 << 30
@@ -125,6 +125,31 @@ def test_an_ordinary_disk_is_looked_through(tmp_path: Path) -> None:
         with pytest.raises(OSError, match="No such device or address"):
             os.lseek(fd, 701 * GIB, os.SEEK_DATA)
         os.close(fd)
+
+
+def test_sigterm_ends_a_repair_before_the_mount(tmp_path: Path) -> None:
+    """An image that was not closed cleanly, and whose check takes an hour: one line, no mount, nothing changed."""
+    image = create_endless(tmp_path / "disk.qcow2", 1)
+    with open(image, "r+b") as file:
+        file.seek(79)
+        file.write(b"\1")  # the dirty bit
+        file.seek(0)
+        before = file.read(1 << 20)
+    point = make_point(tmp_path)
+    process = subprocess.Popen(command("-f", image, point), stderr=subprocess.PIPE, text=True, env=environment())
+    try:
+        assert process.stderr is not None
+        assert "was not closed cleanly: repairing" in process.stderr.readline()
+        process.terminate()
+        _, rest = process.communicate(timeout=20)
+        assert process.returncode == 5
+        assert "SIGTERM" in rest
+        assert rest.count("\n") == 1
+        assert not is_mounted(point)
+        with open(image, "rb") as file:
+            assert file.read(1 << 20) == before
+    finally:
+        process.kill()
 
 
 def make_point(tmp_path: Path) -> Path:
