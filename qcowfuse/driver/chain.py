@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
-from ..format.entries import entry_format, parse_table
+from ..format.entries import Table, entry_format, parse_table
 from ..format.extensions import EXTENSION_BITMAPS, find_extension
 from ..format.geometry import Geometry
 from ..format.header import (
@@ -62,7 +62,7 @@ from .metadata import MetadataClusters, find_metadata
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading import ChainReader
-from .snapshot_table import find_snapshot, load_l1_table, load_snapshot_l1_table
+from .snapshot_table import find_snapshot, load_any_l1_table, load_snapshot_l1_table
 from .snapshot_table import load_snapshots as load_snapshots
 from .table_cache import TableCache
 
@@ -80,7 +80,7 @@ class _Opened:
     storage: Storage
     header: Qcow1Header | Qcow2Header | None
     """None for raw."""
-    l1_table: array[int]
+    l1_table: Table
     data: Storage | None = None
     """The external data file."""
     encrypted: EncryptedData | None = None
@@ -222,13 +222,8 @@ async def _open_layer(path: str, storage: Storage, format_name: str) -> _Opened:
         raise FormatError("header", 0, f"no QCOW image: starts with {bytes(start[:4]).hex(' ') or 'nothing'}")
     wanted = min(header_length_needed(bytes(start)), storage.size())
     header = parse_header(bytes(await pread(storage, 0, wanted)), storage.size())
-    if isinstance(header, Qcow2Header):
-        refuse_unsupported(header)
-        n_entries, l1_offset = header.l1_size, header.l1_table_offset
-    else:
-        refuse_unsupported(header)
-        n_entries, l1_offset = header.n_l1_entries, header.l1_table_offset
-    return _Opened(path, storage, header, await load_l1_table(storage, l1_offset, n_entries))
+    refuse_unsupported(header)
+    return _Opened(path, storage, header, await load_any_l1_table(storage, header))
 
 
 async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:

@@ -43,6 +43,7 @@ from ..format.header import (
     MAX_BACKING_NAME,
     MAX_L1_SIZE,
     MAX_REFCOUNT_TABLE_SIZE,
+    MAX_V1_L1_SIZE,
     OFFSET_LIMIT,
     V1_HEADER_LENGTH,
     V2_HEADER_LENGTH,
@@ -219,7 +220,7 @@ def _layout_v1(size: int, options: CreateOptions) -> _Layout:
         backing_file=options.backing_file,
     )
     l1_bytes = header.n_l1_entries * WORD_SIZE
-    _require(l1_bytes <= MAX_L1_SIZE, f"a disk of {size} bytes is too large for version 1")
+    _require(l1_bytes <= MAX_V1_L1_SIZE, f"a disk of {size} bytes is too large for version 1")
     return _Layout([(0, serialise_header(header))], round_up(l1_table_offset + l1_bytes, SECTOR_SIZE))
 
 

@@ -15,16 +15,18 @@
 
 from __future__ import annotations
 
+import heapq
 import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
 from ..errors import FormatError, ImageUsageError
-from ..format.entries import OFFSET_MASK, entry_format, parse_table
+from ..format.entries import OFFSET_MASK, Table, entry_format, parse_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, round_up
 from ..format.header import V1_HEADER_LENGTH, Qcow1Header, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage, pread
+from .snapshot_table import entries_in_use
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +42,11 @@ def l1_place(header: Qcow1Header | Qcow2Header) -> Place:
     return "L1 table", header.l1_table_offset, n_entries * WORD_SIZE
 
 
-def _last_l2_table(l1_table: Iterable[int], offset_mask: int) -> int:
-    return max((entry & offset_mask for entry in filter(None, l1_table)), default=0)
+def _last_l2_table(l1_table: Table, offset_mask: int) -> int:
+    return max((entry & offset_mask for entry in entries_in_use(l1_table)), default=0)
 
 
-def _lost_l2_table(storage: Storage, l1_table: Iterable[int], offset_mask: int) -> Place | None:
+def _lost_l2_table(storage: Storage, l1_table: Table, offset_mask: int) -> Place | None:
     last = _last_l2_table(l1_table, offset_mask)
     return ("L2 table", last, 1) if last >= max(storage.size(), 1) else None
 
@@ -54,7 +56,7 @@ def _first_lost(storage: Storage, places: Iterable[Place]) -> Place | None:
 
 
 def warn_of_lost_end(
-    path: str, storage: Storage, header: Qcow1Header | Qcow2Header, l1_table: Iterable[int], offset_mask: int
+    path: str, storage: Storage, header: Qcow1Header | Qcow2Header, l1_table: Table, offset_mask: int
 ) -> None:
     """Of a layer that is only read: the log says what reads as zeroes because it is not there."""
     lost = _lost_l2_table(storage, l1_table, offset_mask) or _first_lost(storage, (l1_place(header),))
@@ -67,7 +69,7 @@ async def refuse_lost_end(
     storage: Storage,
     header: Qcow1Header | Qcow2Header,
     *,
-    l1_table: Iterable[int],
+    l1_table: Table,
     refcount_table: array[int] | None = None,
     others: Iterable[Place] = (),
 ) -> None:
@@ -133,9 +135,9 @@ async def _is_sound(storage: Storage, header: Qcow2Header, end: int) -> bool:
     return True
 
 
-async def _lost_data_v1(storage: Storage, header: Qcow1Header, l1_table: Iterable[int]) -> Place | None:
+async def _lost_data_v1(storage: Storage, header: Qcow1Header, l1_table: Table) -> Place | None:
     entries, end = entry_format(1, header.cluster_bits), storage.size()
-    for table in sorted(filter(None, l1_table))[-_MAX_TABLES_SEARCHED:]:
+    for table in heapq.nlargest(_MAX_TABLES_SEARCHED, entries_in_use(l1_table)):
         words = parse_table(await pread(storage, table, WORD_SIZE << header.l2_bits))
         for entry in filter(None, words):
             if entry & entries.compressed:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
-from ..format.entries import ClusterKind, EntryFormat, parse_table
+from ..format.entries import ClusterKind, EntryFormat, Table, parse_table
 from ..format.extents import MISS, Extent, Run, lookup_run
 from ..format.geometry import Geometry
 from ..format.presence import presence_run
@@ -95,7 +95,7 @@ class Mapping:
         layer: int,
         geometry: Geometry,
         entry_format: EntryFormat,
-        l1_table: array[int],
+        l1_table: Table,
         storage: Storage,
         cache: TableCache,
         data: Storage | None = None,
@@ -123,7 +123,9 @@ class Mapping:
         self.geometry = self.geometry.with_size(size)
         self.size = size
         n_missing = max(self.geometry.n_l1_entries - len(self.l1_table), 0)
-        self.l1_table.frombytes(bytes(n_missing * self.l1_table.itemsize))
+        if n_missing:
+            assert isinstance(self.l1_table, array), "a very large table never grows"
+            self.l1_table.frombytes(bytes(n_missing * self.l1_table.itemsize))
 
     def key(self, guest_offset: int) -> int:
         """Cache key of the slice that maps ``guest_offset``."""

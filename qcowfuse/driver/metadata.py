@@ -25,7 +25,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from ..errors import CorruptImageError, FormatError
-from ..format.entries import OFFSET_MASK
+from ..format.entries import OFFSET_MASK, Table
 from ..format.header import CRYPT_LUKS, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage
@@ -132,7 +132,7 @@ class MetadataClusters:
 
 
 async def find_metadata(
-    storage: Storage, header: Qcow2Header, *, l1_table: array[int], refcount_table: array[int]
+    storage: Storage, header: Qcow2Header, *, l1_table: Table, refcount_table: array[int]
 ) -> MetadataClusters:
     """The metadata of an image that is about to be written, but for the bitmap directory, which may be added when it
     has been looked at. Raises FormatError (snapshot table), OSError."""

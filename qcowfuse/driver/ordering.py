@@ -42,13 +42,12 @@ all but with the next try: which table counts is in doubt.
 from __future__ import annotations
 
 import logging
-from array import array
 from collections.abc import Callable, Iterator, Sequence
 
 import trio
 
 from ..errors import QcowFuseError
-from ..format.entries import EntryFormat, serialise_table
+from ..format.entries import EntryFormat, Table, serialise_table
 from ..format.geometry import WORD_SIZE, divide_up, round_up
 from ..storage.base import Storage
 from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite, merged
@@ -98,7 +97,7 @@ class Ordering:
         self._mapping = mapping
         self._cluster_size = mapping.geometry.cluster_size
         self._entry_format: EntryFormat = mapping.entry_format
-        self._l1_table: array[int] = mapping.l1_table
+        self._l1_table: Table = mapping.l1_table
         self._l1_table_offset = l1_table_offset
         self._l1_size = len(mapping.l1_table)
         self._moved_l1: tuple[int, Callable[[HostRun], None]] | None = None

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import trio
 
 from ..errors import FormatError, ImageUsageError
-from ..format.entries import parse_table
-from ..format.header import Qcow2Header
+from ..format.entries import Table, parse_table
+from ..format.header import MAX_L1_SIZE, Qcow1Header, Qcow2Header
 from ..storage.base import Storage, pread
 
 if TYPE_CHECKING:
@@ -60,6 +60,26 @@ def find_snapshot(
         shown.append(f"{len(snapshots) - len(shown)} more")
     there_are = f"there are: {', '.join(shown)}" if shown else "the image has none"
     raise ImageUsageError(f"{path}: no snapshot {id_or_name!r}; {there_are}")
+
+
+async def load_any_l1_table(storage: Storage, header: Qcow1Header | Qcow2Header) -> Table:
+    """The active L1 table; what of it lies past the end of the file is zero. Raises OSError."""
+    if isinstance(header, Qcow2Header):
+        return await load_l1_table(storage, header.l1_table_offset, header.l1_size)
+    if header.n_l1_entries * 8 <= MAX_L1_SIZE:
+        return await load_l1_table(storage, header.l1_table_offset, header.n_l1_entries)
+    from .large_table import load_large_table
+
+    return await load_large_table(storage, header.l1_table_offset, header.n_l1_entries)
+
+
+def entries_in_use(table: Table) -> Iterable[int]:
+    """The entries of an L1 table that are not zero."""
+    if isinstance(table, array):
+        return filter(None, table)
+    from .large_table import large_table_entries
+
+    return large_table_entries(table)
 
 
 async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:

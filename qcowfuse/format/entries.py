@@ -17,10 +17,14 @@ from __future__ import annotations
 import sys
 from array import array
 from enum import IntEnum
+from typing import TypeAlias
 
 from ..errors import CorruptImageError
 from .compression import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
 from .geometry import SECTOR_SIZE
+
+Table: TypeAlias = "array[int] | memoryview"
+"""Words of 64 bits in the machine's byte order; a memoryview (format Q) only for very large L1 tables."""
 
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -190,9 +194,11 @@ def parse_table(data: bytes | bytearray | memoryview) -> array[int]:
     return table
 
 
-def serialise_table(table: array[int], start: int, end: int) -> bytes:
+def serialise_table(table: Table, start: int, end: int) -> bytes:
     """Entries ``start`` to ``end`` (exclusive) as they stand on disk."""
     part = table[start:end]
+    if not isinstance(part, array):
+        part = array("Q", part.tobytes())
     if sys.byteorder == "little":
         part.byteswap()
     return part.tobytes()

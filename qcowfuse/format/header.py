@@ -65,7 +65,9 @@ V3_KNOWN_HEADER_LENGTH = 112
 """Bytes up to the end of the fields known here: compression_type and its 7 bytes of padding."""
 
 MAX_L1_SIZE = 32 * 1024 * 1024
-"""Bytes of an L1 table. For version 1 QEMU allows 2 GiB; all of it is kept in memory, so it is the same here."""
+"""Bytes of an L1 table of version 2 or 3."""
+MAX_V1_L1_SIZE = (1 << 31) - 512
+"""Bytes of an L1 table of version 1, what QEMU can read at once: with its clusters of 4 KiB, 512 TiB less 128 MiB."""
 MAX_REFCOUNT_TABLE_SIZE = 8 * 1024 * 1024
 MAX_SNAPSHOTS = 65536
 SNAPSHOT_ENTRY_SIZE = 40
@@ -261,7 +263,7 @@ def _parse_v1(data: bytes) -> Qcow1Header:
         backing_file=backing_file,
     )
     l1_bytes = header.n_l1_entries * L2_ENTRY_SIZE
-    _require(l1_bytes <= MAX_L1_SIZE, 24, f"L1 table of {l1_bytes:#x} bytes, expected at most {MAX_L1_SIZE:#x}")
+    _require(l1_bytes <= MAX_V1_L1_SIZE, 24, f"L1 table of {l1_bytes:#x} bytes, expected at most {MAX_V1_L1_SIZE:#x}")
     _require(
         l1_table_offset < OFFSET_LIMIT - l1_bytes,
         40,

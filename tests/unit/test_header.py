@@ -197,7 +197,7 @@ def test_just_inside_the_limits(offset: int, data: bytes) -> None:
     [
         (24, struct.pack(">Q", 1), "virtual size 0x1"),
         (24, struct.pack(">Q", 1 << 63), "virtual size"),
-        (24, struct.pack(">Q", 152 << 40), "L1 table of"),
+        (24, struct.pack(">Q", 152 << 50), "L1 table of"),
         (32, b"\x08", "cluster_bits 8"),
         (32, b"\x11", "cluster_bits 17"),
         (33, b"\x05", "l2_bits 5"),
