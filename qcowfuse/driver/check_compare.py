@@ -126,21 +126,23 @@ class Comparison:
             return
         table = parse_table(await walk.read(header.l1_table_offset, header.l1_size * 8))
         wrong: list[int] = []
-        for index, entry in enumerate(table):
-            l2_offset = entry & OFFSET_MASK
-            if not l2_offset:
-                await walk.skip_step()
-                continue
-            refcount = await self._refcount(l2_offset)
-            if refcount is None:
-                continue
-            if (refcount == 1) != bool(entry & COPIED):
-                self._note(f"L1 entry {entry:#018x}", refcount, mended=mend)
-                table[index] ^= COPIED
-                wrong.append(index)
-            if not self._is_known_good(index):
-                await self._check_copied_l2(l2_offset, mend=mend)
-            await walk.step()
+        for start in range(0, header.l1_size, ITEMS_PER_CHECKPOINT):
+            await walk.handled(ITEMS_PER_CHECKPOINT)
+            for index, entry in walk.used(table, start):
+                l2_offset = entry & OFFSET_MASK
+                if not l2_offset:
+                    walk.skip_step()
+                    continue
+                refcount = await self._refcount(l2_offset)
+                if refcount is None:
+                    continue
+                if (refcount == 1) != bool(entry & COPIED):
+                    self._note(f"L1 entry {entry:#018x}", refcount, mended=mend)
+                    table[index] ^= COPIED
+                    wrong.append(index)
+                if not self._is_known_good(index):
+                    await self._check_copied_l2(l2_offset, mend=mend)
+                await walk.step()
         if mend and wrong:
             data = serialise_table(table, wrong[0], wrong[-1] + 1)
             await walk.storage.pwritev(header.l1_table_offset + 8 * wrong[0], [data])

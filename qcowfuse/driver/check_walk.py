@@ -151,10 +151,17 @@ class Walk:
                 self._progress(min(self._steps_done, self._steps), self._steps)
             await trio.lowlevel.checkpoint()
 
-    async def skip_step(self) -> None:
+    def used(self, table: array[int], start: int) -> list[tuple[int, int]]:
+        """Index and entry of those of some thousand L1 entries from ``start`` on that are not 0; the others are steps
+        that are done."""
+        part = table[start : start + ITEMS_PER_CHECKPOINT]
+        used = [(index, entry) for index, entry in enumerate(part, start) if entry] if any(part) else []
+        self._steps_done += len(part) - len(used)
+        return used
+
+    def skip_step(self) -> None:
         """A step that there was nothing to do for."""
         self._steps_done += 1
-        await self.handled(1)
 
     async def handled(self, n_items: int) -> None:
         """So many more entries or counts were looked at one by one: now and then there is a checkpoint."""
@@ -234,25 +241,24 @@ class Walk:
             return
         self.count(l1_offset, l1_size * 8, "L1 table")
         table = parse_table(await self.read(l1_offset, l1_size * 8))
-        for index, entry in enumerate(table):
-            if not entry:
-                await self.skip_step()
-                continue
-            if entry & _L1_RESERVED:
-                self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")
-            l2_offset = entry & OFFSET_MASK
-            self.count(l2_offset, self.cluster_size, "L2 table")
-            if l2_offset % self.cluster_size:
-                self.corrupt(f"L2 table at {l2_offset:#x} is not cluster aligned")
-            raw = bytes(await self.read(l2_offset, self.cluster_size))
-            if raw == self._zeroes:
-                if is_active:
-                    self._note_copied(index, 1, 0)
-            elif self._is_plain(raw):
-                await self._count_plain(index, raw, is_active=is_active)
-            else:
-                await self._count_any(l2_offset, parse_table(raw), is_active=is_active)
-            await self.step()
+        for start in range(0, l1_size, ITEMS_PER_CHECKPOINT):
+            await self.handled(ITEMS_PER_CHECKPOINT)
+            for index, entry in self.used(table, start):
+                if entry & _L1_RESERVED:
+                    self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")
+                l2_offset = entry & OFFSET_MASK
+                self.count(l2_offset, self.cluster_size, "L2 table")
+                if l2_offset % self.cluster_size:
+                    self.corrupt(f"L2 table at {l2_offset:#x} is not cluster aligned")
+                raw = bytes(await self.read(l2_offset, self.cluster_size))
+                if raw == self._zeroes:
+                    if is_active:
+                        self._note_copied(index, 1, 0)
+                elif self._is_plain(raw):
+                    await self._count_plain(index, raw, is_active=is_active)
+                else:
+                    await self._count_any(l2_offset, parse_table(raw), is_active=is_active)
+                await self.step()
 
     def _note_copied(self, index: int, first: int, last: int) -> None:
         self.first_blocks[index], self.last_blocks[index] = first, last
