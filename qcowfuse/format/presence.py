@@ -21,6 +21,7 @@ from .subclusters import ALL_ALLOCATED, ALL_ZERO, SUBCLUSTER_BITS, SUBCLUSTERS, 
 _FIRST_LOOK = 64
 """Entries: most runs of a fragmented slice are shorter than this."""
 _OWNED_WITHOUT_PLACE = COPIED.to_bytes(8, "little")
+_ZERO_WITHOUT_PLACE = (COPIED | READS_ZERO).to_bytes(8, "little")
 
 
 def presence_run(
@@ -73,13 +74,14 @@ def n_without(entries: array[int], entry_format: EntryFormat, bits: int, index: 
     return n_found
 
 
-def n_owned_data(entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int) -> int:
-    """How many of ``n_clusters`` standard entries from ``index`` on are data clusters that are owned alone, up to one
-    that is not."""
+def n_owned(entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int) -> int:
+    """How many of ``n_clusters`` standard entries from ``index`` on have a cluster that is owned alone, with data or
+    zeroes, up to one that has not."""
     if entry_format.version == 1 or entry_format.is_extended or entry_format.has_data_file:
         return 0
     words = _little_endian(entries[index : index + n_clusters])
-    return _before_missing(words, _n_matching(words, COPIED, entry_format.not_plain))
+    n_found = _n_matching(words, COPIED, entry_format.not_plain & ~entry_format.reads_zero)
+    return min(_before_missing(words, n_found), _before_missing(words, n_found, _ZERO_WITHOUT_PLACE))
 
 
 def _n_like(
@@ -230,8 +232,8 @@ def _n_matching(words: bytes, must_be_set: int, must_be_clear: int) -> int:
     return n_found
 
 
-def _before_missing(words: bytes, n_words: int) -> int:
+def _before_missing(words: bytes, n_words: int, without_place: bytes = _OWNED_WITHOUT_PLACE) -> int:
     """How many of ``n_words`` words that all have the COPIED flag come before one without an offset. No other place
     looks the same: the flags of the word before are among the eight bytes there."""
-    place = words.find(_OWNED_WITHOUT_PLACE, 0, 8 * n_words)
+    place = words.find(without_place, 0, 8 * n_words)
     return n_words if place < 0 else place // 8
