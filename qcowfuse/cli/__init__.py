@@ -6,5 +6,5 @@ files images may name), ``passphrase`` (of encrypted images), ``exit_codes``, ``
 (standard error, syslog or a file).
 
 The second program, qcowfuse-img: ``img`` (its sub-commands), ``create_options`` (the text of what to make),
-``img_output`` (JSON and text), ``img_progress``, ``stopping`` (by signals).
+``img_output`` (JSON and text), ``json_text``, ``img_progress``, ``stopping`` (by signals).
 """

@@ -14,6 +14,7 @@ from ..driver.check_result import CheckResult
 from ..driver.extent_map import MapEntry
 from ..driver.inspect import AUTO, IN_USE, ImageInfo, LuksHeader, Snapshot
 from ..printable import printable
+from .json_text import as_unicode
 
 Json = dict[str, Any]
 
@@ -154,7 +155,7 @@ def check_json(path: str, result: CheckResult) -> Json:
 
 def to_text(value: Json | list[Json]) -> str:
     """JSON as qemu-img lays it out."""
-    return json.dumps(value, indent=4)
+    return json.dumps(as_unicode(value), indent=4)
 
 
 def size_text(n_bytes: int) -> str:

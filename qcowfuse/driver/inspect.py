@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
-from ..errors import UnsupportedFeatureError
 from ..format.bitmap_directory import AUTO as AUTO
 from ..format.bitmap_directory import IN_USE as IN_USE
 from ..format.bitmap_directory import BitmapEntry, bitmap_directory_place, parse_bitmap_directory
@@ -30,7 +29,7 @@ from ..format.header import (
     header_length_needed,
     parse_header,
     probe_format,
-    unknown_incompatible,
+    refuse_unsupported,
 )
 from ..format.luks import LuksHeader as LuksHeader
 from ..format.snapshots import Snapshot as Snapshot
@@ -72,24 +71,32 @@ class ImageInfo:
     luks: LuksHeader | None = None
 
 
-async def read_header(storage: Storage, *, for_check: bool = False) -> Qcow1Header | Qcow2Header:
-    """The header of an open image; ``for_check``: one without refcount table will do.
+async def read_header(
+    storage: Storage, *, for_check: bool = False, for_info: bool = False
+) -> Qcow1Header | Qcow2Header:
+    """The header of an open image; ``for_check``: one without refcount table will do, ``for_info``: one whose data
+    cannot be found.
 
-    Raises FormatError, UnsupportedFeatureError (unknown features), OSError.
+    Raises FormatError, UnsupportedFeatureError (unknown features and methods of encryption), OSError.
     """
     start = await storage.pread(0, min(512, storage.size()))
     wanted = min(header_length_needed(bytes(start)), storage.size())
-    header = parse_header(bytes(await storage.pread(0, wanted)), storage.size(), for_check=for_check)
-    if isinstance(header, Qcow2Header) and (names := unknown_incompatible(header)):
-        raise UnsupportedFeatureError(names)
+    header = parse_header(
+        bytes(await storage.pread(0, wanted)), storage.size(), for_check=for_check, for_info=for_info
+    )
+    refuse_unsupported(header)
     return header
 
 
 async def is_version_1(path: str, *, force_share: bool = False) -> bool:
-    """Whether the image is of version 1, however damaged. Raises FormatError, ImageLockedError, OSError."""
+    """Whether the image is of version 1. Raises FormatError, also for a header of version 1 that makes no sense,
+    ImageLockedError, OSError."""
     storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
-        return probe_format(bytes(await storage.pread(0, min(8, storage.size())))) == "qcow"
+        if probe_format(bytes(await storage.pread(0, min(8, storage.size())))) != "qcow":
+            return False
+        await read_header(storage)
+        return True
     finally:
         await storage.aclose()
 
@@ -111,10 +118,12 @@ async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
     """
     storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
-        header = await read_header(storage)
+        header = await read_header(storage, for_info=True)
         info = _describe(path, storage, header)
         if isinstance(header, Qcow2Header):
             snapshots, _ = await load_snapshots(storage, header)
+            if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
+                snapshots = ()  # to QEMU an external data file knows none, whatever the table says
             if header.crypt_method == CRYPT_LUKS:
                 luks, _ = await load_luks_header(storage, header)
                 info = replace(info, luks=luks)
@@ -162,7 +171,7 @@ def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) ->
         lazy_refcounts=bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS),
         corrupt=header.corrupt,
         extended_l2=bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2),
-        data_file=None if data_file is None or not has_data_file else os.fsdecode(data_file.partition(b"\0")[0]),
+        data_file=None if data_file is None else os.fsdecode(data_file.partition(b"\0")[0]),
         data_file_raw=bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE) if has_data_file else None,
     )
 

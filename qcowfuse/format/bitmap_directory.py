@@ -84,7 +84,7 @@ def parse_bitmap_directory(data: bytes, n_bitmaps: int, cluster_size: int) -> tu
                 f"table of {table_size} entries at {table_offset:#x}, flags {flags:#x}, type {kind}, granularity "
                 f"2^{granularity_bits}, name of {name_size} bytes, {n_extra} extra bytes: not a valid bitmap",
             )
-        name = data[start:end].decode("utf-8", "surrogateescape")
+        name = bytes(data[start:end]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
         entries.append(BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits, position))
         position += -(-(end - position) // 8) * 8
     if len(entries) != n_bitmaps:

@@ -201,10 +201,13 @@ def header_length_needed(data: bytes) -> int:
     return 1 << cluster_bits
 
 
-def parse_header(data: bytes, file_size: int, *, for_check: bool = False) -> Qcow1Header | Qcow2Header:
+def parse_header(
+    data: bytes, file_size: int, *, for_check: bool = False, for_info: bool = False
+) -> Qcow1Header | Qcow2Header:
     """The validated header in ``data``, the first :func:`header_length_needed` bytes of a file of ``file_size``.
 
-    ``data`` may be shorter where the file is. ``for_check``: an image without refcount table will do. Raises
+    ``data`` may be shorter where the file is. ``for_check``: an image without refcount table will do;
+    ``for_info``: so will one whose data cannot be found, which is not asked for. Raises
     FormatError, of which UnsupportedFeatureError only for what keeps the rest of the header from being understood.
     """
     format_name = probe_format(data)
@@ -212,7 +215,7 @@ def parse_header(data: bytes, file_size: int, *, for_check: bool = False) -> Qco
         raise FormatError("header", 0, f"magic {bytes(data[:4]).hex() or 'absent'}, expected {MAGIC.hex()}")
     if len(data) < min(header_length_needed(data), file_size):
         raise FormatError("header", None, f"{len(data)} bytes, expected {header_length_needed(data)}")
-    return _parse_v1(data) if format_name == "qcow" else _parse_v2(data, for_check=for_check)
+    return _parse_v1(data) if format_name == "qcow" else _parse_v2(data, for_check=for_check, for_info=for_info)
 
 
 def _parse_v1(data: bytes) -> Qcow1Header:
@@ -272,7 +275,7 @@ def _parse_v1(data: bytes) -> Qcow1Header:
     return header
 
 
-def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
+def _parse_v2(data: bytes, *, for_check: bool, for_info: bool) -> Qcow2Header:
     # Past the end of the file QEMU reads zeroes, so that a header-only file is as good as a padded one.
     data = bytes(data).ljust(V2_HEADER_LENGTH, b"\0")
     (
@@ -357,6 +360,8 @@ def _parse_v2(data: bytes, *, for_check: bool) -> Qcow2Header:
     if not incompatible & ~KNOWN_INCOMPATIBLE:
         _check_tables(header, may_lack_refcounts=for_check)
         _check_extensions(header)
+        if not for_info:
+            _check_raw_data_file(header)
     return header
 
 
@@ -454,6 +459,9 @@ def _check_extensions(header: Qcow2Header) -> None:
             )
         if extension.magic == EXTENSION_BITMAPS:
             _check_bitmaps(extension.data, cluster_size, header.autoclear_features)
+
+
+def _check_raw_data_file(header: Qcow2Header) -> None:
     raw_data_file = header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE
     _require(
         not raw_data_file or bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE),

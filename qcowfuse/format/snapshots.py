@@ -143,7 +143,8 @@ def serialise_snapshots(snapshots: Iterable[Snapshot]) -> bytes:
 
 
 def _decode(raw: bytes | bytearray | memoryview) -> str:
-    return bytes(raw).decode("utf-8", "surrogateescape")
+    # C strings to QEMU: what is behind a NUL is not looked at, and lost when the table is written again.
+    return bytes(raw).partition(b"\0")[0].decode("utf-8", "surrogateescape")
 
 
 def _encode(text: str) -> bytes:

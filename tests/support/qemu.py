@@ -30,7 +30,9 @@ class Finished:
 def run(*command: str | Path, cwd: Path | None = None) -> Finished:
     """Run a tool to its end, whatever its exit code."""
     words = tuple(str(word) for word in command)
-    done = subprocess.run(words, capture_output=True, text=True, timeout=TIMEOUT, cwd=cwd, check=False)
+    done = subprocess.run(
+        words, capture_output=True, text=True, errors="surrogateescape", timeout=TIMEOUT, cwd=cwd, check=False
+    )
     return Finished(words, done.returncode, done.stdout, done.stderr)
 
 

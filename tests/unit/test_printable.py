@@ -14,6 +14,7 @@ import pytest
 
 from qcowfuse.cli.exit_codes import ExitCode
 from qcowfuse.cli.img import ImgExit, main
+from qcowfuse.cli.json_text import as_unicode
 from qcowfuse.cli.logs import OneLine
 from qcowfuse.format.extensions import EXTENSION_DATA_FILE, HeaderExtension
 from qcowfuse.format.header import Qcow2Header, parse_header
@@ -119,7 +120,7 @@ def test_every_command_shows_names_in_one_line(
     assert said.out.isascii()
     assert "\x1b" not in said.out
     found = json.loads(said.out)
-    assert name in (found.get("backing-filename"), found["format-specific"]["data"].get("data-file"))
+    assert as_unicode(name) in (found.get("backing-filename"), found["format-specific"]["data"].get("data-file"))
 
 
 def run(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess[str]:
