@@ -17,6 +17,8 @@ from tests.support.mounting import run_qcowfuse
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
 MIB = 1 << 20
+ALLOWED = "--allow-dir=/dev"
+"""A device that an image names is opened only where that is allowed."""
 
 
 def backing(folder: Path, n_bytes: int = 8 * MIB) -> Path:
@@ -42,14 +44,14 @@ def test_a_read_only_device_is_refused_at_once(
             qemu.create(image, "qcow2", "8M", options=f"data_file={device},data_file_raw=on")
         undo.callback(qemu.must_run, "blockdev", "--setrw", device)  # the next file on this device would have it too
         qemu.must_run("blockdev", "--setro", device)
-        refused = run_qcowfuse(image, point)
+        refused = run_qcowfuse(ALLOWED, image, point)
         assert refused.returncode == (6 if where == "image" else 3)
         assert "block device is read-only" in refused.stderr
         assert "-r" in refused.stderr
         assert refused.stderr.count("\n") == 1
-        assert main(["resize", str(image), "128M"]) == 1
+        assert main(["resize", ALLOWED, str(image), "128M"]) == 1
         assert "block device is read-only" in capsys.readouterr().err
-        with served(image, "-r") as mount:
+        with served(image, "-r", ALLOWED) as mount:
             assert mount.file.stat().st_size == (64 * MIB if where == "image" else 8 * MIB)
 
 
@@ -60,7 +62,7 @@ def test_an_overlay_takes_the_size_of_a_device(tmp_path: Path) -> None:
     with loop_device(raw, read_only=True) as device:
         assert main(["create", "-q", "-b", str(device), "-F", "raw", str(overlay)]) == 0
         assert qemu.info(overlay, "qcow2")["virtual-size"] == 8 * MIB
-        with served(overlay) as mount:
+        with served(overlay, ALLOWED) as mount:
             assert mount.file.read_bytes() == raw.read_bytes()
 
 
@@ -107,10 +109,14 @@ def test_a_device_as_data_file(tmp_path: Path, is_raw: str, capsys: pytest.Captu
         assert main(["create", "-q", "--force", "-o", options, str(image), "8M"]) == 0
         qemu.io(image, ["read -P 0 0 8M"])
         assert (raw.read_bytes() == before) == (is_raw == "off")
-        with served(image) as mount:
+        with served(image, ALLOWED) as mount:
             mount.file.open("r+b").write(b"x" * 5000)
             assert mount.file.read_bytes() == b"x" * 5000 + bytes(8 * MIB - 5000)
-        assert main(["resize", str(image), "9M"]) == 1
+        (tmp_path / "empty").mkdir()
+        refused = run_qcowfuse(image, tmp_path / "empty")
+        assert refused.returncode == 3
+        assert "--allow-dir /dev allows it" in refused.stderr
+        assert main(["resize", ALLOWED, str(image), "9M"]) == 1
         assert f"a block device of {8 * MIB} bytes cannot have {9 * MIB}" in capsys.readouterr().err
         assert qemu.info(image, "qcow2")["virtual-size"] == 8 * MIB
         assert qemu.check(image).clean
