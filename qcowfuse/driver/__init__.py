@@ -1,14 +1,15 @@
 """The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
 
-Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it may open), ``options``, ``image``
-(the protocol that export sees), ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write), ``zeroing``,
-``mapping`` (guest range to extents), ``table_cache`` (LRU of L2 slices), ``reading``, ``quick_read``, ``decoded``
-and ``decoded_cache`` (fetching extents, compressed clusters), ``snapshot_table``, ``large_table`` (of version 1),
-``lost_end`` (files that end too early), ``allocation`` (host clusters), ``data_file`` (external data files),
-``encryption`` (guest data behind a cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and
-operations in flight), ``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``,
-``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du``
-should say).
+Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it may open), ``options``,
+``image`` (the protocol that export sees), ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write),
+``zeroing``, ``reserving`` (space set aside), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2
+slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching extents, compressed
+clusters), ``snapshot_table``, ``large_table`` (of version 1), ``lost_end`` (files that end too early),
+``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest data behind a
+cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
+``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``, ``detect_zeroes``,
+``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du`` should say),
+``counters``.
 
 The tools beside the virtual disk: ``quick_look`` (before there is an event loop), ``inspect`` (what an image says
 about itself), ``extent_map`` (what lies where), ``create`` with ``new_file`` and ``create_encryption`` (new

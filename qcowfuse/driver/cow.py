@@ -121,7 +121,7 @@ class Writer:
                 await self._storage.pwritev(run.host_offset, [contents])
         except BaseException:
             self._metadata.discard(run.host_offset, table_size)
-            await self._give_back(run)
+            await self.give_back(run)
             raise
         self._ordering.link_table(l1_index, run.host_offset)
         if old:
@@ -252,6 +252,11 @@ class Writer:
         self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
         return end - guest_offset
 
+    async def copy_cluster(self, slice_: L2Slice, start: int) -> None:
+        """Put what the guest sees in a cluster, which the caller has claimed, into a new one of its own."""
+        plan = CowPlan(Action.ALLOCATE, 1, 0, 0, 0, self.cluster_size)
+        await self._allocate_and_link(plan, slice_, start, memoryview(b""))
+
     async def _allocate_and_link(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
         start = guest_offset - plan.head
         run: HostRun | None = None
@@ -288,7 +293,7 @@ class Writer:
                 if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
                     self._link(slice_, start, host_offset, plan)
             elif run is not None:
-                await self._give_back(run)
+                await self.give_back(run)
             raise
         self._link(slice_, start, host_offset, plan)
         n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
@@ -349,7 +354,7 @@ class Writer:
         if not self._try_pwritev(host_offset, buffers):
             await self._data.pwritev(host_offset, buffers)
 
-    async def _give_back(self, run: HostRun) -> None:
+    async def give_back(self, run: HostRun) -> None:
         """Clusters that were taken and never linked. Should even this fail they are leaked, and no more."""
         with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
             await self._allocator.release([run])

@@ -64,6 +64,10 @@ class Image(Protocol):
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         """Make the range read as zeroes; ``unmap``: whole clusters may give their space back. Raises as write."""
 
+    async def allocate(self, guest_offset: int, n_bytes: int) -> None:
+        """Set real space aside for the range, so that later writes to it find room; what is read stays. Raises as
+        write; after an error (ENOSPC) a part may be set aside."""
+
     async def grow(self, size: int) -> None:
         """Make the disk ``size`` bytes, rounded up to 512, durably; the new part reads as zeroes. Raises
         ImageUsageError for less than it has, OSError (EFBIG: more than the format allows; EOPNOTSUPP: this image

@@ -25,6 +25,7 @@ from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
 from .allocation import Allocator
 from .claims import Generations
+from .counters import counters_of
 from .cow import Writer
 from .data_file import DataClusters
 from .detect_zeroes import DetectZeroes, is_zero
@@ -35,6 +36,7 @@ from .mapping import Layer, Mapping
 from .metadata import MetadataClusters
 from .ordering import Ordering
 from .reading import ChainReader
+from .reserving import Reserver
 from .table_cache import LAYER_BITS, TableCache
 from .usage import Usage
 from .zeroing import Zeroer
@@ -93,6 +95,7 @@ class QcowImage:
         self._ordering: Ordering | None = None
         self._writer: Writer | None = None
         self._zeroer: Zeroer | None = None
+        self._reserver: Reserver | None = None
         self._grower: Grower | None = None
         if allocator is not None:
             self._ordering = Ordering(
@@ -122,6 +125,17 @@ class QcowImage:
                 writer=self._writer,
                 ordering=self._ordering,
                 usage=self._usage,
+                data_clusters=data_clusters,
+            )
+            self._reserver = Reserver(
+                mapping=mapping,
+                reader=reader,
+                cache=cache,
+                writer=self._writer,
+                allocator=allocator,
+                metadata=metadata,
+                usage=self._usage,
+                changing=self._writing,
                 data_clusters=data_clusters,
             )
             self._grower = Grower(
@@ -419,6 +433,13 @@ class QcowImage:
             if guest_offset < end:
                 await trio.lowlevel.checkpoint()
 
+    async def allocate(self, guest_offset: int, n_bytes: int) -> None:
+        """See Image."""
+        self._check_range(guest_offset, n_bytes)
+        self._require_writable()
+        assert self._reserver is not None
+        await self._reserver.reserve(guest_offset, n_bytes)
+
     async def grow(self, size: int) -> None:
         """See Image."""
         async with self._writing():
@@ -491,25 +512,9 @@ class QcowImage:
 
     def statistics(self) -> dict[str, int]:
         """See Image."""
-        cache, decoded = self._cache, self._reader.decoded
-        counters = {
-            "l2_cache.budget_bytes": cache.budget,
-            "l2_cache.used_bytes": cache.used,
-            "l2_cache.slices": len(cache.slices),
-            "l2_cache.hits": cache.hits,
-            "l2_cache.misses": cache.misses,
-            "l2_cache.evictions": cache.evictions,
-            "l2_cache.write_backs": cache.write_backs,
-            "decoded_clusters.hits": decoded.hits,
-            "decoded_clusters.misses": decoded.misses,
-            "image.read_only": int(self.read_only),
-            "image.flush_failed": int(self._ordering is not None and self._ordering.failure is not None),
-            "image.corrupt": int(self._frozen is not None),
-        }
-        for storage in self._storages:
-            for name, value in storage.counters.as_dict().items():
-                counters[f"backend.{name}"] = counters.get(f"backend.{name}", 0) + value
-        return counters
+        has_failed = self._ordering is not None and self._ordering.failure is not None
+        states = {"read_only": self.read_only, "flush_failed": has_failed, "corrupt": self._frozen is not None}
+        return counters_of(self._cache, self._reader.decoded, self._storages, states)
 
     async def aclose(self) -> None:
         """See Image."""

@@ -204,20 +204,19 @@ class Operations(pyfuse3.Operations):
             kind = mode & ~FALLOC_KEEP_SIZE
             if kind not in (0, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
                 raise FUSEError(errno.EOPNOTSUPP)
-            if not mode and off + length > self._size and self.sizes.is_growable:
-                return await self.sizes.grow_to(off + length)
-            if not kind:
-                raise FUSEError(errno.EOPNOTSUPP)
             if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
                 if not self.sizes.is_growable:
                     raise FUSEError(errno.ENOSPC)
                 await self.sizes.grow_to(off + length)
             length = min(length, self._size - off)
             if length <= 0:
-                return None
+                return
             try:
                 with self._slow():
-                    await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
+                    if kind:
+                        await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
+                    else:
+                        await self._image.allocate(off, length)
             except BaseException:
                 # The kernel changes neither pages nor size after a failure, and a part may be done.
                 self.sizes.is_wrong(forgets=True)

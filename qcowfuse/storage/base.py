@@ -93,6 +93,10 @@ class Storage(Protocol):
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
         """Give the range's space back where the file system can; reads as zeroes in any case; never grows."""
 
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """Set space aside for the range, so that later writes there need none, and keep what it holds; grows the
+        storage where the range reaches past the end. False where that cannot be had: nothing has happened then."""
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length."""
 

@@ -34,6 +34,7 @@ import trio
 from .base import Buffer, StorageCounters
 from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
+from .space import allocate_range
 from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, fallocate
 from .workers import retain_worker_pool
 
@@ -200,6 +201,7 @@ class FileStorage:
         self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
         self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+        self._can_allocate = True
         self._n_in_flight = 0
         self._idle = trio.Event()
         self._is_closing = False
@@ -414,6 +416,19 @@ class FileStorage:
         self.counters.writes += 1
         if not await self._run(zero_range, self._punch_mode, host_offset, n_bytes):
             self._punch_mode = 0
+
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """See Storage. Raises OSError."""
+        self._must_be_writable()
+        if n_bytes <= 0 or not self._can_allocate:
+            return n_bytes <= 0
+        if self._in_memory and n_bytes <= MAX_INLINE_WRITE:
+            allocated = allocate_range(self._fd, host_offset, n_bytes)
+        else:
+            allocated = await self._run_growing(allocate_range, host_offset, n_bytes)
+        self._can_allocate = allocated
+        self._size = max(self._size, length_of(self._fd))
+        return allocated
 
     async def truncate(self, n_bytes: int) -> None:
         """Set the length; a device, which has one for ever, can only be told to keep it. Raises OSError."""

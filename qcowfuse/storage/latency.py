@@ -123,6 +123,11 @@ class LatencyStorage:
         async with self._access(host_offset, 0):
             await self._inner.punch_hole(host_offset, n_bytes)
 
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """The inner call, later: the disk moves nothing."""
+        async with self._access(host_offset, 0):
+            return await self._inner.allocate(host_offset, n_bytes)
+
     async def truncate(self, n_bytes: int) -> None:
         """The inner call, later: the disk neither moves nor seeks."""
         async with self._access(None, 0):

@@ -172,6 +172,12 @@ class ResidentStorage:
         """Zero the range and give its space back. Raises OSError."""
         await self._inner.punch_hole(host_offset, n_bytes)
 
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """Set space aside; may grow. Raises OSError."""
+        allocated = await self._inner.allocate(host_offset, n_bytes)
+        self._follow_growth()
+        return allocated
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length. Raises OSError."""
         # Before the file shrinks: a mapping that reaches past the end would be SIGBUS for a read under way.

@@ -181,7 +181,7 @@ ERROR_BREAKAGES = {
     ),
     "tables are forgotten": Breakage(Ordering, "_run", "        self._dirty_l1 |= dirty_l1\n", "", specs=(EMPTY,)),
     "unlinked clusters are forgotten": Breakage(Ordering, "_run", "        self._unlinked += unlinked\n", ""),
-    "clusters stay taken": Breakage(Writer, "_give_back", "await self._allocator.release([run])", "pass"),
+    "clusters stay taken": Breakage(Writer, "give_back", "await self._allocator.release([run])", "pass"),
 }
 
 

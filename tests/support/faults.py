@@ -18,7 +18,7 @@ from qcowfuse.storage.base import Buffer, Storage
 
 from .recording import SECTOR, ForwardingStorage
 
-Kind = Literal["read", "write", "punch", "flush"]
+Kind = Literal["read", "write", "punch", "allocate", "flush"]
 
 
 class Operation(NamedTuple):
@@ -112,6 +112,11 @@ class FaultyStorage(ForwardingStorage):
         """Ask first."""
         await self._pass(self._note("punch", host_offset, n_bytes))
         await self.inner.punch_hole(host_offset, n_bytes)
+
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """Ask first."""
+        await self._pass(self._note("allocate", host_offset, n_bytes))
+        return await self.inner.allocate(host_offset, n_bytes)
 
     async def flush(self) -> None:
         """Ask first."""

@@ -68,6 +68,11 @@ class MemoryImage:
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         await self.write(guest_offset, bytes(n_bytes))
 
+    async def allocate(self, guest_offset: int, n_bytes: int) -> None:
+        await trio.lowlevel.checkpoint()
+        self._check(guest_offset, n_bytes)
+        self.allocated = max(self.allocated, n_bytes)
+
     async def grow(self, size: int) -> None:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:

@@ -93,6 +93,13 @@ class MemoryStorage:
         if n_bytes > 0:
             self.data[host_offset : host_offset + n_bytes] = bytes(n_bytes)
 
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """Grow; there is always room."""
+        self._must_be_writable()
+        await self._checkpoint()
+        self.data.extend(bytes(max(0, host_offset + n_bytes - len(self.data))))
+        return True
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length."""
         self._must_be_writable()

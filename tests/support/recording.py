@@ -85,6 +85,10 @@ class ForwardingStorage:
         """As the inner one."""
         await self.inner.punch_hole(host_offset, n_bytes)
 
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """As the inner one."""
+        return await self.inner.allocate(host_offset, n_bytes)
+
     async def truncate(self, n_bytes: int) -> None:
         """As the inner one."""
         await self.inner.truncate(n_bytes)
@@ -163,6 +167,15 @@ class RecordingStorage(ForwardingStorage):
         write = self._begin(host_offset, bytes(n_bytes))
         await self.inner.punch_hole(host_offset, n_bytes)
         write.ended = self.clock.tick()
+
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """Logged as a write of the last zero, where the file grows."""
+        end = host_offset + n_bytes
+        write = self._begin(end - 1, b"\0") if end > self.inner.size() else None
+        allocated = await self.inner.allocate(host_offset, n_bytes)
+        if write is not None:
+            write.ended = self.clock.tick()
+        return allocated
 
     async def truncate(self, n_bytes: int) -> None:
         """Logged as a write of the last zero, for a file that grows. Nothing that runs shortens a file."""

@@ -34,9 +34,9 @@ from .shrink import shrink
 
 KIB = 1 << 10
 Step = tuple[Any, ...]
-"""``("write", offset, n_bytes, seed)``, ``("zero" | "discard" | "read", offset, n_bytes)``, ``("flush",)``,
-``("grow", n_bytes)``, ``("together", steps)``, ``("cancel", number, step)``: cancelled at its storage operation
-``number``. What lies behind the end, because the disk could not grow, is passed over."""
+"""``("write", offset, n_bytes, seed)``, ``("zero" | "discard" | "reserve" | "read", offset, n_bytes)``,
+``("flush",)``, ``("grow", n_bytes)``, ``("together", steps)``, ``("cancel", number, step)``: cancelled at its storage
+operation ``number``. What lies behind the end, because the disk could not grow, is passed over."""
 
 
 @dataclass(frozen=True)
@@ -140,6 +140,9 @@ class _Run:
             return
         if kind == "read":
             await read_image(image, offset, n_bytes)
+            return
+        if kind == "reserve":
+            await image.allocate(offset, n_bytes)
             return
         data = random.Random(step[3]).randbytes(n_bytes) if kind == "write" else bytes(n_bytes)
         begun = record.begin_write(offset, data)
@@ -452,7 +455,7 @@ def _random_step(chooser: random.Random, start: int, end: int, *, aligned: bool)
     n_bytes = min(chooser.choice((1, 512, 2048, 4096, 9000, 20000)) + unit - 1, end - start) // unit * unit or unit
     offset = chooser.randrange(start, max(start + 1, end - n_bytes + 1)) // unit * unit
     n_bytes = min(n_bytes, end - offset)
-    kind = chooser.choice(("write", "write", "write", "write", "discard", "zero", "read"))
+    kind = chooser.choice(("write", "write", "write", "write", "discard", "zero", "reserve", "read"))
     return ("write", offset, n_bytes, chooser.randrange(1 << 20)) if kind == "write" else (kind, offset, n_bytes)
 
 
@@ -470,5 +473,5 @@ def _random_group(chooser: random.Random, start: int, end: int) -> Iterator[Step
             continue
         offset = start + SECTOR * (first + number if bounds is None else bounds[number])
         n_bytes = SECTOR if bounds is None else min(SECTOR * (bounds[number + 1] - bounds[number]), 16 * KIB)
-        kind = chooser.choice(("write", "write", "write", "discard", "zero", "read"))
+        kind = chooser.choice(("write", "write", "write", "discard", "zero", "reserve", "read"))
         yield ("write", offset, n_bytes, chooser.randrange(1 << 20)) if kind == "write" else (kind, offset, n_bytes)

@@ -15,6 +15,7 @@ import pytest
 import trio
 
 from qcowfuse.storage import file as file_module
+from qcowfuse.storage import space
 from qcowfuse.storage.file import IOV_MAX, FileStorage, open_file_storage
 from tests.support.container import need_loop_devices
 
@@ -187,6 +188,22 @@ async def test_write_zeroes_and_punch_hole(storage: FileStorage, file_path: str)
     await storage.punch_hole(1 << 30, 4096)
     assert storage.size() == os.stat(file_path).st_size == 24_000
     assert await read(storage, 0, 24_000) == b"q" * 100 + bytes(200) + expected[300:10_000] + bytes(14_000)
+
+
+async def test_space_is_set_aside(storage: FileStorage, file_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Holes get space and what is there stays; the file grows. Where the file system can't, False, and no change."""
+    await write(storage, 1 << 20, b"q" * 1000)
+    assert await storage.allocate(4096, 2 << 20)
+    assert storage.size() == os.stat(file_path).st_size == 4096 + (2 << 20)
+    assert storage.allocated_bytes() >= 2 << 20
+    assert await read(storage, 0, 3 << 20) == (bytes(1 << 20) + b"q" * 1000).ljust(3 << 20, b"\0")
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(space, "fallocate", refuse)
+    assert not await storage.allocate(4096, 4 << 20)
+    assert storage.size() == 4096 + (2 << 20)
 
 
 async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
