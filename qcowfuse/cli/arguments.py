@@ -52,6 +52,13 @@ class Arguments(NamedTuple):
     uses_sandbox: bool
     user: User | None
 
+    @property
+    def descriptors(self) -> frozenset[int]:
+        """Inherited descriptors that are named as files (``/dev/fd/63``, a shell's process substitution)."""
+        names = (self.image, self.mount_point, self.key_file, self.log_file, self.open_options.data_file)
+        found = (re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", name) for name in names if name is not None)
+        return frozenset(int(match[1]) for match in found if match)
+
     def mount_settings(self) -> MountSettings:
         """Where and how to serve."""
         return MountSettings(

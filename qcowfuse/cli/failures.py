@@ -6,7 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import QcowFuseError
+from ..errors import ImageLockedError, QcowFuseError
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -22,9 +22,30 @@ def describe(exc: BaseException, arguments: Arguments) -> str:
             text += " (-r serves the image read-only)"
     elif isinstance(exc, QcowFuseError):
         text = str(exc)
+        if isinstance(exc, ImageLockedError):
+            text += _where_mounted(exc.path)
         if arguments.image not in text and not text.startswith(arguments.mount_point):
             text = f"{arguments.image}: {text}"
     else:
         detail = " ".join(str(exc).split())
         text = f"unexpected failure, please report it: {type(exc).__name__}: {detail} (--debug shows more)"
     return printable(text)
+
+
+def _where_mounted(image: str) -> str:
+    """What to do, where it is qcowfuse that holds an image: unmounting here may not be enough."""
+    from ..export.mount_users import where_mounted
+
+    here, elsewhere = where_mounted(os.path.abspath(image))
+    if here:
+        return f" (it is mounted at {here[0]}: fusermount3 -u {here[0]})"
+    if elsewhere:
+        return f" (it is still mounted at {elsewhere[0]}; end that, or send the holder SIGTERM twice)"
+    return ""
+
+
+def is_interrupt(exc: BaseException) -> bool:
+    """Whether this is Ctrl-C; an event loop may have wrapped it."""
+    if isinstance(exc, BaseExceptionGroup):
+        return all(is_interrupt(part) for part in exc.exceptions)
+    return isinstance(exc, KeyboardInterrupt)

@@ -26,6 +26,7 @@ from ..errors import ImageUsageError, QcowFuseError
 from ..printable import printable
 from . import img_output, logs
 from .create_options import parse_create_options, parse_size
+from .failures import is_interrupt
 from .image_names import add_name_options, options_of_names
 from .img_progress import ProgressLine
 from .passphrase import KeySource, ask, read_key_file
@@ -189,13 +190,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has seen enough; the interpreter must not try to flush again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return ImgExit.FAILED
-    except KeyboardInterrupt:
-        return 128 + 2
     except StoppedError as exc:
         _fail(exc, given.image)
         return 128 + exc.number
     except (QcowFuseError, OSError) as exc:
         return _fail(exc, given.image)
+    except BaseException as exc:
+        if is_interrupt(exc):
+            return 128 + 2
+        raise
 
 
 def _fail(exc: QcowFuseError | OSError, image: str) -> int:

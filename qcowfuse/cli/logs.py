@@ -52,8 +52,9 @@ def log_to_stderr(*, debug: bool) -> None:
 
 
 def log_to_file(path: str) -> None:
-    """Append to a file. Raises OSError."""
-    handler = logging.FileHandler(os.path.abspath(path), encoding="utf-8")
+    """Append to a file; a new one is the user's alone. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY, 0o600)
+    handler = logging.StreamHandler(os.fdopen(fd, "a", encoding="utf-8", errors="backslashreplace"))
     handler.setFormatter(OneLine("%(asctime)s qcowfuse[%(process)d] %(levelname)s: %(message)s"))
     _ROOT.handlers[:] = [handler]
 

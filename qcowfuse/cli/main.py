@@ -4,7 +4,8 @@ With the debug option, tracebacks too.
 
 1. What serves (trio, pyfuse3, the driver: nine tenths of the time that a start takes) is imported by the process that
    is going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
-2. A stop signal in that time is a failure to start like any other.
+2. A stop signal in that time is a failure to start like any other: it waits until there is an event loop to hear it.
+3. Before the fork there is nothing that would have to be undone: a stop signal just ends the program.
 """
 
 from __future__ import annotations
@@ -13,19 +14,16 @@ import functools
 import gc
 import logging
 import os
-import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import FrameType
-from typing import NoReturn
 
-from ..errors import ImageUsageError, MountError
-from ..export.process import Starter, run_as_daemon, stop_signals_handled
+from ..errors import ImageUsageError
+from ..export.process import Starter, run_as_daemon, stop_signals_held_back
 from . import logs
 from .arguments import Arguments, parse_arguments
 from .exit_codes import ExitCode, exit_code_of
-from .failures import describe
+from .failures import describe, is_interrupt
 from .passphrase import KeySource
 
 _log = logging.getLogger("qcowfuse")
@@ -43,13 +41,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         key.prepare(arguments.image, arguments.open_options)
         if arguments.foreground:
-            return _run(arguments, key, None)
-        code = run_as_daemon(functools.partial(_run, arguments, key))
+            with stop_signals_held_back():
+                return _run(arguments, key, None)
+        code = run_as_daemon(functools.partial(_run, arguments, key), key.descriptors, arguments.descriptors)
     except ImageUsageError as exc:
         print(f"qcowfuse: {describe(exc, arguments)}", file=sys.stderr)
         return exit_code_of(exc)
-    except KeyboardInterrupt:
-        return 128 + 2
+    except BaseException as exc:
+        if is_interrupt(exc):
+            return 128 + 2
+        raise
     finally:
         key.close()
     # The interpreter's own way out takes a few milliseconds, and the shell waits for them.
@@ -68,7 +69,7 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
-        with stop_signals_handled(_stop), _garbage_kept():
+        with _garbage_kept():
             from .serving import serve_image
         serve_image(arguments, key, starter, on_ready)
     except BaseException as exc:
@@ -85,11 +86,6 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             print(f"qcowfuse: {line}", file=sys.stderr)
         return code
     return ExitCode.OK
-
-
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    """What a stop signal does while there is no event loop to hear of it."""
-    raise MountError(f"stopped by {signal.Signals(number).name} before the image was open")
 
 
 @contextmanager

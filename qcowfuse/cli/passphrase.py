@@ -11,8 +11,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import stat
-from collections.abc import Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import NoReturn
 
 from ..driver.options import OpenOptions
 from ..driver.quick_look import may_need_passphrase
@@ -24,7 +28,8 @@ CREDENTIAL_NAME = "qcowfuse.key"
 """The credential (``LoadCredential=``) that is used where no file is given."""
 MAX_KEY_BYTES = 1 << 20
 _PIPE_BYTES = 1 << 16
-_ASKED, _NOT_ASKED = 0, 1
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_ASKED, _NOT_ASKED, _INTERRUPTED = 0, 1, 2
 
 
 class KeySource:
@@ -68,6 +73,11 @@ class KeySource:
             return _read_secret(self._typed, _PIPE_BYTES)
         finally:
             self.close()
+
+    @property
+    def descriptors(self) -> frozenset[int]:
+        """Descriptors that the process which opens the image needs."""
+        return frozenset({self._typed} - {-1})
 
     def close(self) -> None:
         """This process will not ask for the passphrase (any more)."""
@@ -116,11 +126,15 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
     import getpass
 
     try:
-        typed = getpass.getpass(f"Passphrase of {printable(image)}: ")
-        if twice and typed != getpass.getpass("Once more: "):
-            raise ImageUsageError(f"{image}: the passphrases differ")
+        with _stop_signals_to(_interrupt):
+            typed = getpass.getpass(f"Passphrase of {printable(image)}: ")
+            if twice and typed != getpass.getpass("Once more: "):
+                raise ImageUsageError(f"{image}: the passphrases differ")
     except EOFError:
         raise ImageUsageError(f"{image}: no passphrase was given") from None
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")  # what comes next shall not stand behind the question
+        raise
     return bytearray(os.fsencode(typed))
 
 
@@ -130,21 +144,23 @@ def _ask_elsewhere(image: str) -> int:
     Raises ImageUsageError.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    pid = os.fork()
-    if pid == 0:
-        code = _NOT_ASKED
-        try:
-            forbid_core_dumps()
-            try:
-                answer, code = bytes(ask(image)), _ASKED
-            except ImageUsageError as exc:
-                answer = os.fsencode(str(exc))
-            os.write(write_end, answer)
-        finally:
-            os._exit(code)
-    os.close(write_end)
+    pid = 0
+
+    def pass_on(number: int) -> None:
+        if not pid:
+            raise KeyboardInterrupt
+        os.kill(pid, number)
+
     try:
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        # The child ends first, and the terminal is in order then.
+        with _stop_signals_to(pass_on):
+            pid = os.fork()
+            if pid == 0:
+                _ask_into(write_end, image)
+            os.close(write_end)
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == _INTERRUPTED or code < 0:
+            raise KeyboardInterrupt
         if code != _ASKED:
             message = os.read(read_end, _PIPE_BYTES)
             raise ImageUsageError(os.fsdecode(message) or f"{image}: no passphrase was given")
@@ -152,6 +168,39 @@ def _ask_elsewhere(image: str) -> int:
         os.close(read_end)
         raise
     return read_end
+
+
+def _ask_into(pipe: int, image: str) -> NoReturn:
+    code = _NOT_ASKED
+    try:
+        forbid_core_dumps()
+        try:
+            answer, code = bytes(ask(image)), _ASKED
+        except ImageUsageError as exc:
+            answer = os.fsencode(str(exc))
+        except KeyboardInterrupt:
+            answer, code = b"", _INTERRUPTED
+        os.write(pipe, answer)
+    finally:
+        os._exit(code)
+
+
+def _interrupt(_number: int) -> NoReturn:
+    """To end there and then would leave the terminal without echo; so would another signal in the middle of this."""
+    for number in _STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _stop_signals_to(handler: Callable[[int], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM go to ``handler`` inside of the block."""
+    before = {number: signal.signal(number, lambda number, _frame: handler(number)) for number in _STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _no_key(image: str) -> ImageUsageError:

@@ -13,7 +13,8 @@ import sdnotify
 import trio
 
 from ..driver.chain import open_image
-from ..export.mount import Notices, serve
+from ..export.ending import Notices
+from ..export.mount import serve
 from ..export.outside import Outside
 from ..export.process import Starter, leave_session
 from ..printable import printable
@@ -44,9 +45,12 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
             starter.report(ExitCode.OK)
         notifier.notify(f"READY=1\nSTATUS={printable(description)}")
 
+    def status(text: str) -> None:
+        notifier.notify(f"STATUS={printable(text)}")
+
     def stopping(text: str) -> None:
         notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
 
     opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
     with Outside() as outside:
-        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(served, ready, stopping))
+        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(served, ready, status, stopping))

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what it had begun is cleaned up, and the exit code tells of it."""
+"""Stop signals end a command in good order: what it had begun is cleaned up, and the exit code tells of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import trio
 
 from ..errors import QcowFuseError
 
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class StoppedError(QcowFuseError):
@@ -23,7 +23,7 @@ class StoppedError(QcowFuseError):
 
 
 def run_until_stopped(function: Callable[[], Awaitable[int]]) -> int:
-    """``trio.run(function)``, which is cancelled by SIGTERM and SIGHUP unless the process ignores or handles them.
+    """``trio.run(function)``; SIGINT, SIGTERM and SIGHUP cancel it, unless the process ignores or handles them.
 
     Raises StoppedError, and what ``function`` raises.
     """

@@ -5,10 +5,7 @@
    SIGINT (in the foreground also SIGHUP). Requests are answered until the kernel closes the connection, so
    that an unmount can write back all that the page cache holds. Then the image is flushed and closed.
 3. A stop signal while the file is in use (a loop device, a virtual machine) takes nothing away: a forced or lazy
-   unmount would cut off the last writes of whoever uses it. What the kernel holds back is written and flushed at
-   once, the log says who uses the file, and the service goes on, flushing as it waits, until it is used no
-   longer; then it ends. Another stop signal makes it try again. If it is killed meanwhile (systemd does that
-   after TimeoutStopSec), all but the last second or so of what had reached the served file is durable.
+   unmount would cut off the last writes of whoever uses it. What happens then is in :mod:`.ending`.
 4. After a failure (an exception, a connection aborted from outside) the mount stays, and answers ENOTCONN: an
    empty folder in its place would be mistaken for the disk. The image is flushed and closed all the same.
 """
@@ -16,10 +13,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
-from typing import NamedTuple
 
 import pyfuse3
 import trio
@@ -27,56 +22,18 @@ import trio
 from ..driver.image import Image
 from ..errors import MountError
 from . import mountpoint
+from .ending import Ending, Notices, Stop
 from .mount_session import MountSession
-from .mountpoint import MountBusyError
 from .outside import Outside
-from .process import become_io_flusher, become_user
+from .process import STOP_SIGNALS, become_io_flusher, become_user, stop_signals_let_through
 from .sandbox import enter_sandbox
 from .settings import MountSettings
-
-_BUSY_RETRY_SECONDS = 1.0
-_BUSY_LOG_SECONDS = 60.0
-_STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 
 _log = logging.getLogger(__name__)
 
 
 class StoppedEarlyError(MountError):
     """A signal asked for the end before the mount was ready."""
-
-
-def _no_notice(_: str) -> None:
-    return None
-
-
-class Notices(NamedTuple):
-    """What the surroundings want to hear, some with a line for a person. They are called in the trio thread.
-
-    ``served``: the mount answers, and the daemon can still do what it likes. ``ready``: it has settled as well.
-    """
-
-    served: Callable[[], None] = lambda: None
-    ready: Callable[[str], None] = _no_notice
-    stopping: Callable[[str], None] = _no_notice
-
-
-class _Stop:
-    """What the signals have asked for."""
-
-    def __init__(self) -> None:
-        self.reason: str | None = None
-        self.wake = trio.Event()
-        self.early = trio.CancelScope()
-
-    def request(self, reason: str) -> None:
-        self.reason = reason
-        self.wake.set()
-        self.early.cancel()
-
-    def nudge(self) -> None:
-        """Have another look at once, if a stop is under way."""
-        if self.reason is not None:
-            self.wake.set()
 
 
 async def serve(
@@ -90,23 +47,24 @@ async def serve(
     Raises MountError (StoppedEarlyError), and what ``open_image`` and ``Image.aclose`` raise. Runs in the main
     thread only, once per process.
     """
-    stop = _Stop()
+    stop = Stop()
     failure: Exception | None = None
     service = _Service(settings, outside, notices or Notices(), stop)
-    with trio.open_signal_receiver(*_STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(service.watch_signals, signals)
-            try:
-                await service.run(open_image)
-            except Exception as exc:
-                failure = exc
-            nursery.cancel_scope.cancel()
+    with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
+        with stop_signals_let_through():
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(service.watch_signals, signals)
+                try:
+                    await service.run(open_image)
+                except Exception as exc:
+                    failure = exc
+                nursery.cancel_scope.cancel()
     if failure is not None:
         raise failure
 
 
 class _Service:
-    def __init__(self, settings: MountSettings, outside: Outside, notices: Notices, stop: _Stop) -> None:
+    def __init__(self, settings: MountSettings, outside: Outside, notices: Notices, stop: Stop) -> None:
         self._settings = settings
         self._outside = outside
         self._notices = notices
@@ -119,7 +77,7 @@ class _Service:
         async for number in signals:
             if number == signal.SIGUSR1:
                 self._log_statistics()
-            elif number in _STOP_SIGNALS or self._settings.ends_on_hangup:
+            elif number in STOP_SIGNALS or self._settings.ends_on_hangup:
                 self._stop.request(signal.Signals(number).name)
 
     def _log_statistics(self) -> None:
@@ -172,6 +130,8 @@ class _Service:
                 nursery.start_soon(mount.answer_requests)
                 try:
                     await mount.check()
+                    if self._stop.reason is not None:
+                        raise StoppedEarlyError(f"stopped by {self._stop.reason} before it served")
                     self._notices.served()
                     await self._settle(mount)
                     self._notices.ready(mount.description)
@@ -202,31 +162,12 @@ class _Service:
             nursery.start_soon(mount.flush_discards)
             if self._settings.counts_allocated:
                 nursery.start_soon(mount.count_allocated)
-            nursery.start_soon(self._unmount_when_told, mount)
+            nursery.start_soon(self._end, mount)
             await mount.ended.wait()
+            # At once: whoever starts the service again right after an unmount must find it on its way out.
+            self._notices.stopping("unmounted, closing the image")
             nursery.cancel_scope.cancel()
 
-    async def _unmount_when_told(self, mount: MountSession) -> None:
-        stop = self._stop
-        await stop.wake.wait()
-        self._notices.stopping(f"stopping ({stop.reason})")
-        _log.info("%s: stopping (%s)", mount.path, stop.reason)
-        last_notice, noticed = -math.inf, ""
-        while True:
-            stop.wake = trio.Event()
-            try:
-                await self._outside.run(mountpoint.unmount, mount.device)
-                await trio.sleep(_BUSY_RETRY_SECONDS)  # cancelled when the kernel closes the connection
-                users = "whoever held it open when it was detached, or another mount namespace"
-            except MountBusyError:
-                users = await mount.users()
-            except MountError as exc:
-                users = str(exc)
-            await mount.sync()
-            now = trio.current_time()
-            if users != noticed or now - last_notice >= _BUSY_LOG_SECONDS:
-                _log.warning("%s: still in use by %s; it ends when it is free", mount.path, users)
-                self._notices.stopping(f"stopping, still in use by {users}")
-                last_notice, noticed = now, users
-            with trio.move_on_after(_BUSY_RETRY_SECONDS):
-                await stop.wake.wait()
+    async def _end(self, mount: MountSession) -> None:
+        await Ending(mount, self._outside, self._notices, self._stop).run()
+        mount.ended.set()

@@ -22,6 +22,7 @@ from ..errors import MountError
 from . import mount_users, mountpoint, served_file
 from .at_once import AtOnce
 from .extra_operations import ExtraOperations
+from .mountpoint import MountBusyError
 from .operations import Operations, Ownership
 from .outside import Outside
 from .poll_first import PollFirstTrio, RequestGate
@@ -36,6 +37,9 @@ MAX_TASKS = 160
 
 _CHECK_SECONDS = 30.0
 _DISCARD_FLUSH_SECONDS = 2.0
+_TABLE_SECONDS = 0.1
+"""Between two looks at the table of mounts."""
+_ABANDON_SECONDS = 5
 _BUSY_LOOK_DELAY_SECONDS = 0.5
 """Before a look that would make an unmount fail (rule 3 of :mod:`.served_file`)."""
 
@@ -211,6 +215,12 @@ class MountSession:
             with suppress(Exception):
                 await self._image.flush()
 
+    async def sync_by_any_means(self) -> None:
+        """The same for a mount that is gone from here, of which others may keep us away."""
+        if not self._image.read_only:
+            with suppress(OSError):
+                await self._outside.run(served_file.sync_everything, self._file)
+
     async def users(self) -> str:
         """Who uses the mount, for a message; a look that takes long is given up."""
         with trio.move_on_after(2):
@@ -221,11 +231,26 @@ class MountSession:
         """Whether this namespace still has the mount."""
         return bool(mountpoint.mounts_of(self.device))
 
+    async def until_unmounted(self) -> None:
+        """Return when this namespace has the mount no more."""
+        table = os.open("/proc/self/mountinfo", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            while self.is_mounted():
+                # The kernel tells of a change as if it were an error of the descriptor (proc_pid_mountinfo(5)).
+                await trio.lowlevel.wait_writable(table)
+                await trio.sleep(_TABLE_SECONDS)
+        finally:
+            os.close(table)
+
     async def abandon(self) -> None:
-        """Take a mount away that never became ready."""
-        if self.device >= 0 and not self.ended.is_set():
-            with trio.move_on_after(5), suppress(MountError):
+        """Take a mount away that never became ready; from whoever uses it already as well."""
+        if self.device < 0 or self.ended.is_set():
+            return
+        with trio.move_on_after(_ABANDON_SECONDS), suppress(MountError):
+            try:
                 await self._outside.run(mountpoint.unmount, self.device)
+            except MountBusyError:
+                await self._outside.run(mountpoint.unmount, self.device, True)
 
     def check_end(self) -> None:
         """After the loop has ended: raise MountError when that was no unmount (rule 4 of :mod:`.mount`)."""

@@ -2,7 +2,8 @@
 
 1. Whatever asks the served file system blocks, and must not be called by a thread of the daemon once the mount
    exists: see :mod:`.outside`, which calls it.
-2. Unmounting is never forced and never lazy here: either would take the disk away from its users.
+2. Unmounting is never forced, and lazy only where nothing has been promised yet: either would take the disk away
+   from its users.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..errors import MountError
 FILE_SYSTEM_TYPE = "fuse.qcowfuse"
 READ_AHEAD_KIB = 1024
 """As large as one request gets."""
+_MNT_DETACH = 2
 _UMOUNT_NOFOLLOW = 8
 
 
@@ -126,8 +128,8 @@ def raise_read_ahead(device: int) -> None:
                 file.write(str(READ_AHEAD_KIB))
 
 
-def unmount(device: int) -> None:
-    """Give up every mount of ``device`` in this namespace.
+def unmount(device: int, is_lazy: bool = False) -> None:
+    """Give up every mount of ``device`` in this namespace; ``is_lazy``: though it is in use.
 
     Raises MountBusyError when it is in use or something is mounted on top, MountError when it cannot be done.
     """
@@ -139,14 +141,14 @@ def unmount(device: int) -> None:
         if any(other.parent_id == mount.mount_id for other in table):  # no look at the path: it would be a user
             raise MountBusyError(f"{path}: something else is mounted on top")
         if os.geteuid() == 0:
-            _unmount_as_root(path)
+            _unmount_as_root(path, is_lazy)
         else:
-            _unmount_as_user(path)
+            _unmount_as_user(path, is_lazy)
 
 
-def _unmount_as_root(path: str) -> None:
+def _unmount_as_root(path: str, is_lazy: bool) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW) == 0:
+    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)) == 0:
         return
     number = ctypes.get_errno()
     if number == errno.EBUSY:
@@ -155,10 +157,14 @@ def _unmount_as_root(path: str) -> None:
         raise MountError(f"{path}: cannot be unmounted: {os.strerror(number)}")
 
 
-def _unmount_as_user(path: str) -> None:
+def _unmount_as_user(path: str, is_lazy: bool) -> None:
     try:
         done = subprocess.run(
-            ["fusermount3", "-u", "--", path], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False
+            ["fusermount3", "-u", *["-z"] * is_lazy, "--", path],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
         )
     except OSError as exc:
         raise MountError(f"fusermount3 cannot be run: {exc.strerror}") from exc

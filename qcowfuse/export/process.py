@@ -3,6 +3,10 @@
 1. The process forks before it has threads or an event loop. The child mounts and serves while it is still in the
    session and process group of its starter (automount identifies its helper by that), and leaves them only then.
 2. The starter waits for the child's report, or for its death, and takes its exit code from it.
+3. A stop signal never meets a process that is not ready for it. It is held back from before the fork until, in the
+   starter, it is passed on, and in the child the event loop hears of it. So none leaves a mount behind of which the
+   starter knows nothing, and none shows a traceback.
+4. The child keeps no descriptor that its starter had from others: whoever reads a pipe to the end would wait for it.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from types import FrameType
 
 from .settings import User
 
+STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
 _PR_SET_IO_FLUSHER = 57
 _UNEXPECTED = 1
 
@@ -25,10 +30,11 @@ _log = logging.getLogger(__name__)
 
 
 class Starter:
-    """The child's line to the process that started it."""
+    """The child's line to the process that started it. ``kept``: inherited descriptors that a start may need."""
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, kept: frozenset[int] = frozenset()) -> None:
         self._fd = fd
+        self._kept = kept
 
     def report(self, exit_code: int, line: str = "") -> None:
         """Let the starter print ``line`` to standard error, unless empty, and exit. Only the first call counts."""
@@ -38,32 +44,51 @@ class Starter:
             os.write(self._fd, f"{exit_code} {line}".encode("utf-8", "surrogateescape"))
         os.close(self._fd)
         self._fd = -1
+        for fd in self._kept:
+            os.close(fd)
 
 
-def run_as_daemon(child: Callable[[Starter], int]) -> int:
-    """Fork; run ``child`` in the new process, which exits with what it returns; wait for its report here."""
+def run_as_daemon(
+    child: Callable[[Starter], int], needed: frozenset[int] = frozenset(), kept: frozenset[int] = frozenset()
+) -> int:
+    """Fork; run ``child`` in the new process, which exits with what it returns; wait for its report here.
+
+    Of the descriptors above standard error the child has ``needed``, which it closes itself, and ``kept``, which are
+    closed when it has reported. Stop signals are held back from the child; here they are passed on to it, still so
+    after this function has returned.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(read_end)
-        code = _UNEXPECTED
-        try:
-            code = child(Starter(write_end))
-        finally:
-            logging.shutdown()
-            os._exit(code)
-    os.close(write_end)
-    with _stop_signals_forwarded_to(pid):
-        report = _read_all(read_end)
-        os.close(read_end)
-        if report:
-            number, _, line = report.decode("utf-8", "surrogateescape").partition(" ")
-            if line:
-                _print_line(line)
-            return int(number)
-        return _died_silently(pid)
+    with stop_signals_held_back():
+        pid = os.fork()
+        if pid == 0:
+            code = _UNEXPECTED
+            try:
+                code = child(Starter(write_end, _close_inherited(needed | {write_end}, kept)))
+            finally:
+                logging.shutdown()
+                os._exit(code)
+        os.close(write_end)
+        _forward_stop_signals(pid)
+        with stop_signals_let_through():
+            report = _read_all(read_end)
+    os.close(read_end)
+    if report:
+        number, _, line = report.decode("utf-8", "surrogateescape").partition(" ")
+        if line:
+            _print_line(line)
+        return int(number)
+    return _died_silently(pid)
+
+
+def _close_inherited(needed: frozenset[int], kept: frozenset[int]) -> frozenset[int]:
+    """Close all above standard error but ``needed`` and ``kept``; gives those of ``kept`` that there are."""
+    found = frozenset(int(number) for number in os.listdir("/proc/self/fd")) - {0, 1, 2} - needed
+    for fd in found - kept:
+        with suppress(OSError):  # the one that listdir had open
+            os.close(fd)
+    return found & kept
 
 
 def _print_line(line: str) -> None:
@@ -85,27 +110,33 @@ def _read_all(fd: int) -> bytes:
     return data
 
 
-@contextmanager
-def _stop_signals_forwarded_to(pid: int) -> Iterator[None]:
-    """While the starter waits, SIGTERM and SIGINT end the child, which reports that."""
-
+def _forward_stop_signals(pid: int) -> None:
     def forward(number: int, _frame: FrameType | None) -> None:
         with suppress(ProcessLookupError):
             os.kill(pid, number)
 
-    with stop_signals_handled(forward):
-        yield
+    for number in STOP_SIGNALS:
+        signal.signal(number, forward)
 
 
 @contextmanager
-def stop_signals_handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """SIGTERM and SIGINT go to ``handler`` inside of the block, and where they went before after it."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+def stop_signals_held_back() -> Iterator[None]:
+    """Inside of the block, and in processes forked there, SIGTERM and SIGINT wait."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
         yield
     finally:
-        for number, before in previous.items():
-            signal.signal(number, before)
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def stop_signals_let_through() -> Iterator[None]:
+    """Inside of the block SIGTERM and SIGINT come through, those that waited first."""
+    before = signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def leave_session() -> None:

@@ -34,6 +34,9 @@ _UNSHARED = (_WRITE, _RESIZE)
 POLL_INTERVAL = 0.05
 """Seconds between two attempts of :func:`wait_image_lock`."""
 
+QUIET_SECONDS = 1.0
+"""A daemon that is just closing the image takes less as a rule."""
+
 _FLOCK = struct.Struct("@hhqqi4x")
 _HELD_BY_OTHER = frozenset({errno.EAGAIN, errno.EACCES})
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
@@ -88,15 +91,21 @@ def acquire_image_lock(fd: int, path: str, *, writable: bool) -> None:
 
 
 async def wait_image_lock(fd: int, path: str, *, writable: bool, timeout: float) -> None:
-    """:func:`acquire_image_lock`, tried again for ``timeout`` seconds (0: once). Raises what that raises."""
-    deadline = trio.current_time() + timeout
+    """:func:`acquire_image_lock`, tried again for ``timeout`` seconds (0: once), of which the log tells when it takes
+    long. Raises what that raises."""
+    start = trio.current_time()
+    is_told = False
     while True:
         try:
             acquire_image_lock(fd, path, writable=writable)
-        except ImageLockedError:
-            remaining = deadline - trio.current_time()
+        except ImageLockedError as error:
+            waited = trio.current_time() - start
+            remaining = timeout - waited
             if remaining <= 0:
                 raise
+            if waited >= QUIET_SECONDS and not is_told:
+                _log.warning("%s (waiting for it, %g seconds at most)", error, timeout)
+                is_told = True
         else:
             return
         # Two that try at the same moment both see the other and both give up: don't come back in step.

@@ -332,23 +332,6 @@ def test_readiness_is_told_to_systemd(image: Path, mount_point: Path, tmp_path: 
         assert process.wait(20) == 0
 
 
-def test_stop_before_the_image_is_open(image: Path, mount_point: Path, tmp_path: Path) -> None:
-    """SIGTERM while it waits for the lock ends it with one line and no mount."""
-    other = tmp_path / "other"
-    other.mkdir()
-    with Mounted(image, mount_point):
-        process = subprocess.Popen(
-            command("--lock-wait", "60", image, other), stderr=subprocess.PIPE, text=True, env=environment()
-        )
-        time.sleep(1.5)
-        process.terminate()
-        _, stderr = process.communicate(timeout=20)
-        assert process.returncode == 5
-        assert "SIGTERM" in stderr
-        assert stderr.count("\n") == 1
-        assert not is_mounted(other)
-
-
 UNTUNED = """
 import sys
 from qcowfuse.export import session_hook

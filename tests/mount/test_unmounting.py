@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.support.mounting import REPOSITORY, Mounted, check_image_file, create_image
+from tests.support.mounting import REPOSITORY, Mounted, check_image_file, create_image, run_qcowfuse, wait_until
 from tests.support.users import NOBODY, as_user
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -19,15 +21,15 @@ SLOW_SIZE = """
 import sys, trio
 sys.path.insert(0, {repository!r})
 from qcowfuse.export.operations import Operations
-usual = Operations._set_size
+usual = Operations.setattr
 calls = 0
-async def _set_size(self, n_bytes):
+async def setattr(self, inode, attr, fields, fh, ctx):
     global calls
-    calls += 1
+    calls += fields.update_size
     if calls > 1:
         await trio.sleep(3)
-    await usual(self, n_bytes)
-Operations._set_size = _set_size
+    return await usual(self, inode, attr, fields, fh, ctx)
+Operations.setattr = setattr
 """
 
 
@@ -81,3 +83,101 @@ def test_a_look_by_a_user_does_not_either(users_folder: Path) -> None:
         users_folder,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Callable[[], int]]:
+    """A function that starts a process with a mount namespace of its own, a copy of this one, and gives its pid."""
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start() -> int:
+        process = subprocess.Popen(["unshare", "-m", "--propagation", "private", "sleep", "1000"])
+        started.append(process)
+        ours = os.readlink("/proc/self/ns/mnt")
+        wait_until(lambda: os.readlink(f"/proc/{process.pid}/ns/mnt") != ours, "the namespace")
+        return process.pid
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def write_by(pid: int, file: Path, data: bytes) -> None:
+    """Write to a file as the process with that mount namespace sees it, without an fsync."""
+    command = ["nsenter", "-t", str(pid), "-m", "dd", f"of={file}", "bs=1M", "conv=notrunc", "status=none"]
+    subprocess.run(command, input=data, check=True)
+
+
+def contents(image: Path) -> bytes:
+    raw = image.with_suffix(".raw")
+    subprocess.run(["qemu-img", "convert", "-O", "raw", image, raw], check=True)
+    return raw.read_bytes()
+
+
+def test_another_namespace_is_named_and_can_be_cut_off(tmp_path: Path, elsewhere: Callable[[], int]) -> None:
+    """After the unmount here, a container still has the mount: log and refusal name it, and the second SIGTERM ends
+    it, with all that it had written in the image."""
+    image = create_image(tmp_path / "image.qcow2", "4M")
+    mount_point = tmp_path / "mnt"
+    mount_point.mkdir()
+    with Mounted(image, mount_point) as mounted:
+        pid = elsewhere()
+        subprocess.run(["fusermount3", "-u", mount_point], check=True)
+        data = os.urandom(2 << 20)
+        write_by(pid, mounted.file, data)
+        place = f"the mount namespace of sleep (pid {pid}), at {mount_point}"
+        wait_until(lambda: f"unmounted, but still in use by {place}" in mounted.log, "the warning")
+        refused = run_qcowfuse("--lock-wait", "0", image, mount_point)
+        assert refused.returncode == 4
+        assert f"still mounted at {mount_point} in the mount namespace of sleep (pid {pid})" in refused.stderr
+        mounted.send_signal(signal.SIGTERM)
+        wait_until(lambda: f"in use by {place}; another SIGTERM cuts them off" in mounted.log, "the announcement")
+        assert mounted.is_alive
+        mounted.send_signal(signal.SIGTERM)
+        mounted.wait_for_end(0)
+        seen = subprocess.run(
+            ["nsenter", "-t", str(pid), "-m", "cat", mounted.file], capture_output=True, check=False
+        )
+        assert b"not connected" in seen.stderr
+    check_image_file(image)
+    assert contents(image)[: 2 << 20] == data
+
+
+def test_another_namespace_that_ends_is_the_end(tmp_path: Path, elsewhere: Callable[[], int]) -> None:
+    """The image is closed when the last namespace is gone; nothing needs to be done."""
+    image = create_image(tmp_path / "image.qcow2", "4M")
+    mount_point = tmp_path / "mnt"
+    mount_point.mkdir()
+    with Mounted(image, mount_point) as mounted:
+        pid = elsewhere()
+        subprocess.run(["fusermount3", "-u", mount_point], check=True)
+        wait_until(lambda: "still in use by" in mounted.log, "the warning")
+        os.kill(pid, signal.SIGKILL)
+        mounted.wait_for_end(0)
+    check_image_file(image)
+
+
+def test_a_file_open_in_a_detached_mount(tmp_path: Path) -> None:
+    """After umount -l stop signals flush and take nothing away, however many, until the log has said what the next
+    one does."""
+    image = create_image(tmp_path / "image.qcow2", "4M")
+    mount_point = tmp_path / "mnt"
+    mount_point.mkdir()
+    with Mounted(image, mount_point) as mounted:
+        disk = os.open(mounted.file, os.O_RDWR)
+        subprocess.run(["umount", "-l", mount_point], check=True)
+        mounted.send_signal(signal.SIGTERM)
+        mounted.send_signal(signal.SIGINT)
+        os.pwrite(disk, b"still there", 0)
+        wait_until(lambda: "another SIGTERM cuts them off" in mounted.log, "the announcement")
+        assert f"(pid {os.getpid()})" in mounted.log
+        os.pwrite(disk, b", and here", 11)
+        mounted.send_signal(signal.SIGTERM)
+        mounted.wait_for_end(0)
+        with pytest.raises(OSError):
+            os.pread(disk, 1, 2 << 20)
+        with pytest.raises(OSError):
+            os.close(disk)
+    check_image_file(image)
+    assert contents(image).startswith(b"still there, and here")

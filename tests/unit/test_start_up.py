@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import struct
 import subprocess
 import sys
@@ -12,11 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.exit_codes import ExitCode, exit_code_of
-from qcowfuse.cli.main import _stop
 from qcowfuse.driver.quick_look import may_need_passphrase
-from qcowfuse.errors import MountError
-from qcowfuse.export.process import stop_signals_handled
 
 REPOSITORY = Path(__file__).parents[2]
 NEEDLESS_FOR_A_PLAIN_IMAGE = {
@@ -132,16 +127,6 @@ def test_decoders_are_imported_when_the_image_is_opened() -> None:
             """
         )
     )
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stop_signal_during_the_imports_is_a_failure_to_start(number: signal.Signals) -> None:
-    """While there is no event loop, SIGTERM and SIGINT become an error with an exit code; then they are as before."""
-    before = signal.getsignal(number)
-    with pytest.raises(MountError, match=f"stopped by {number.name}") as raised, stop_signals_handled(_stop):
-        signal.raise_signal(number)
-    assert exit_code_of(raised.value) is ExitCode.MOUNT
-    assert signal.getsignal(number) is before
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,30 @@
+"""Where both programs begin: Ctrl-C is settled before anything that takes time is imported.
+
+1. From here until a program handles it, Ctrl-C ends the process as it ends any other, without a traceback.
+"""
+
+from __future__ import annotations
+
+import signal
+
+
+def qcowfuse() -> int:
+    """The program qcowfuse; returns its exit code."""
+    _let_interrupts_end_it()
+    from .main import main
+
+    return main()
+
+
+def qcowfuse_img() -> int:
+    """The program qcowfuse-img; returns its exit code."""
+    _let_interrupts_end_it()
+    from .img import main
+
+    return main()
+
+
+def _let_interrupts_end_it() -> None:
+    # One that is ignored (nohup, a job in the background of a script) stays so.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

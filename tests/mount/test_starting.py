@@ -1,0 +1,190 @@
+"""The start of a daemon: signals in the middle of it, what it keeps open, and whom its log is for."""
+
+from __future__ import annotations
+
+import os
+import pty
+import select
+import signal
+import stat
+import subprocess
+import sys
+import termios
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.support.mounting import (
+    Mounted,
+    command,
+    create_image,
+    daemon_pid,
+    environment,
+    is_mounted,
+    run_qcowfuse,
+    wait_until,
+)
+
+pytestmark = pytest.mark.mount
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    (tmp_path / "mnt").mkdir()
+    return create_image(tmp_path / "image.qcow2", "4M")
+
+
+def held(image: Path, where: str, gate: Path) -> list[str]:
+    """The command line of a start that waits at a place in it until the file ``gate`` is gone."""
+    wait = f"import os, time\nwhile os.path.exists({str(gate)!r}): time.sleep(0.01)\n"
+    indented = "".join(f"    {line}\n" for line in wait.splitlines())
+    patches = {
+        "imports": f"""
+import sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "pyfuse3":
+            open({str(gate)!r} + ".seen", "w").close()
+        {"".join(f"    {line}" + chr(10) + "        " for line in wait.splitlines())}
+sys.meta_path.insert(0, Finder())
+""",
+        "mounted": f"""
+import qcowfuse.export.served_file as served_file
+usual = served_file.check_served
+def check_served(*arguments):
+    open({str(gate)!r} + ".seen", "w").close()
+{indented}
+    return usual(*arguments)
+served_file.check_served = check_served
+check_served.__module__, check_served.__qualname__ = "qcowfuse.export.served_file", "check_served"
+""",
+    }
+    python, _, module, *rest = command(image, image.parent / "mnt")
+    start = f"import runpy\nrunpy.run_module({module!r}, run_name='__main__')"
+    return [python, "-c", patches[where] + start, *rest]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("goes_to", ["starter", "all"])
+@pytest.mark.parametrize("where", ["imports", "mounted"])
+def test_a_stop_signal_during_the_start(
+    image: Path, tmp_path: Path, where: str, goes_to: str, number: signal.Signals
+) -> None:
+    """One line that says so, the exit code of a failed start, and no mount."""
+    gate = tmp_path / "gate"
+    gate.touch()
+    process = subprocess.Popen(
+        held(image, where, gate), stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    )
+    wait_until((tmp_path / "gate.seen").exists, "the place in the start")
+    (os.killpg if goes_to == "all" else os.kill)(process.pid, number)
+    gate.unlink()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 5
+    assert said.startswith(f"qcowfuse: {image}: stopped by {number.name} before "), said
+    assert said.count("\n") == 1
+    assert not is_mounted(tmp_path / "mnt")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_while_it_waits_for_the_lock(image: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """The wait ends at once."""
+    with Mounted(image, tmp_path / "mnt"):
+        (tmp_path / "other").mkdir()
+        words = command("--lock-wait", "1000", image, tmp_path / "other")
+        process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment())
+        assert process.stderr is not None
+        assert "waiting" in process.stderr.readline()
+        process.send_signal(number)
+        _, said = process.communicate(timeout=30)
+        assert (process.returncode, said.count("\n")) == (5, 1)
+        assert f"stopped by {number.name} before the image was open" in said
+
+
+@pytest.mark.parametrize("program", ["qcowfuse", "qcowfuse_img"])
+def test_ctrl_c_before_anything_is_imported(program: str) -> None:
+    """Nothing is printed, and whoever waits sees that SIGINT ended it."""
+    script = f"""
+import os, signal, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name in ("qcowfuse.cli.main", "qcowfuse.cli.img"):
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder())
+from qcowfuse.cli.entry import {program}
+sys.exit({program}())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=False, env=environment())
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals) -> None:
+    """The terminal echoes again, nothing is printed but the end of the line."""
+    image = tmp_path / "image.qcow2"
+    (tmp_path / "key").write_text("open sesame")
+    secret = f"secret,id=s,file={tmp_path / 'key'}"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, image, "1M"]
+    subprocess.run(words, check=True)
+    (tmp_path / "mnt").mkdir()
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execve(sys.executable, command(image, tmp_path / "mnt"), environment())
+    said = b""
+    while b"Passphrase" not in said:
+        assert select.select([terminal], [], [], 30)[0]
+        said += os.read(terminal, 1000)
+    wait_until(lambda: not termios.tcgetattr(terminal)[3] & termios.ECHO, "the prompt")
+    os.kill(pid, number)
+    _, status = os.waitpid(pid, 0)
+    assert os.waitstatus_to_exitcode(status) == 130
+    assert termios.tcgetattr(terminal)[3] & termios.ECHO
+    time.sleep(0.1)
+    rest = os.read(terminal, 1000) if select.select([terminal], [], [], 0)[0] else b""
+    os.close(terminal)
+    assert rest.strip() == b""
+
+
+def test_a_daemon_keeps_no_descriptor_of_its_starter(image: Path, tmp_path: Path) -> None:
+    """Whoever reads a pipe that the shell had open sees its end when the command returns."""
+    read_end, write_end = os.pipe()
+    words = command(image, tmp_path / "mnt")
+    subprocess.run(words, check=True, pass_fds=[write_end], env=environment(), timeout=60)
+    os.close(write_end)
+    assert select.select([read_end], [], [], 10)[0], "somebody still has the pipe"
+    os.close(read_end)
+    subprocess.run(["fusermount3", "-u", tmp_path / "mnt"], check=True)
+
+
+def test_a_key_by_process_substitution(tmp_path: Path) -> None:
+    """A descriptor that is named as a file is kept until it has been read."""
+    (tmp_path / "mnt").mkdir()
+    script = f"""
+python={sys.executable}
+img() {{ "$python" -c 'import sys; from qcowfuse.cli.img import main; sys.exit(main())' "$@"; }}
+img create -q -o encrypt.format=luks,encrypt.iter-time=1 --key-file <(printf sesame) image.qcow2 1M || exit 1
+"$python" -m qcowfuse --key-file <(printf sesame) image.qcow2 mnt || exit 2
+head -c 4 mnt/disk.raw | cmp -n 4 - /dev/zero || exit 3
+fusermount3 -u mnt
+"""
+    done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=environment(), check=False, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_log_file_is_the_users_alone(image: Path, tmp_path: Path) -> None:
+    """A new one has mode 0600; one that is there keeps its mode, and is appended to."""
+    for mode, before in ((0o600, ""), (0o640, "before\n")):
+        log = tmp_path / f"log-{mode:o}"
+        if before:
+            log.write_text(before)
+            log.chmod(mode)
+        done = run_qcowfuse("--log-file", log, image, tmp_path / "mnt")
+        assert done.returncode == 0, done.stderr
+        pid = daemon_pid(tmp_path / "mnt")
+        subprocess.run(["fusermount3", "-u", tmp_path / "mnt"], check=True)
+        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "the end")  # type: ignore[misc]
+        assert stat.S_IMODE(log.stat().st_mode) == mode
+        assert log.read_text().startswith(before)
+        assert "closed" in log.read_text()
