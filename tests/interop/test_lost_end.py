@@ -16,7 +16,7 @@ from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import CorruptImageError, FormatError, ImageUsageError
 from tests.support import battery, qemu
-from tests.support.oracle import reference_bytes
+from tests.support.oracle import reference_bytes, reference_window
 
 SIZE = 8 << 20
 
@@ -204,3 +204,18 @@ async def test_the_log_says_what_is_missing(image_folder: Path, caplog: pytest.L
     )
     with pytest.raises(ImageUsageError, match=r"truncated, and left as it is; serve it read-only \(qcowfuse -r\)"):
         await open_image(str(path))
+
+
+async def test_version_1_keeps_clear_of_a_missing_table(image_folder: Path) -> None:
+    """The file ends before an L1 table of several clusters: new clusters lie behind it, where QEMU puts them into it."""
+    path = image_folder / "cut"
+    size = 4 << 30
+    qemu.create(path, "qcow", size)
+    os.truncate(path, 48)
+    image = await open_image(str(path))
+    places = [*range(0, 40 << 20, 4 << 20), *range(size - (40 << 20), size, 4 << 20)]
+    for number, place in enumerate(places):
+        await image.write(place, bytes([number + 1]) * 65536)
+    await image.aclose()
+    for number, place in enumerate(places):
+        assert reference_window(path, "qcow", guest_offset=place, n_bytes=65536) == bytes([number + 1]) * 65536
