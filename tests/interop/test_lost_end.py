@@ -207,7 +207,7 @@ async def test_the_log_says_what_is_missing(image_folder: Path, caplog: pytest.L
 
 
 async def test_version_1_keeps_clear_of_a_missing_table(image_folder: Path) -> None:
-    """The file ends before an L1 table of several clusters: new clusters lie behind it, where QEMU puts them into it."""
+    """The file ends before an L1 table of several clusters: new ones lie behind it, where QEMU puts them into it."""
     path = image_folder / "cut"
     size = 4 << 30
     qemu.create(path, "qcow", size)
