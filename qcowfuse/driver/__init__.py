@@ -5,11 +5,12 @@ Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it
 ``zeroing``, ``reserving`` (space set aside), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2
 slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching extents, compressed
 clusters), ``snapshot_table``, ``large_table`` (of version 1), ``lost_end`` (files that end too early),
-``allocation`` (host clusters), ``data_file`` (external data files), ``encryption`` (guest data behind a
-cipher), ``metadata`` (nothing on top of tables), ``claims`` (allocations and operations in flight),
-``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``, ``detect_zeroes``,
-``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du`` should say),
-``counters``.
+``host_clusters`` (what a writable image has to manage them), ``allocation``, ``unguarded`` (clusters in use
+whose count is 0), ``data_file`` (external data files), ``encryption`` (guest data behind a cipher),
+``metadata`` and ``metadata_v1`` (nothing on top of tables), ``claims`` (allocations and operations in
+flight), ``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``,
+``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du``
+should say), ``counters``.
 
 The tools beside the virtual disk: ``quick_look`` (before there is an event loop), ``inspect`` (what an image says
 about itself), ``extent_map`` (what lies where), ``create`` with ``new_file`` and ``create_encryption`` (new

@@ -9,7 +9,9 @@ Two allocators with one face (:class:`Allocator`): :class:`RefcountAllocator` fo
    the ordering rules. A block describes its own cluster.
 3. A run is fresh when it lies behind the file's end at open and behind everything taken since.
 4. The search starts at the lowest cluster that may be free and never looks at what lies below.
-5. A count in memory is never lower than the references that the image file may hold at that moment: counts are
+5. Behind a limit that :meth:`hold_back` sets, and :meth:`let_in` takes away, clusters are taken only once it is known
+   which are in use although their counts are 0 (:mod:`.unguarded`); those never are.
+6. A count in memory is never lower than the references that the image file may hold at that moment: counts are
    raised before a link and lowered after the unlink is durable (R1, R3).
 """
 
@@ -224,7 +226,17 @@ class RefcountAllocator:
         self._being_written: set[int] = set()
         self._load_lock = trio.Lock()
         self._high_water = storage.size()
-        self._first_maybe_free = 0
+        self._first_maybe_free = self._held_back = 0
+        self._in_use: frozenset[int] = frozenset()
+
+    def hold_back(self, cluster: int) -> None:
+        """Nothing before ``cluster`` is taken from now on."""
+        self._first_maybe_free = self._held_back = cluster
+
+    def let_in(self, in_use: frozenset[int]) -> None:
+        """Whatever is free may be taken, but for clusters that are ``in_use``."""
+        self._first_maybe_free = self._held_back = 0
+        self._in_use = in_use
 
     @property
     def is_dirty(self) -> bool:
@@ -381,6 +393,9 @@ class RefcountAllocator:
             block_index, index = divmod(cluster, self._per_block)
             if block_index >= len(self._table):
                 self._grow_table(block_index)
+            if cluster in self._in_use:
+                cluster = self._first_maybe_free = cluster + 1
+                continue
             if not self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK:
                 self._add_block(block_index, cluster)
             counts = self._block(block_index).counts
@@ -394,6 +409,11 @@ class RefcountAllocator:
             while end < limit and not counts[end]:
                 end += 1
             first = block_index * self._per_block + start
+            if self._in_use:
+                if first in self._in_use:
+                    cluster = self._first_maybe_free = first
+                    continue
+                end = next((n for n in range(start, end) if first + n - start in self._in_use), end)
             n_bytes = end - start << self._cluster_bits
             self._metadata.check(first << self._cluster_bits, n_bytes, "a cluster that is free by its refcount")
             self._set(block_index, self._blocks[block_index], start, end, 1)
@@ -487,7 +507,7 @@ class RefcountAllocator:
         count = decremented(block.counts[index], cluster)
         self._set(block_index, block, index, index + 1, count)
         if not count:
-            self._first_maybe_free = min(self._first_maybe_free, cluster)
+            self._first_maybe_free = max(min(self._first_maybe_free, cluster), self._held_back)
 
     def _decrement_all(self, first: int, n_clusters: int) -> None:
         """Clusters of one block: all, or with an exception some or, for BlockMissing, none."""

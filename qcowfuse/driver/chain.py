@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
-from ..format.entries import Table, entry_format, parse_table
+from ..format.entries import Table, entry_format
 from ..format.extensions import EXTENSION_BITMAPS, find_extension
 from ..format.geometry import Geometry
 from ..format.header import (
@@ -44,7 +44,7 @@ from ..format.header import (
     refuse_unsupported,
 )
 from ..storage.base import Storage, pread
-from .allocation import Allocator, AppendAllocator, RefcountAllocator
+from .allocation import Allocator, RefcountAllocator
 from .data_file import (
     DataClusters,
     DataFileMapping,
@@ -56,9 +56,10 @@ from .data_file import (
 from .decoded import CompressedSource
 from .files import ChainFile, ChainFiles, StorageOpener, plain_name
 from .header_bits import HeaderBits
-from .lost_end import l1_place, refuse_lost_end, warn_of_lost_end
+from .host_clusters import load_host_clusters
+from .lost_end import warn_of_lost_end
 from .mapping import Layer, Mapping, RawLayer
-from .metadata import MetadataClusters, find_metadata
+from .metadata import MetadataClusters
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading import ChainReader
@@ -69,6 +70,7 @@ from .table_cache import TableCache
 if TYPE_CHECKING:
     from .bitmaps import KeptBitmaps
     from .encryption import EncryptedData
+    from .unguarded import UnguardedClusters
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
@@ -286,9 +288,12 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     metadata = MetadataClusters(header.cluster_bits)
     allocator: Allocator | None = None
     bitmaps: KeptBitmaps | None = None
+    unguarded: UnguardedClusters | None = None
     data_clusters: DataClusters | None = None
     if not options.read_only:
-        allocator, metadata = await _allocator_of(path, top, header)
+        allocator, metadata, unguarded = await load_host_clusters(
+            path, top.storage, header, entry_format=top_mapping.entry_format, l1_table=top.l1_table
+        )
         if isinstance(allocator, RefcountAllocator) and isinstance(header, Qcow2Header) and _may_have_bitmaps(header):
             from .bitmaps import load_kept_bitmaps
 
@@ -311,6 +316,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         l1_table_offset=header.l1_table_offset,
         header_bits=_header_bits_of(top, header, kept_autoclear=0 if bitmaps is None else AUTOCLEAR_BITMAPS),
         bitmaps=bitmaps,
+        unguarded=unguarded,
         discard=options.discard,
         detect_zeroes=options.detect_zeroes,
         cache_budget=lambda geometry: _cache_budget(geometry, options.l2_cache_size),
@@ -379,31 +385,6 @@ def _geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
     return Geometry(
         cluster_bits=header.cluster_bits, l2_bits=header.cluster_bits - words - 2, size=size, words_per_entry=words
     )
-
-
-async def _allocator_of(
-    path: str, layer: _Opened, header: Qcow1Header | Qcow2Header
-) -> tuple[Allocator, MetadataClusters]:
-    """The allocator of a writable image, and what nothing may be written on top of. Raises ImageUsageError where the
-    file has lost its end."""
-    if isinstance(header, Qcow1Header):
-        await refuse_lost_end(path, layer.storage, header, l1_table=layer.l1_table)
-        _, l1_offset, l1_bytes = l1_place(header)
-        allocator_v1 = AppendAllocator(layer.storage, 1 << header.cluster_bits, first_free=l1_offset + l1_bytes)
-        return allocator_v1, MetadataClusters(header.cluster_bits)
-    table_bytes = header.refcount_table_clusters << header.cluster_bits
-    table = parse_table(await pread(layer.storage, header.refcount_table_offset, table_bytes))
-    await refuse_lost_end(path, layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
-    metadata = await find_metadata(layer.storage, header, l1_table=layer.l1_table, refcount_table=table)
-    allocator = RefcountAllocator(
-        layer.storage,
-        metadata=metadata,
-        cluster_bits=header.cluster_bits,
-        refcount_order=header.refcount_order,
-        table=table,
-        table_offset=header.refcount_table_offset,
-    )
-    return allocator, metadata
 
 
 def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_autoclear: int) -> HeaderBits | None:

@@ -43,6 +43,7 @@ from .zeroing import Zeroer
 
 if TYPE_CHECKING:
     from .bitmaps import KeptBitmaps
+    from .unguarded import UnguardedClusters
 
 log = logging.getLogger(__name__)
 _MAX_UNLINKED = 1 << 18
@@ -67,6 +68,7 @@ class QcowImage:
         l1_table_offset: int,
         header_bits: HeaderBits | None,
         bitmaps: KeptBitmaps | None = None,
+        unguarded: UnguardedClusters | None = None,
         data_clusters: DataClusters | None = None,
         discard: bool = True,
         detect_zeroes: DetectZeroes = DetectZeroes.OFF,
@@ -171,6 +173,7 @@ class QcowImage:
         self._pread = mapping.data.pread
         self._try_pwritev = mapping.data.try_pwritev
         self._bitmaps = bitmaps
+        self._unguarded = unguarded
         self.try_read: Callable[[int, int], Buffer | None] = self._try_read
         self._try_write_here = self._try_write
         if has_data_file and mapping.encrypted is None and not mapping.entry_format.is_extended:
@@ -521,6 +524,8 @@ class QcowImage:
         if self._closed:
             return
         self._closed = True
+        if self._unguarded is not None:
+            await self._unguarded.aclose()
         begun, self._begun = self._begun, False  # nothing is written after the bitmaps are stored
         try:
             if self._ordering is not None and begun:
@@ -560,6 +565,8 @@ class QcowImage:
         async with self._begin_lock:
             if self._begun:
                 return
+            if self._unguarded is not None:
+                await self._unguarded.begin()
             if self._header_bits is not None and self._ordering is not None:
                 await self._header_bits.before_first_write(self._ordering.flush_storage)
             if self._bitmaps is not None and self._ordering is not None:

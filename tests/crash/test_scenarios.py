@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qcowfuse.driver import unguarded
 from qcowfuse.driver.ordering import Ordering
 from tests.support.images import ImageSpec
 from tests.support.mounting import REPOSITORY, environment
@@ -35,6 +36,19 @@ def test_random_operations_faults_and_power_cuts(seed: int) -> None:
         for _ in range(5):
             scenario = random_scenario(chooser, spec)
             outcome = check_scenario(scenario, n_states=40)
+            assert not outcome.problems, f"{outcome.problems[:3]}\n{scenario.to_json()}"
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_operations_before_free_clusters_are_known(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same while, and after, the look at free clusters goes on in the background (C1 to C6)."""
+    monkeypatch.setattr(unguarded, "INLINE_BYTES", 0)
+    chooser = random.Random(100 + seed)
+    for _ in range(2):
+        spec = random_spec(chooser)
+        for _ in range(3):
+            scenario = random_scenario(chooser, spec)
+            outcome = check_scenario(scenario, n_states=30)
             assert not outcome.problems, f"{outcome.problems[:3]}\n{scenario.to_json()}"
 
 
