@@ -15,6 +15,8 @@ import trio
 from ..driver.chain import open_image
 from ..export.ending import Notices
 from ..export.mount import serve
+from ..export.mount_client import MountClient
+from ..export.mountpoint import check_fuse, open_mount_point
 from ..export.outside import Outside
 from ..export.process import Starter, leave_session
 from ..printable import printable
@@ -52,5 +54,8 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
         notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
 
     opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
-    with Outside() as outside:
-        trio.run(serve, opener, arguments.mount_settings(), outside, Notices(served, ready, status, stopping))
+    settings = arguments.mount_settings()
+    check_fuse()
+    place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
+    with Outside(MountClient(place, settings.file_name)) as outside:
+        trio.run(serve, opener, settings, place, outside, Notices(served, ready, status, stopping))

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import trio
 
 from ..errors import MountError
-from . import mountpoint
+from .mount_client import MountClient
 from .mount_session import MountSession
 from .mountpoint import MountBusyError
 from .outside import Outside
@@ -75,7 +75,7 @@ class Stop:
 class Ending:
     """Waits for the end of a mount that serves, and brings it about when it is told to."""
 
-    def __init__(self, mount: MountSession, outside: Outside, notices: Notices, stop: Stop) -> None:
+    def __init__(self, mount: MountSession, outside: Outside[MountClient], notices: Notices, stop: Stop) -> None:
         self._mount = mount
         self._outside = outside
         self._notices = notices
@@ -136,7 +136,7 @@ class Ending:
     async def _unmount(self) -> str:
         """Try it, and say who stands in the way; cancelled, where nobody does."""
         try:
-            await self._outside.run(mountpoint.unmount, self._mount.device)
+            await self._outside.run(MountClient.unmount)
             await trio.sleep(_BUSY_RETRY_SECONDS)
         except MountBusyError:
             pass

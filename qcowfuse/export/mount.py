@@ -21,9 +21,10 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
-from . import mountpoint
 from .ending import Ending, Notices, Stop
+from .mount_client import MountClient
 from .mount_session import MountSession
+from .mountpoint import MountPoint
 from .outside import Outside
 from .process import STOP_SIGNALS, become_io_flusher, become_user, stop_signals_let_through
 from .sandbox import enter_sandbox
@@ -39,17 +40,18 @@ class StoppedEarlyError(MountError):
 async def serve(
     open_image: Callable[[], Awaitable[Image]],
     settings: MountSettings,
-    outside: Outside,
+    place: MountPoint,
+    outside: Outside[MountClient],
     notices: Notices | None = None,
 ) -> None:
-    """Open, mount and serve until unmounted or told to stop; returns after a clean end.
+    """Open, mount at ``place``, and serve until unmounted or told to stop; returns after a clean end.
 
     Raises MountError (StoppedEarlyError), and what ``open_image`` and ``Image.aclose`` raise. Runs in the main
     thread only, once per process.
     """
     stop = Stop()
     failure: Exception | None = None
-    service = _Service(settings, outside, notices or Notices(), stop)
+    service = _Service(settings, place, outside, notices or Notices(), stop)
     with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
         with stop_signals_let_through():
             async with trio.open_nursery() as nursery:
@@ -64,8 +66,11 @@ async def serve(
 
 
 class _Service:
-    def __init__(self, settings: MountSettings, outside: Outside, notices: Notices, stop: Stop) -> None:
+    def __init__(
+        self, settings: MountSettings, place: MountPoint, outside: Outside[MountClient], notices: Notices, stop: Stop
+    ) -> None:
         self._settings = settings
+        self._place = place
         self._outside = outside
         self._notices = notices
         self._stop = stop
@@ -93,10 +98,6 @@ class _Service:
         _log.info("statistics: %s", " ".join(f"{name}={value}" for name, value in values.items()))
 
     async def run(self, open_image: Callable[[], Awaitable[Image]]) -> None:
-        mountpoint.check_fuse()
-        path = mountpoint.check_mount_point(
-            self._settings.mount_point, allow_non_empty=self._settings.allow_non_empty
-        )
         become_io_flusher()
         with self._stop.early:
             self._image = await open_image()
@@ -104,7 +105,7 @@ class _Service:
             raise StoppedEarlyError(f"stopped by {self._stop.reason} before the image was open")
         failure: Exception | None = None
         try:
-            await self._serve_image(self._image, path)
+            await self._serve_image(self._image)
         except Exception as exc:
             failure = exc
         try:
@@ -118,10 +119,10 @@ class _Service:
             raise failure
         _log.info("%s: closed", self._image.path)
 
-    async def _serve_image(self, image: Image, path: str) -> None:
+    async def _serve_image(self, image: Image) -> None:
         if self._stop.reason is not None:
             raise StoppedEarlyError(f"stopped by {self._stop.reason} before the image was mounted")
-        mount = self._mount = MountSession(image, path, self._settings, self._outside, self._stop.nudge)
+        mount = self._mount = MountSession(image, self._place, self._settings, self._outside, self._stop.nudge)
         mount.mount()
         failure: Exception | None = None
         try:

@@ -19,15 +19,15 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
-from . import mount_users, mountpoint, served_file
+from . import mountpoint
 from .at_once import AtOnce
 from .extra_operations import ExtraOperations
-from .mountpoint import MountBusyError
+from .mount_client import MountClient
+from .mountpoint import MountBusyError, MountPoint
 from .operations import Operations, Ownership
 from .outside import Outside
 from .poll_first import PollFirstTrio, RequestGate
 from .process import captured_stderr
-from .served_file import ServedFile
 from .session_hook import SessionHook
 from .settings import MountSettings
 
@@ -47,20 +47,20 @@ _log = logging.getLogger(__name__)
 
 
 class MountSession:
-    """One mount of ``image`` at the real path ``path``. ``on_release`` is called when somebody has closed the file;
+    """One mount of ``image`` at ``place``. ``on_release`` is called when somebody has closed the file;
     it must not block."""
 
     def __init__(
         self,
         image: Image,
-        path: str,
+        place: MountPoint,
         settings: MountSettings,
-        outside: Outside,
+        outside: Outside[MountClient],
         on_release: Callable[[], None],
     ) -> None:
-        is_folder = os.path.isdir(path)
-        self.path = path
-        self._file_name = settings.file_name if is_folder else None
+        self.path = place.path
+        self._place = place
+        self._file_name = settings.file_name if place.is_folder else None
         self.device = -1
         self.ended = trio.Event()
         self._failure: Exception | None = None
@@ -73,7 +73,7 @@ class MountSession:
         self._final_ownership = self._ownership()
         self._operations = Operations(
             image,
-            file_name=os.fsencode(settings.file_name) if is_folder else None,
+            file_name=os.fsencode(settings.file_name) if place.is_folder else None,
             ownership=self._final_ownership,
             mtime_ns=_mtime_ns(image.path),
             gate=self._gate,
@@ -83,15 +83,16 @@ class MountSession:
         )
 
     @property
-    def _file(self) -> ServedFile:
-        return ServedFile(self.path, self._file_name, self.device)
+    def file_path(self) -> str:
+        """Where users find the file."""
+        return self.path if self._file_name is None else os.path.join(self.path, self._file_name)
 
     @property
     def description(self) -> str:
         """One line: what is served, how large, where."""
         image = self._image
         access = "read-only" if image.read_only else "read-write"
-        return f"{image.path}: {image.format_name}, {image.size} bytes, {access}, at {self._file.path}"
+        return f"{image.path}: {image.format_name}, {image.size} bytes, {access}, at {self.file_path}"
 
     def mount(self) -> None:
         """Mount. Raises MountError; then there is no mount."""
@@ -102,14 +103,16 @@ class MountSession:
             options.add("ro")
         self.extra = ExtraOperations(self._operations)
         hook = self._hook = SessionHook(self.extra)  # kept, since libfuse holds addresses of what it owns
-        before = mountpoint.device_at(self.path)
         said = ""
         with captured_stderr() as captured:
             try:
                 with hook.active():
-                    pyfuse3.init(self._operations, self.path, options)
+                    pyfuse3.init(self._operations, self._place.target, options)
             except (RuntimeError, ValueError) as exc:
                 said = captured() or str(exc)
+        if not self._place.is_in_place:
+            self._place.take_back()
+            raise MountError(f"{self.path}: the mount point was moved or replaced while the image was opened")
         if said:
             raise MountError(f"{self.path}: mounting failed: {_one_line(said)}")
         if hook.refusal is not None:
@@ -120,10 +123,8 @@ class MountSession:
             self._settings.writeback_cache and not self._image.read_only and hook.refusal is None
         )
         pyfuse3.trio = PollFirstTrio(self._gate)  # type: ignore[attr-defined]
-        # Newest last. The kernel numbers file systems without a device by itself, so `before` can't be ours.
-        ours = [m for m in mountpoint.mount_table() if m.path == self.path and m.device != before]
-        if ours and ours[-1].file_system == mountpoint.FILE_SYSTEM_TYPE:
-            self.device = ours[-1].device
+        self.device = self._place.device_on_top()
+        self._place.close()
 
     async def answer_requests(self) -> None:
         """Answer until the connection is closed; sets :attr:`ended`."""
@@ -158,10 +159,10 @@ class MountSession:
         raise MountError(f"{self.path}: mounted, but does not serve: {problem}")
 
     async def _check_from_outside(self) -> None:
-        if self.device < 0:
+        if self.device < 0 or await self._outside.run(MountClient.adopt) != self.device:
             raise OSError("it is not in the table of mounts")
         tells_size = self._operations.enable_writeback_cache
-        is_free = await self._outside.run(served_file.check_served, self._file, self._image.size, tells_size)
+        is_free = await self._outside.run(MountClient.check_served, self._image.size, tells_size)
         self._looks_keep_busy = not is_free
 
     def _ownership(self) -> Ownership:
@@ -184,7 +185,7 @@ class MountSession:
     async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
         if self._looks_keep_busy and (lowers or forgets):  # whoever has seen a copy fail unmounts now, or not so soon
             await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
-        await self._outside.run(served_file.mend_served, self._file, n_bytes, lowers, syncs, forgets)
+        await self._outside.run(MountClient.mend_served, n_bytes, lowers, syncs, forgets)
 
     def _note_discard(self) -> None:
         self._has_discarded.set()
@@ -210,7 +211,7 @@ class MountSession:
         if self._image.read_only:
             return
         try:
-            await self._outside.run(served_file.sync_served, self._file)
+            await self._outside.run(MountClient.sync_served)
         except OSError:
             with suppress(Exception):
                 await self._image.flush()
@@ -219,12 +220,12 @@ class MountSession:
         """The same for a mount that is gone from here, of which others may keep us away."""
         if not self._image.read_only:
             with suppress(OSError):
-                await self._outside.run(served_file.sync_everything, self._file)
+                await self._outside.run(MountClient.sync_everything)
 
     async def users(self) -> str:
         """Who uses the mount, for a message; a look that takes long is given up."""
         with trio.move_on_after(2):
-            return await self._outside.run(mount_users.users_of, self._file.path, self.device)
+            return await self._outside.run(MountClient.users)
         return "someone"
 
     def is_mounted(self) -> bool:
@@ -248,9 +249,9 @@ class MountSession:
             return
         with trio.move_on_after(_ABANDON_SECONDS), suppress(MountError):
             try:
-                await self._outside.run(mountpoint.unmount, self.device)
+                await self._outside.run(MountClient.unmount)
             except MountBusyError:
-                await self._outside.run(mountpoint.unmount, self.device, True)
+                await self._outside.run(MountClient.unmount, True)
 
     def check_end(self) -> None:
         """After the loop has ended: raise MountError when that was no unmount (rule 4 of :mod:`.mount`)."""

@@ -4,6 +4,10 @@
    exists: see :mod:`.outside`, which calls it.
 2. Unmounting is never forced, and lazy only where nothing has been promised yet: either would take the disk away
    from its users.
+3. Between the look at a mount point and the mount, the image is opened, which may take minutes; meanwhile the folder
+   above may belong to somebody who exchanges the mount point for a link. So a mount point is held by a descriptor
+   from the look on, root mounts on that very descriptor, and unmounts at a place whose way there has no links.
+   (Other users mount by fusermount3, which looks at the path with their rights.)
 """
 
 from __future__ import annotations
@@ -65,25 +69,81 @@ def _unescape(text: str) -> str:
     return text
 
 
-def check_mount_point(path: str, *, allow_non_empty: bool) -> str:
-    """The real path of a mount point that can be used, else MountError that says what is wrong with it."""
+class MountPoint:
+    """A place to mount at, held by a descriptor. ``path`` is its real path, ``is_folder``: not a regular file."""
+
+    def __init__(self, path: str, descriptor: int, status: os.stat_result) -> None:
+        self.path = path
+        self.is_folder = stat.S_ISDIR(status.st_mode)
+        self._descriptor = descriptor
+        self._device_below = status.st_dev
+
+    @property
+    def descriptor_path(self) -> str:
+        """A path that leads to what is held, in this process."""
+        return f"/proc/self/fd/{self._descriptor}"
+
+    @property
+    def target(self) -> str:
+        """What libfuse is to mount on (rule 3)."""
+        return self.descriptor_path if os.geteuid() == 0 else self.path
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the path still leads to what is held."""
+        return os.readlink(self.descriptor_path) == self.path
+
+    def device_on_top(self) -> int:
+        """The device number of the mount of ours that was made here last, -1 where there is none."""
+        # Newest last. The kernel numbers file systems without a device by itself, so what is below can't be ours.
+        here = [mount for mount in mount_table() if mount.path == self.path and mount.device != self._device_below]
+        return here[-1].device if here and here[-1].file_system == FILE_SYSTEM_TYPE else -1
+
+    def take_back(self) -> None:
+        """Undo a mount on what is held, wherever that has been moved to."""
+        with suppress(OSError, MountError):
+            where = os.readlink(self.descriptor_path)
+            if any(mount.path == where and mount.file_system == FILE_SYSTEM_TYPE for mount in mount_table()):
+                unmount_path(where, is_lazy=True)
+
+    def close(self) -> None:
+        """Let go of it. Idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def open_mount_point(path: str, *, allow_non_empty: bool) -> MountPoint:
+    """A mount point that can be used, else MountError that says what is wrong with it."""
     real = os.path.realpath(path)
     try:
-        status = os.stat(real)
-        if stat.S_ISDIR(status.st_mode):
-            entries = os.listdir(real)
-        elif stat.S_ISREG(status.st_mode):
-            entries = []
-        else:
-            raise MountError(f"{path}: mount point is neither a directory nor a regular file")
+        descriptor = os.open(real, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as exc:
         raise MountError(_why_unusable(path, exc)) from exc
+    try:
+        place = MountPoint(real, descriptor, os.fstat(descriptor))
+        if not place.is_in_place:
+            raise MountError(f"{path}: mount point was moved while it was looked at")
+        _check(path, place, os.fstat(descriptor), allow_non_empty=allow_non_empty)
+    except OSError as exc:
+        os.close(descriptor)
+        raise MountError(_why_unusable(path, exc)) from exc
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return place
+
+
+def _check(path: str, place: MountPoint, status: os.stat_result, *, allow_non_empty: bool) -> None:
+    if not place.is_folder and not stat.S_ISREG(status.st_mode):
+        raise MountError(f"{path}: mount point is neither a directory nor a regular file")
+    # First, since a dead mount has a line in the table as well; here it fails.
+    entries = os.listdir(f"{place.descriptor_path}/.") if place.is_folder else []
     for mount in mount_table():
-        if mount.path == real and mount.device == status.st_dev and mount.file_system == FILE_SYSTEM_TYPE:
+        if mount.path == place.path and mount.device == status.st_dev and mount.file_system == FILE_SYSTEM_TYPE:
             raise MountError(f"{path}: already mounted, it serves {mount.source}")
     if entries and not allow_non_empty:
         raise MountError(f"{path}: mount point is not empty (use another one, or -o nonempty to hide what is in it)")
-    return real
 
 
 def _why_unusable(path: str, exc: OSError) -> str:
@@ -105,11 +165,6 @@ def check_fuse() -> None:
         raise MountError(f"/dev/fuse cannot be opened: {exc.strerror} ({hint})") from exc
     if os.geteuid() != 0 and shutil.which("fusermount3") is None:
         raise MountError("fusermount3 is missing, only root can mount without it (install the package fuse3)")
-
-
-def device_at(path: str) -> int:
-    """The device number of what is at ``path``."""
-    return os.stat(path, follow_symlinks=False).st_dev
 
 
 def mounts_of(device: int) -> list[str]:
@@ -140,17 +195,30 @@ def unmount(device: int, is_lazy: bool = False) -> None:
         path = mount.path
         if any(other.parent_id == mount.mount_id for other in table):  # no look at the path: it would be a user
             raise MountBusyError(f"{path}: something else is mounted on top")
-        if os.geteuid() == 0:
-            _unmount_as_root(path, is_lazy)
-        else:
-            _unmount_as_user(path, is_lazy)
+        unmount_path(path, is_lazy=is_lazy)
+
+
+def unmount_path(path: str, *, is_lazy: bool = False) -> None:
+    """Give up the mount at the real path ``path``. Raises MountBusyError, MountError, OSError."""
+    if os.geteuid() == 0:
+        _unmount_as_root(path, is_lazy)
+    else:
+        _unmount_as_user(path, is_lazy)
 
 
 def _unmount_as_root(path: str, is_lazy: bool) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.umount2(os.fsencode(path), _UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)) == 0:
-        return
-    number = ctypes.get_errno()
+    folder, name = os.path.split(path)
+    descriptor = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        if os.readlink(f"/proc/self/fd/{descriptor}") != folder:
+            raise MountError(f"{path}: cannot be unmounted: {folder} leads elsewhere by now")
+        libc = ctypes.CDLL(None, use_errno=True)
+        flags = _UMOUNT_NOFOLLOW | (_MNT_DETACH if is_lazy else 0)
+        if libc.umount2(os.fsencode(f"/proc/self/fd/{descriptor}/{name}"), flags) == 0:
+            return
+        number = ctypes.get_errno()
+    finally:
+        os.close(descriptor)
     if number == errno.EBUSY:
         raise MountBusyError(f"{path}: in use")
     if number not in (errno.EINVAL, errno.ENOENT):  # those two: it is gone already

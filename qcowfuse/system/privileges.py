@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Final
 
 CAP_DAC_OVERRIDE: Final = 1
+CAP_DAC_READ_SEARCH: Final = 2
 CAP_SYS_PTRACE: Final = 19
 CAP_SYS_ADMIN: Final = 21
 
