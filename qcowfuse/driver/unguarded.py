@@ -156,7 +156,7 @@ class UnguardedClusters:
             self._free = bytearray()
         if self.found:
             log.warning(
-                "%s: %d clusters are in use, though free by their refcounts (the first at %#x); nothing else is "
+                "%s: clusters in use are free by their refcounts (%d of them, the first at %#x); nothing else is "
                 "written there; qcowfuse-img check -r all mends that",
                 name,
                 len(self.found),

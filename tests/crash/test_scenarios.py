@@ -46,9 +46,9 @@ def test_operations_before_free_clusters_are_known(seed: int, monkeypatch: pytes
     chooser = random.Random(100 + seed)
     for _ in range(2):
         spec = random_spec(chooser)
-        for _ in range(3):
+        for _ in range(2):
             scenario = random_scenario(chooser, spec)
-            outcome = check_scenario(scenario, n_states=30)
+            outcome = check_scenario(scenario, n_states=15)
             assert not outcome.problems, f"{outcome.problems[:3]}\n{scenario.to_json()}"
 
 
