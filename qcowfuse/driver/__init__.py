@@ -5,10 +5,11 @@ Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it
 ``zeroing``, ``reserving`` (space set aside), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2
 slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching extents, compressed
 clusters), ``snapshot_table``, ``large_table`` (of version 1), ``lost_end`` (files that end too early),
-``host_clusters`` (what a writable image has to manage them), ``allocation``, ``unguarded`` (clusters in use
-whose count is 0), ``data_file`` (external data files), ``encryption`` (guest data behind a cipher),
-``metadata`` and ``metadata_v1`` (nothing on top of tables), ``claims`` (allocations and operations in
-flight), ``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``,
+``host_clusters`` (what a writable image has to manage them), ``allocation``, ``append_allocation`` (that of
+version 1), ``unguarded`` (clusters in use whose count is 0), ``data_file`` (external data files),
+``encryption`` (guest data behind a cipher), ``metadata`` and ``metadata_v1`` (nothing on top of tables),
+``metadata_space`` (room on the file system for what a flush will write), ``claims`` (allocations and
+operations in flight), ``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``,
 ``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du``
 should say), ``counters``.
 
@@ -71,4 +72,5 @@ and beside it:
     C19 while the corrupt bit is set, for which the header is written once: it is there or not, nothing else changes
     C20 closing is one or two rounds: as C1 to C6; with the last one complete nothing is leaked
     C21 version 1, which has no counts: clusters behind the last one that is linked; the file is only longer
+    C22 after space was set aside for metadata: the file is longer, holes of it are zeroes; nothing refers to that
 """

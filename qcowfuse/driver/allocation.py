@@ -1,10 +1,11 @@
 """Host clusters: which are free, taking them, giving them back.
 
 Two allocators with one face (:class:`Allocator`): :class:`RefcountAllocator` for QCOW2, and
-:class:`AppendAllocator` for version 1, which has no refcounts and only ever grows.
+:class:`~.append_allocation.AppendAllocator` for version 1, which has no refcounts and only ever grows.
 
 1. Taking and giving back are plain functions on memory; a refcount block that is needed and not in memory is
-   asked for by :class:`BlockMissing`, loaded by the awaiting caller, and the step is done again from its start.
+   asked for by :class:`BlockMissing`, loaded by the awaiting caller, and the step is done again from its start. So is
+   space of the file system for what a flush will have to write, by :class:`SpaceMissing`, before anything changes.
 2. A new refcount block, and a larger refcount table, exist in memory only until :meth:`take_dirty` hands them to
    the ordering rules. A block describes its own cluster.
 3. A run is fresh when it lies behind the file's end at open and behind everything taken since.
@@ -38,6 +39,7 @@ from ..format.refcounts import (
 )
 from ..storage.base import Storage
 from .metadata import MetadataClusters
+from .metadata_space import MetadataSpace
 
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 BLOCK_CACHE_BYTES = 8 << 20
@@ -80,6 +82,13 @@ class BlockMissing(Exception):  # noqa: N818 - not an error: the answer "load th
         self.block_index = block_index
 
 
+class SpaceMissing(Exception):  # noqa: N818 - as above: "set space aside first"
+    """``places`` (host offset, bytes) of the image file need space that is their own."""
+
+    def __init__(self, places: list[tuple[int, int]]) -> None:
+        self.places = places
+
+
 def merged(runs: list[HostRun], cluster_size: int) -> list[HostRun]:
     """The same clusters, each as often, in as few runs as that takes."""
     result: list[HostRun] = []
@@ -94,6 +103,10 @@ def merged(runs: list[HostRun], cluster_size: int) -> list[HostRun]:
 
 class Allocator(Protocol):
     """What the write path and the ordering rules need of host cluster management."""
+
+    @property
+    def space(self) -> MetadataSpace:
+        """Which metadata of the image file has its space."""
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """Take 1 to ``n_clusters`` contiguous clusters. Raises OSError, CorruptImageError."""
@@ -130,65 +143,12 @@ class Allocator(Protocol):
         """Whether :meth:`take_dirty` would hand out anything."""
 
 
-class AppendAllocator:
-    """Version 1: the next cluster is where the file ends, and nothing is ever given back."""
-
-    is_dirty = False
-
-    def __init__(self, storage: Storage, cluster_size: int, first_free: int = 0) -> None:
-        """``first_free``: nothing is put before it, although the file may end there."""
-        self._storage = storage
-        self._cluster_size = cluster_size
-        self._end = first_free
-        self._high_water = storage.size()
-
-    async def allocate(self, n_clusters: int) -> HostRun:
-        """See Allocator."""
-        return self.try_allocate(n_clusters)
-
-    def try_allocate(self, n_clusters: int) -> HostRun:
-        """See Allocator."""
-        host_offset = round_up(max(self._end, self._storage.size()), self._cluster_size)
-        if host_offset + n_clusters * self._cluster_size > MAX_HOST_OFFSET:
-            raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
-        is_fresh = host_offset >= self._high_water
-        self._end = self._high_water = host_offset + n_clusters * self._cluster_size
-        return HostRun(host_offset, n_clusters, is_fresh)
-
-    async def allocate_exactly(self, n_clusters: int) -> HostRun:
-        """See Allocator."""
-        return await self.allocate(n_clusters)
-
-    async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
-        """The last clusters of the file can be taken again; others are lost, as they are in QEMU."""
-        for run in runs:
-            self.give_back(run)
-
-    def give_back(self, run: HostRun) -> None:
-        """See Allocator."""
-        if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
-            self._end = run.host_offset
-
-    def take_dirty(self) -> DirtyRefcounts:
-        """See Allocator."""
-        return DirtyRefcounts([], [], [])
-
-    def put_back(self) -> None:
-        """See Allocator."""
-
-    def written(self) -> None:
-        """See Allocator."""
-
-    def take_unlinked(self) -> list[HostRun]:
-        """See Allocator."""
-        return []
-
-
 class _Block:
-    __slots__ = ("counts", "dirty_end", "dirty_start")
+    __slots__ = ("counts", "dirty_end", "dirty_start", "has_space")
 
-    def __init__(self, counts: array[int]) -> None:
+    def __init__(self, counts: array[int], *, has_space: bool = False) -> None:
         self.counts = counts
+        self.has_space = has_space
         self.dirty_start = len(counts)
         self.dirty_end = 0
 
@@ -210,6 +170,7 @@ class RefcountAllocator:
         table_offset: int,
         metadata: MetadataClusters,
     ) -> None:
+        self.space = MetadataSpace(storage)
         self._storage = storage
         self._metadata = metadata
         self._cluster_bits = cluster_bits
@@ -250,12 +211,14 @@ class RefcountAllocator:
                 return self._allocate(n_clusters)
             except BlockMissing as missing:
                 await self._load_block(missing.block_index)
+            except SpaceMissing as missing:
+                await self._secure(missing)
 
     def try_allocate(self, n_clusters: int) -> HostRun | None:
         """See Allocator."""
         try:
             return self._allocate(n_clusters)
-        except BlockMissing:
+        except (BlockMissing, SpaceMissing):
             return None
 
     def give_back(self, run: HostRun) -> None:
@@ -280,7 +243,11 @@ class RefcountAllocator:
                 if found.n_clusters == n_clusters:
                     taken, found = found, None
                     return taken
-            return self._allocate_behind(n_clusters)
+            while True:
+                try:
+                    return self._allocate_behind(n_clusters)
+                except SpaceMissing as missing:
+                    await self._secure(missing)
         finally:
             if found:
                 surplus.append(found)
@@ -307,6 +274,7 @@ class RefcountAllocator:
     async def _punch(self, first: int, n_clusters: int) -> None:
         """Punch holes where the count is 1, while it still keeps the clusters from being taken."""
         start = first
+        self.space.forget(first << self._cluster_bits, n_clusters << self._cluster_bits)
         if await self._are_owned(first, n_clusters):
             with suppress(OSError):
                 await self._storage.punch_hole(first << self._cluster_bits, n_clusters << self._cluster_bits)
@@ -343,6 +311,15 @@ class RefcountAllocator:
                 return self._block(block_index).counts[index]
             except BlockMissing as missing:
                 await self._load_block(missing.block_index)
+
+    async def _secure(self, missing: SpaceMissing) -> None:
+        for host_offset, n_bytes in missing.places:
+            await self.space.secure(host_offset, n_bytes)
+
+    def _require_space(self, *places: tuple[int, int]) -> None:
+        missing = [place for place in places if not self.space.has(*place)]
+        if missing:
+            raise SpaceMissing(missing)
 
     def _block(self, block_index: int) -> _Block:
         block = self._blocks.get(block_index)
@@ -398,12 +375,17 @@ class RefcountAllocator:
                 continue
             if not self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK:
                 self._add_block(block_index, cluster)
-            counts = self._block(block_index).counts
+            block = self._block(block_index)
+            counts = block.counts
             try:
                 start = counts.index(0, index)
             except ValueError:
                 cluster = self._first_maybe_free = (block_index + 1) * self._per_block
                 continue
+            if not block.has_space:
+                block_offset = self._table[block_index] & REFCOUNT_TABLE_OFFSET_MASK
+                self._require_space((block_offset, 1 << self._cluster_bits))
+                block.has_space = True
             end = start + 1
             limit = min(start + n_clusters, self._per_block)
             while end < limit and not counts[end]:
@@ -416,7 +398,7 @@ class RefcountAllocator:
                 end = next((n for n in range(start, end) if first + n - start in self._in_use), end)
             n_bytes = end - start << self._cluster_bits
             self._metadata.check(first << self._cluster_bits, n_bytes, "a cluster that is free by its refcount")
-            self._set(block_index, self._blocks[block_index], start, end, 1)
+            self._set(block_index, block, start, end, 1)
             self._first_maybe_free = first + end - start
             host_offset = first << self._cluster_bits
             is_fresh = host_offset >= self._high_water
@@ -428,8 +410,9 @@ class RefcountAllocator:
         cluster_size = 1 << self._cluster_bits
         self._metadata.check_own(self._table_offset, len(self._table) * 8, "refcount table")
         self._metadata.check(cluster * cluster_size, cluster_size, "a new refcount block")
+        self._require_space((cluster * cluster_size, cluster_size), self._table_part(block_index, 1))
         self._metadata.add(cluster * cluster_size, cluster_size)
-        block = _Block(empty_refcounts(self._cluster_bits, self._order))
+        block = _Block(empty_refcounts(self._cluster_bits, self._order), has_space=True)
         self._blocks[block_index] = block
         self._table[block_index] = cluster << self._cluster_bits
         self._new_entries.add(block_index)
@@ -454,6 +437,7 @@ class RefcountAllocator:
         if n_table * cluster_size > MAX_REFCOUNT_TABLE_BYTES:
             raise OSError(errno.ENOSPC, "the image's refcount table cannot grow beyond 8 MiB", self._storage.name)
         self._metadata.check(start * cluster_size, (n_table + n_blocks) * cluster_size, "a larger refcount table")
+        self._require_space((start * cluster_size, (n_table + n_blocks) * cluster_size))
         self._metadata.add(start * cluster_size, (n_table + n_blocks) * cluster_size)
         old = HostRun(self._table_offset, divide_up(len(self._table) * 8, cluster_size))
         self._table.extend(array("Q", bytes(8 * (n_table * entries_per_cluster - len(self._table)))))
@@ -468,13 +452,20 @@ class RefcountAllocator:
         used = len(self._table)
         while used and not self._table[used - 1] & REFCOUNT_TABLE_OFFSET_MASK:
             used -= 1
-        return max(used, divide_up(divide_up(self._storage.size(), 1 << self._cluster_bits), self._per_block))
+        # Not the file's size: that grows with space that is set aside, before anything is there.
+        return max(used, divide_up(divide_up(self._high_water, 1 << self._cluster_bits), self._per_block))
+
+    def _table_part(self, first_block: int, n_blocks: int) -> tuple[int, int]:
+        """Where the sectors of the refcount table lie that name ``n_blocks`` blocks."""
+        start = first_block // _SECTOR_ENTRIES * _SECTOR_ENTRIES
+        end = min(round_up(first_block + n_blocks, _SECTOR_ENTRIES), len(self._table))
+        return self._table_offset + 8 * start, 8 * (end - start)
 
     def _add_blocks_behind(self, first_block: int, n_blocks: int, n_clusters: int) -> None:
         """New blocks for the ranges from ``first_block`` on, behind ``n_clusters`` that are taken there as well."""
         start = first_block * self._per_block
         for number in range(n_blocks):
-            block = _Block(empty_refcounts(self._cluster_bits, self._order))
+            block = _Block(empty_refcounts(self._cluster_bits, self._order), has_space=True)
             block_index = first_block + number
             self._blocks[block_index] = block
             self._table[block_index] = (start + n_clusters + number) << self._cluster_bits
@@ -494,7 +485,9 @@ class RefcountAllocator:
         n_bytes = n_clusters << self._cluster_bits
         if host_offset + n_bytes + (n_blocks << self._cluster_bits) > MAX_HOST_OFFSET:
             raise OSError(errno.ENOSPC, "the image file cannot take another table", self._storage.name)
-        self._metadata.add(host_offset + n_bytes, n_blocks << self._cluster_bits)
+        blocks = (host_offset + n_bytes, n_blocks << self._cluster_bits)
+        self._require_space(blocks, self._table_part(first_block, n_blocks))
+        self._metadata.add(*blocks)
         self._new_entries.update(range(first_block, first_block + n_blocks))
         self._add_blocks_behind(first_block, n_blocks, n_clusters)
         return HostRun(host_offset, n_clusters)

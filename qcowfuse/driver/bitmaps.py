@@ -356,6 +356,8 @@ class KeptBitmaps:
             taken.append(run)
             freed.append(HostRun(table_offset, n_old))
             table_offset = run.host_offset
+        # Where clusters are taken from here on, nothing but a flush may fail until the table names them.
+        await self._allocator.space.secure(table_offset, needed * WORD_SIZE)
         bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
         bitmap.new_table = table
 

@@ -62,6 +62,7 @@ class Writer:
         self._reader = reader
         self._cache = cache
         self._allocator = allocator
+        self._space = allocator.space
         self._metadata = metadata
         self._ordering = ordering
         self._usage = usage
@@ -107,6 +108,7 @@ class Writer:
         """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
         mapping = self._mapping
         table_size = mapping.geometry.l2_table_size
+        await self._ordering.secure_link(l1_index)
         self._ordering.check_link(l1_index)
         old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
         if old:
@@ -123,10 +125,27 @@ class Writer:
             self._metadata.discard(run.host_offset, table_size)
             await self.give_back(run)
             raise
+        self._space.note_written(run.host_offset, table_size)
         self._ordering.link_table(l1_index, run.host_offset)
         if old:
             self._ordering.unlink_cluster(HostRun(old, 1))
             self._metadata.discard(old, table_size)
+
+    async def secure(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> None:
+        """Give a slice its space in the file, before entries of it change. Raises OSError (ENOSPC), unless these
+        entries lie where no hole can be: discarding helps where the disk is full."""
+        mapping = self._mapping
+        table = mapping.entry_format.l1_host_offset(mapping.l1_table[slice_.l1_index])
+        start = mapping.slice_host_offset(slice_.slice_number)
+        geometry = mapping.geometry
+        try:
+            await self._space.secure_part(start, geometry.slice_size, of=table, of_bytes=geometry.l2_table_size)
+        except OSError:
+            index, words = mapping.index(guest_offset), mapping.entry_format.words
+            if not slice_.trust(index * words, (index + n_clusters) * words):
+                raise
+        else:
+            slice_.has_space = True
 
     async def _allocate_table(self, n_clusters: int) -> HostRun:
         """Contiguous clusters for one table: exactly one, but for version 1 with tables larger than clusters."""
@@ -143,7 +162,7 @@ class Writer:
         if not self._allocates_at_once or self._metadata.shared:
             return 0
         slice_ = mapping.cached_slice(guest_offset)
-        if slice_ is None or not self._owns_table(mapping.l1_index(guest_offset)):
+        if slice_ is None or not slice_.has_space or not self._owns_table(mapping.l1_index(guest_offset)):
             return 0
         in_cluster = guest_offset & self._cluster_mask
         index = mapping.index(guest_offset)
@@ -202,16 +221,14 @@ class Writer:
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
-        mapping = self._mapping
         slice_ = await self.writable_slice(guest_offset)
         try:
-            plan = self._plan_write(
-                slice_.entries,
-                mapping.entry_format,
-                mapping.index(guest_offset),
-                guest_offset & self._cluster_mask,
-                len(view),
-            )
+            plan = self._plan(slice_, guest_offset, len(view))
+            if not slice_.has_space and plan.action is not Action.IN_PLACE:
+                end = min(guest_offset + len(view), self._mapping.slice_end(guest_offset)) + self._cluster_mask
+                n_clusters = (end >> self._cluster_bits) - (guest_offset >> self._cluster_bits)
+                await self.secure(slice_, guest_offset, n_clusters)
+                plan = self._plan(slice_, guest_offset, len(view))
             if plan.action is not Action.ALLOCATE:
                 if self._data_clusters is None:
                     self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
@@ -236,6 +253,10 @@ class Writer:
         finally:
             self._cache.unpin(slice_)
 
+    def _plan(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> CowPlan:
+        index, in_cluster = self._mapping.index(guest_offset), guest_offset & self._cluster_mask
+        return self._plan_write(slice_.entries, self._mapping.entry_format, index, in_cluster, n_bytes)
+
     async def link_some(self, guest_offset: int, n_bytes: int) -> int:
         """Link the start of a range of a raw data file as it stands; returns how many bytes that was. Needs no claim:
         a write that is on its way goes to the same place and makes the same link."""
@@ -244,6 +265,8 @@ class Writer:
             end = min(guest_offset + n_bytes, self._mapping.slice_end(guest_offset))
             start = guest_offset & ~self._cluster_mask
             n_clusters = end - start + self._cluster_mask >> self._cluster_bits
+            if not slice_.has_space:
+                await self.secure(slice_, start, n_clusters)
             extents = await self._reader.lookup(start, min(n_clusters << self._cluster_bits, self.size - start))
             plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
             self._link(slice_, start, start, plan)

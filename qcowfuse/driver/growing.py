@@ -140,8 +140,15 @@ class Grower:
         if self._ordering.l1_is_moving:
             await self._ordering.flush()
         n_clusters = divide_up(n_entries * 8, self._mapping.geometry.cluster_size)
+        n_bytes = n_clusters * self._mapping.geometry.cluster_size
         run = await self._allocator.allocate_exactly(n_clusters)
-        self._metadata.add(run.host_offset, n_clusters * self._mapping.geometry.cluster_size)
+        try:
+            await self._allocator.space.secure(run.host_offset, n_bytes)
+        except BaseException:
+            with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
+                await self._allocator.release([run])
+            raise
+        self._metadata.add(run.host_offset, n_bytes)
         self._ordering.move_l1(run.host_offset, self._l1_has_moved)
 
     async def _grow_data_file(self, old_size: int, size: int) -> None:

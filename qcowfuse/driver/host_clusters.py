@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..format.entries import EntryFormat, Table, parse_table
 from ..format.header import Qcow1Header, Qcow2Header
 from ..storage.base import Storage, pread
-from .allocation import Allocator, AppendAllocator, RefcountAllocator
+from .allocation import Allocator, RefcountAllocator
+from .append_allocation import AppendAllocator
 from .lost_end import refuse_lost_end
 from .metadata import MetadataClusters, find_metadata
 

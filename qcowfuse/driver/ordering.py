@@ -54,10 +54,9 @@ from .allocation import Allocator, DirtyRefcounts, HostRun, MetadataWrite, merge
 from .claims import Generations
 from .mapping import Mapping
 from .metadata import MetadataClusters
-from .table_cache import L2Slice, TableCache
+from .table_cache import SECTOR_WORDS, L2Slice, TableCache
 
 log = logging.getLogger(__name__)
-_SECTOR_WORDS = 64
 _RUNS_AT_ONCE = 1024
 _CLUSTERS_AT_ONCE = 4096
 _WRITES_PER_CHECKPOINT = 32
@@ -106,7 +105,8 @@ class Ordering:
         self._allocator = allocator
         self._cache = cache
         self._metadata = metadata
-        self._lock = trio.Lock()
+        self._space = allocator.space
+        self._lock = self._space.round_lock
         self._next_round: _Round | None = None
         self._dirty_l1: set[int] = set()
         self._unlinked_tables: set[int] = set()
@@ -116,6 +116,15 @@ class Ordering:
     def check_link(self, l1_index: int) -> None:
         """Raises CorruptImageError where the L1 entry can't be written, because something else lies there."""
         self._metadata.check_own(self._l1_table_offset + WORD_SIZE * l1_index, WORD_SIZE, "L1 table")
+
+    async def secure_link(self, l1_index: int) -> None:
+        """Before :meth:`link_table`: give the L1 entry its space in the file. Raises OSError."""
+        if l1_index >= self._l1_size:
+            return  # a table that is moving has its space
+        table, table_bytes = self._l1_table_offset, WORD_SIZE * self._l1_size
+        start = l1_index // SECTOR_WORDS * SECTOR_WORDS * WORD_SIZE
+        n_bytes = min(SECTOR_WORDS * WORD_SIZE, table_bytes - start)
+        await self._space.secure_part(table + start, n_bytes, of=table, of_bytes=table_bytes)
 
     def link_table(self, l1_index: int, host_offset: int) -> None:
         """Point an L1 entry, in memory, at a table that is written but that the disk does not link yet."""
@@ -232,8 +241,8 @@ class Ordering:
         self._cache.dirty.clear()
         new_tables = self._unlinked_tables
         taken = [(slice_, slice_.dirty_start, slice_.dirty_end) for slice_ in slices]
-        early = [self._serialise(slice_) for slice_ in slices if slice_.l1_index in new_tables]
-        late = [self._serialise(slice_) for slice_ in slices if slice_.l1_index not in new_tables]
+        early = [write for slice_ in slices if slice_.l1_index in new_tables for write in self._serialise(slice_)]
+        late = [write for slice_ in slices if slice_.l1_index not in new_tables for write in self._serialise(slice_)]
         size_fields = self._size_fields if final else None
         held_back = set() if size_fields else self._held_back()
         dirty_l1 = self._dirty_l1 - held_back
@@ -290,18 +299,19 @@ class Ordering:
         if final:
             await self._release_unlinked()
 
-    def _serialise(self, slice_: L2Slice) -> MetadataWrite:
+    def _serialise(self, slice_: L2Slice) -> list[MetadataWrite]:
         """The dirty part of a slice, whole sectors."""
-        start = slice_.dirty_start // _SECTOR_WORDS * _SECTOR_WORDS
-        end = min(-(-slice_.dirty_end // _SECTOR_WORDS) * _SECTOR_WORDS, len(slice_.entries))
-        host_offset = self._mapping.slice_host_offset(slice_.slice_number) + start * WORD_SIZE
-        return MetadataWrite(host_offset, serialise_table(slice_.entries, start, end))
+        table = self._mapping.slice_host_offset(slice_.slice_number)
+        return [
+            MetadataWrite(table + start * WORD_SIZE, serialise_table(slice_.entries, start, end))
+            for start, end in slice_.dirty_sectors()
+        ]
 
     def _serialise_l1(self, indices: set[int]) -> list[MetadataWrite]:
         writes = []
-        for sector in sorted({index // _SECTOR_WORDS for index in indices}):
-            start = sector * _SECTOR_WORDS
-            end = min(start + _SECTOR_WORDS, self._l1_size)
+        for sector in sorted({index // SECTOR_WORDS for index in indices}):
+            start = sector * SECTOR_WORDS
+            end = min(start + SECTOR_WORDS, self._l1_size)
             data = serialise_table(self._l1_table, start, end)
             writes.append(MetadataWrite(self._l1_table_offset + 8 * start, data))
         return writes

@@ -87,6 +87,8 @@ class Reserver:
         n_clusters = min(end - start + self._cluster_size - 1 >> self._cluster_bits, MAX_RESERVED_AT_ONCE)
         slice_ = await self._writer.writable_slice(start)
         try:
+            if not slice_.has_space:
+                await self._writer.secure(slice_, start, n_clusters)
             first = start >> self._cluster_bits
             conflict = claims.first_conflict(first, first + n_clusters)
             if conflict is not None:
@@ -145,6 +147,7 @@ class Reserver:
             await self._make_space(run, n_bytes)
         except BaseException:
             if self._data_clusters is None:
+                self._allocator.space.forget(run.host_offset, n_bytes)
                 with suppress(OSError):
                     await self._data.punch_hole(run.host_offset, n_bytes)
                 await self._writer.give_back(run)

@@ -18,21 +18,36 @@ from contextlib import suppress
 import trio
 
 LAYER_BITS = 8
+SECTOR_WORDS = 64
+"""Entries of a table in a sector of 512 bytes."""
 MIN_DIRTY_BYTES = 1 << 20
 """Dirty slices may pile up to this many bytes even where the budget is smaller; then they are written back."""
 
 
 class L2Slice:
     """A part of an L2 table in memory. ``entries`` is the truth for the guest; ``dirty_start`` to ``dirty_end``
-    (indices) is what the image file does not have yet."""
+    (indices) is what the image file does not have yet. ``has_space``: no hole is below it in the file, for sure;
+    where that is False, only the sectors of ``no_holes`` are ever dirty."""
 
-    __slots__ = ("dirty_end", "dirty_start", "entries", "key", "l1_index", "n_pins", "slice_number")
+    __slots__ = (
+        "dirty_end",
+        "dirty_start",
+        "entries",
+        "has_space",
+        "key",
+        "l1_index",
+        "n_pins",
+        "no_holes",
+        "slice_number",
+    )
 
     def __init__(self, key: int, slice_number: int, l1_index: int, entries: array[int]) -> None:
         self.key = key
         self.slice_number = slice_number
         self.l1_index = l1_index
         self.entries = entries
+        self.has_space = False
+        self.no_holes: frozenset[int] = frozenset()
         self.n_pins = 0
         self.dirty_start = len(entries)
         self.dirty_end = 0
@@ -41,6 +56,25 @@ class L2Slice:
     def is_dirty(self) -> bool:
         """Whether the image file lacks some of the entries."""
         return self.dirty_start < self.dirty_end
+
+    def trust(self, start: int, end: int) -> bool:
+        """Let entries ``start`` to ``end`` change without space of their own, if each of their sectors holds one that
+        is not 0: that is no hole. Returns whether it is so."""
+        sectors = range(start // SECTOR_WORDS, -(-end // SECTOR_WORDS))
+        for number in sectors:
+            is_used = any(self.entries[number * SECTOR_WORDS : (number + 1) * SECTOR_WORDS])
+            if not is_used and number not in self.no_holes:
+                return False
+        self.no_holes |= frozenset(sectors)
+        return True
+
+    def dirty_sectors(self) -> list[tuple[int, int]]:
+        """Ranges of entries, whole sectors, that the image file has to get."""
+        first, end = self.dirty_start // SECTOR_WORDS, -(-self.dirty_end // SECTOR_WORDS)
+        if self.has_space:
+            return [(first * SECTOR_WORDS, min(end * SECTOR_WORDS, len(self.entries)))]
+        sectors = sorted(self.no_holes.intersection(range(first, end)))
+        return [(n * SECTOR_WORDS, min((n + 1) * SECTOR_WORDS, len(self.entries))) for n in sectors]
 
     def mark_dirty(self, start: int, end: int) -> None:
         """Entries ``start`` to ``end`` (exclusive) have changed."""

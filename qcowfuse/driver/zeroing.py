@@ -90,6 +90,8 @@ class Zeroer:
         n_covered = min(n_clusters << self._cluster_bits, self._writer.size - guest_offset)
         slice_ = await writer.writable_slice(guest_offset)
         try:
+            if not slice_.has_space:
+                await writer.secure(slice_, guest_offset, n_clusters)
             first = guest_offset >> self._cluster_bits
             conflict = writer.claims.first_conflict(first, first + n_clusters)
             if conflict is not None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from qcowfuse.storage.base import Buffer, Storage, StorageCounters
 
+from .memory_storage import MemoryStorage
+
 SECTOR = 512
 NEVER = 1 << 62
 
@@ -145,21 +147,33 @@ class RecordingStorage(ForwardingStorage):
         """Log it if it was done."""
         begun = self.clock.tick()
         data = b"".join(buffers)
-        if not self.inner.try_pwritev(host_offset, buffers):
-            return False
+        try:
+            if not self.inner.try_pwritev(host_offset, buffers):
+                return False
+        except OSError:
+            self._failed(self._begin(host_offset, data))
+            raise
         self.writes.append(RecordedWrite(host_offset, data, begun, self.clock.tick()))
         return True
 
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Log it, whether it ends well or not."""
         write = self._begin(host_offset, b"".join(buffers))
-        await self.inner.pwritev(host_offset, buffers)
+        try:
+            await self.inner.pwritev(host_offset, buffers)
+        except OSError:
+            self._failed(write)
+            raise
         write.ended = self.clock.tick()
 
     async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
         """Logged as a write of zeroes."""
         write = self._begin(host_offset, bytes(n_bytes))
-        await self.inner.write_zeroes(host_offset, n_bytes)
+        try:
+            await self.inner.write_zeroes(host_offset, n_bytes)
+        except OSError:
+            self._failed(write)
+            raise
         write.ended = self.clock.tick()
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
@@ -172,10 +186,11 @@ class RecordingStorage(ForwardingStorage):
         """Logged as a write of the last zero, where the file grows."""
         end = host_offset + n_bytes
         write = self._begin(end - 1, b"\0") if end > self.inner.size() else None
-        allocated = await self.inner.allocate(host_offset, n_bytes)
-        if write is not None:
-            write.ended = self.clock.tick()
-        return allocated
+        try:
+            return await self.inner.allocate(host_offset, n_bytes)
+        finally:
+            if write is not None:
+                write.ended = self.clock.tick()
 
     async def truncate(self, n_bytes: int) -> None:
         """Logged as a write of the last zero, for a file that grows. Nothing that runs shortens a file."""
@@ -194,6 +209,12 @@ class RecordingStorage(ForwardingStorage):
         write = RecordedWrite(host_offset, data, self.clock.tick())
         self.writes.append(write)
         return write
+
+    def _failed(self, write: RecordedWrite) -> None:
+        """A write that the file system refused is over: what is there now is what was written of it."""
+        if isinstance(self.inner, MemoryStorage):
+            write.data = bytes(self.inner.data[write.host_offset : write.host_offset + len(write.data)])
+            write.ended = self.clock.tick()
 
 
 class _Piece:

@@ -225,6 +225,35 @@ async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pyte
     assert await read(storage, 0, n_bytes + 100) == b"w" * 10 + bytes(20) + b"w" * 20 + bytes(n_bytes) + b"w" * 50
 
 
+async def test_space_is_set_aside_and_contents_stay(tmp_path: Path, storage: FileStorage) -> None:
+    """Holes get their space, bytes that are there stay, and the file grows with a range that reaches past its end."""
+    await write(storage, 0, b"s" * 4096)
+    await storage.truncate(3 << 20)
+    before = storage.allocated_bytes()
+    assert await storage.allocate(100, 1 << 20)
+    assert storage.allocated_bytes() >= before + (1 << 20) - 4096
+    assert await read(storage, 0, 1 << 20) == b"s" * 4096 + bytes((1 << 20) - 4096)
+    assert await storage.allocate(3 << 20, 100)
+    assert storage.size() == os.stat(storage.name).st_size == (3 << 20) + 100
+    assert await storage.allocate(0, 0)
+
+
+async def test_space_that_cannot_be_set_aside(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where fallocate is not supported the storage says so, nothing happens, and it isn't asked again."""
+    calls = []
+
+    def refuse(*arguments: int) -> None:
+        calls.append(arguments)
+        raise OSError(errno.EOPNOTSUPP, "no")
+
+    monkeypatch.setattr(space, "fallocate", refuse)
+    await write(storage, 0, b"s" * 100)
+    assert not await storage.allocate(0, 4096)
+    assert not await storage.allocate(0, 4096)
+    assert len(calls) == 1
+    assert storage.size() == 100
+
+
 async def test_punching_gives_space_back(tmp_path: Path, storage: FileStorage) -> None:
     """A hole of 1 MiB is no longer counted in allocated_bytes()."""
     await write(storage, 0, b"h" * (2 << 20))
@@ -392,6 +421,7 @@ async def test_disk_full(small_tmpfs: Path) -> None:
         for call in (
             storage.pwritev(600 << 10, [b"b" * (600 << 10)]),
             storage.write_zeroes(900 << 10, 600 << 10),
+            storage.allocate(900 << 10, 600 << 10),
         ):
             with pytest.raises(OSError) as caught:
                 await call
