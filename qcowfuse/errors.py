@@ -45,6 +45,10 @@ class ImageUsageError(QcowFuseError):
     """The caller asked for something that this image, as it was opened, does not do."""
 
 
+class WrongKeyError(ImageUsageError):
+    """The passphrase opens none of the key slots of an encrypted image."""
+
+
 class ReadOnlyImageError(ImageUsageError):
     """A write, zero or discard on an image that was opened (or has become) read-only."""
 
@@ -71,3 +75,7 @@ class BackingChainError(QcowFuseError):
 
 class MountError(QcowFuseError):
     """The mount point cannot be used or mounting failed; the message says what to do."""
+
+
+class StoppedEarlyError(MountError):
+    """A signal asked for the end before the mount was ready."""

@@ -180,6 +180,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         from .parser import build_parser
 
         given = build_parser(DEFAULT_LOCK_WAIT).parse_args(argv)
+    if not given.image or not given.mountpoint:
+        _refuse("IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf of qcowfuse@NAME both must be set")
     try:
         listed = sort_options(given.options)
     except MountOptionError as exc:

@@ -30,7 +30,7 @@ EXPLANATIONS: dict[ExitCode, str] = {
     ExitCode.OK: "it serves; with -f: it served and ended cleanly, everything is in the image",
     ExitCode.UNEXPECTED: "an unexpected failure, a bug in qcowfuse",
     ExitCode.USAGE: "the arguments are wrong",
-    ExitCode.IMAGE: "the image is none, is damaged, not supported, or names a file it may not; a bad key",
+    ExitCode.IMAGE: "no QCOW image, damaged, not supported, names a file that it can't have; or the key is wrong",
     ExitCode.LOCKED: "another process holds the image",
     ExitCode.MOUNT: "the mount point or FUSE cannot be used, or the mount broke",
     ExitCode.SYSTEM: "the system refused an access to the image (permissions, no such file, I/O error)",

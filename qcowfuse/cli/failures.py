@@ -6,7 +6,7 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from ..errors import ImageLockedError, QcowFuseError
+from ..errors import FormatError, ImageLockedError, MountError, QcowFuseError, StoppedEarlyError
 from ..printable import printable
 
 if TYPE_CHECKING:
@@ -15,21 +15,46 @@ if TYPE_CHECKING:
 
 def describe(exc: BaseException, arguments: Arguments) -> str:
     """One line for a person."""
-    if isinstance(exc, OSError):
-        path = arguments.image if exc.filename is None else os.fsdecode(exc.filename)
-        text = f"{path}: {exc.strerror or exc}"
-        if exc.errno == errno.EROFS and not arguments.open_options.read_only:
+    if isinstance(exc, StoppedEarlyError):
+        text = f"{arguments.image}: {exc}"
+    elif isinstance(exc, MountError):
+        text = str(exc)  # it names the place
+    elif isinstance(exc, OSError | QcowFuseError):
+        text = describe_known(exc, arguments.image)
+        if isinstance(exc, OSError) and exc.errno == errno.EROFS and not arguments.open_options.read_only:
             text += " (-r serves the image read-only)"
-    elif isinstance(exc, QcowFuseError):
-        text = str(exc)
-        if isinstance(exc, ImageLockedError):
-            text += _where_mounted(exc.path)
-        if arguments.image not in text and not text.startswith(arguments.mount_point):
-            text = f"{arguments.image}: {text}"
+        if _look_swapped(arguments.image, arguments.mount_point):
+            text += " (IMAGE comes first: qcowfuse IMAGE MOUNTPOINT)"
     else:
         detail = " ".join(str(exc).split())
         text = f"unexpected failure, please report it: {type(exc).__name__}: {detail} (--debug shows more)"
     return printable(text)
+
+
+def describe_known(exc: OSError | QcowFuseError, image: str) -> str:
+    """What was met with ``image``, for any program, not yet printable."""
+    if isinstance(exc, OSError):
+        path = image if exc.filename is None else os.fsdecode(exc.filename)
+        return f"{path}: {exc.strerror or exc}"
+    text = str(exc)
+    if isinstance(exc, ImageLockedError):
+        text += _where_mounted(exc.path)
+    if isinstance(exc, FormatError):
+        from .other_formats import what_it_is
+
+        found = what_it_is(image)
+        if found is not None:
+            return f"{image}: is {found}"
+    return text if image in text else f"{image}: {text}"
+
+
+def _look_swapped(image: str, mount_point: str) -> bool:
+    """Whether the mount point is an image, and what is called the image can't be one."""
+    if os.path.isfile(image):
+        from .other_formats import is_qcow
+
+        return is_qcow(mount_point) and not is_qcow(image)
+    return os.path.isdir(image) and os.path.isfile(mount_point)
 
 
 def _where_mounted(image: str) -> str:

@@ -17,6 +17,7 @@ from typing import NoReturn
 from .._version import __version__
 from ..driver.chain import open_image
 from ..driver.check import check_image
+from ..driver.check_compare import LEAK
 from ..driver.check_result import Fix
 from ..driver.create import create_image
 from ..driver.extent_map import map_image
@@ -26,14 +27,16 @@ from ..errors import ImageUsageError, QcowFuseError
 from ..printable import printable
 from . import img_output, logs
 from .create_options import parse_create_options, parse_size
-from .failures import is_interrupt
+from .failures import describe_known, is_interrupt
 from .image_names import add_name_options, options_of_names
 from .img_progress import ProgressLine
+from .parser import with_near_misses
 from .passphrase import KeySource, ask, read_key_file
 from .stopping import StoppedError, run_until_stopped
 
+MAX_LEAKS = 20
 MAX_FINDINGS = 1000
-"""Findings of a check that are printed; all are counted."""
+"""Leaks, and other findings, of a check that are printed; all are counted."""
 
 
 class ImgExit(IntEnum):
@@ -60,6 +63,7 @@ _REPAIRS = {"leaks": Fix.LEAKS, "all": Fix.ALL}
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = with_near_misses(message, self)
         self.exit(ImgExit.FAILED, printable(f"{self.prog}: {message} (--help says more)") + "\n")
 
 
@@ -177,8 +181,12 @@ def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
     logs.warn_to_stderr("qcowfuse-img")
+    words = list(sys.argv[1:] if argv is None else argv)
     try:
-        given = _build_parser().parse_args(sys.argv[1:] if argv is None else argv)
+        parser = _build_parser()
+        if words and words[0].startswith("-") and words[0] not in parser._option_string_actions:
+            parser.error("the command comes first: qcowfuse-img COMMAND [OPTION]...")
+        given = parser.parse_args(words)
     except SystemExit as exc:
         return exc.code if isinstance(exc.code, int) else ImgExit.FAILED
     run: Callable[[argparse.Namespace], int] = given.run
@@ -202,12 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(exc: QcowFuseError | OSError, image: str) -> int:
-    if isinstance(exc, OSError):
-        path = image if exc.filename is None else os.fsdecode(exc.filename)
-        text = f"{path}: {exc.strerror or exc}"
-    else:
-        text = str(exc) if image in str(exc) else f"{image}: {exc}"
-    print(f"qcowfuse-img: {printable(text)}", file=sys.stderr)
+    print(f"qcowfuse-img: {printable(describe_known(exc, image))}", file=sys.stderr)
     return ImgExit.FAILED
 
 
@@ -261,20 +264,24 @@ def _check(given: argparse.Namespace) -> int:
         if await is_version_1(given.image, force_share=given.force_share):
             print("qcowfuse-img: This image format does not support checks", file=sys.stderr)
             return ImgExit.NOT_SUPPORTED
-        n_findings = 0
+        n_left_out = 0
+        n_printable = {True: MAX_LEAKS, False: MAX_FINDINGS}
         with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
 
             def report(finding: str) -> None:
-                nonlocal n_findings
-                n_findings += 1
-                if n_findings <= MAX_FINDINGS and not given.quiet:
+                nonlocal n_left_out
+                is_leak = finding.startswith(LEAK)
+                n_printable[is_leak] -= 1
+                if n_printable[is_leak] < 0:
+                    n_left_out += 1
+                elif not given.quiet:
                     progress.print_above(printable(finding))
 
             result = await check_image(
                 given.image, report=report, progress=progress.show, force_share=given.force_share, fix=fix
             )
-        if n_findings > MAX_FINDINGS and not given.quiet:
-            print(f"... and {n_findings - MAX_FINDINGS} more", file=sys.stderr)
+        if n_left_out and not given.quiet:
+            print(f"... and {n_left_out} more", file=sys.stderr)
         if given.output == "json":
             print(img_output.to_text(img_output.check_json(given.image, result)))
         elif not given.quiet:
@@ -321,7 +328,8 @@ def _resize(given: argparse.Namespace) -> int:
 
     async def run() -> int:
         wanted = parse_size(given.size.removeprefix("+"))
-        image = await open_image(given.image, options._replace(passphrase=key))
+        with key.explained():
+            image = await open_image(given.image, options._replace(passphrase=key))
         try:
             before = image.size
             await image.grow(before + wanted if given.size.startswith("+") else wanted)

@@ -71,7 +71,8 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             logs.log_to_file(arguments.log_file)
         with _garbage_kept():
             from .serving import serve_image
-        serve_image(arguments, key, starter, on_ready)
+        with key.explained():
+            serve_image(arguments, key, starter, on_ready)
     except BaseException as exc:
         code, line = exit_code_of(exc), describe(exc, arguments)
         if is_ready or arguments.log_file is not None:

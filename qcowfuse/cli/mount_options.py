@@ -33,6 +33,7 @@ _OWN_VALUES = frozenset(
     )
 )
 _OWN_REPEATED = frozenset({"allow-dir"})
+_KNOWN = frozenset({"ro", *_FUSE_FLAGS, *_OWN_FLAGS, *_OWN_VALUES, *_OWN_REPEATED})
 
 
 class MountOptionError(ValueError):
@@ -96,5 +97,7 @@ def sort_options(lists: Iterable[str]) -> MountOptions:
         elif has_value and (own in _OWN_FLAGS or key in _FUSE_FLAGS):
             raise MountOptionError(f"option {key} takes no value")
         else:
-            raise MountOptionError(f"unknown option {key}")
+            from .near_misses import did_you_mean
+
+            raise MountOptionError(f"unknown option {key}{did_you_mean(key, _KNOWN)}")
     return found

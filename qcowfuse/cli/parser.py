@@ -3,16 +3,36 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from typing import NoReturn
 
 from .._version import __version__
 from ..printable import printable
 from .exit_codes import EXPLANATIONS, ExitCode
 from .image_names import add_name_options
+from .near_misses import did_you_mean
+
+
+def with_near_misses(message: str, parser: argparse.ArgumentParser) -> str:
+    """argparse's message about arguments that it does not know, with the options that may have been meant."""
+    _, separator, words = message.partition("unrecognized arguments: ")
+    unknown = [word.split("=")[0] for word in words.split() if word.startswith("-")]
+    if not separator or not unknown:
+        return message
+    return f"unknown option {unknown[0]}{did_you_mean(unknown[0], _long_options(parser))}"
+
+
+def _long_options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    for action in parser._actions:
+        yield from (name for name in action.option_strings if name.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _long_options(command)
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
+        message = with_near_misses(message, self)
         self.exit(ExitCode.USAGE, printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
 
 

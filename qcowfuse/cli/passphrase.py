@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import signal
-import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from typing import NoReturn
 
 from ..driver.options import OpenOptions
 from ..driver.quick_look import may_need_passphrase
-from ..errors import ImageUsageError
+from ..errors import ImageUsageError, WrongKeyError
 from ..printable import printable
 from ..system.privileges import forbid_core_dumps
 
@@ -41,6 +40,7 @@ class KeySource:
             credential = os.path.join(credentials, CREDENTIAL_NAME)
             key_file = credential if os.path.exists(credential) else None
         self._key_file = key_file
+        self._is_empty = self._ends_with_newline = False
         self._typed = -1
         """The pipe in which a typed passphrase waits."""
 
@@ -63,9 +63,11 @@ class KeySource:
             self._typed = _ask_elsewhere(layer)
 
     def __call__(self, path: str) -> bytearray:
-        """The passphrase. Raises ImageUsageError, OSError."""
+        """The passphrase. Raises ImageUsageError."""
         if self._key_file is not None:
-            return read_key_file(self._key_file)
+            key = read_key_file(self._key_file)
+            self._is_empty, self._ends_with_newline = not key, key.endswith(b"\n")
+            return key
         if self._typed < 0:
             raise _no_key(path)
         forbid_core_dumps()
@@ -73,6 +75,19 @@ class KeySource:
             return _read_secret(self._typed, _PIPE_BYTES)
         finally:
             self.close()
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What goes wrong with the passphrase inside of the block is raised with what may be the reason."""
+        try:
+            yield
+        except WrongKeyError as exc:
+            if self._is_empty:
+                raise WrongKeyError(f"{exc} (key file {self._key_file} is empty)") from None
+            if self._ends_with_newline:
+                hint = f"key file {self._key_file} ends with a newline, which counts: printf %s writes none"
+                raise WrongKeyError(f"{exc} ({hint})") from None
+            raise
 
     @property
     def descriptors(self) -> frozenset[int]:
@@ -87,15 +102,16 @@ class KeySource:
 
 
 def read_key_file(path: str) -> bytearray:
-    """All of a file. Raises OSError, ImageUsageError where it is too long to be a passphrase."""
+    """All of a file. Raises ImageUsageError where it cannot be read, or is too long to be a passphrase."""
     forbid_core_dumps()
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        if stat.S_ISDIR(os.fstat(fd).st_mode):
-            raise ImageUsageError(f"key file {path}: is a directory")
-        key = _read_secret(fd, MAX_KEY_BYTES + 1)
-    finally:
-        os.close(fd)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            key = _read_secret(fd, MAX_KEY_BYTES + 1)
+        finally:
+            os.close(fd)
+    except OSError as exc:
+        raise ImageUsageError(f"key file {path}: {exc.strerror}") from exc
     if len(key) > MAX_KEY_BYTES:
         raise ImageUsageError(f"key file {path}: longer than {MAX_KEY_BYTES} bytes")
     return key

@@ -23,6 +23,8 @@ from .check_snapshots import load_snapshot_table
 from .check_walk import DUBIOUS, ITEMS_PER_CHECKPOINT, Walk
 from .reference_counts import is_zero_or_one
 
+LEAK = "Leaked"
+"""How the report of a leak begins."""
 _ITEMS_PER_BLOCK = 1 << 7
 """Comparing all counts of a block at once takes as long as looking at so many."""
 
@@ -115,7 +117,7 @@ class Comparison:
                 report(f"ERROR {where}")
             else:
                 result.leaks += 1
-                report(f"Leaked {where}")
+                report(f"{LEAK} {where}")
 
     # COPIED flags
 

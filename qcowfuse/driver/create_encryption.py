@@ -71,7 +71,9 @@ def require_possible(spec: CipherSpec, hash_name: str) -> None:
 
 
 def check_passphrase(passphrase: bytes | bytearray) -> None:
-    """Raises CreateError for one that QEMU could not be given."""
+    """Raises CreateError for one that protects nothing, or that QEMU could not be given."""
+    if not passphrase:
+        raise CreateError("the passphrase is empty, and would protect nothing")
     try:
         is_text = b"\0" not in passphrase and passphrase.decode() is not None
     except UnicodeDecodeError:

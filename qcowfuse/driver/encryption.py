@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..errors import ImageUsageError
+from ..errors import ImageUsageError, WrongKeyError
 from ..format.geometry import SECTOR_SIZE, divide_up
 from ..format.header import CRYPT_AES, Qcow1Header, Qcow2Header
 from ..format.luks import (
@@ -42,10 +42,6 @@ _MANY_ITERATIONS = 10_000_000
 """Some seconds of one processor."""
 
 _log = logging.getLogger(__name__)
-
-
-class WrongKeyError(ImageUsageError):
-    """The passphrase opens none of the key slots."""
 
 
 class EncryptedData:

@@ -20,7 +20,7 @@ import pyfuse3
 import trio
 
 from ..driver.image import Image
-from ..errors import MountError
+from ..errors import StoppedEarlyError
 from .ending import Ending, Notices, Stop
 from .mount_client import MountClient
 from .mount_session import MountSession
@@ -31,10 +31,6 @@ from .sandbox import enter_sandbox
 from .settings import MountSettings
 
 _log = logging.getLogger(__name__)
-
-
-class StoppedEarlyError(MountError):
-    """A signal asked for the end before the mount was ready."""
 
 
 async def serve(

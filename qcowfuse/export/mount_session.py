@@ -75,12 +75,14 @@ class MountSession:
             image,
             file_name=os.fsencode(settings.file_name) if place.is_folder else None,
             ownership=self._final_ownership,
+            folder_mode=self._folder_mode(),
             mtime_ns=_mtime_ns(image.path),
             gate=self._gate,
             growable=settings.growable,
             on_release=on_release,
             on_discard=self._note_discard,
         )
+        self.add_statistics({"pid": os.getpid()})  # for whoever wants to send a signal
 
     @property
     def file_path(self) -> str:
@@ -177,6 +179,13 @@ class MountSession:
             gid=os.getgid() if settings.gid is None else settings.gid,
             mode=mode,
         )
+
+    def _folder_mode(self) -> int:
+        if self._settings.umask is None and "allow_other" in self._settings.fuse_options:
+            # Others were let in: whether they get to the file is for its mode to say, which can be changed.
+            return 0o755
+        mode = self._final_ownership.mode
+        return mode | (mode & 0o444) >> 2  # whoever may read the file may enter the folder
 
     async def repair_size(self) -> None:
         """Put the kernel's idea of the size right, whenever it may be wrong."""

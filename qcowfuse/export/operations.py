@@ -87,6 +87,7 @@ class Operations(pyfuse3.Operations):
         *,
         file_name: bytes | None,
         ownership: Ownership,
+        folder_mode: int = 0o700,
         mtime_ns: int,
         gate: RequestGate | None = None,
         growable: bool = False,
@@ -119,8 +120,7 @@ class Operations(pyfuse3.Operations):
             trusts_kernel=lambda: self.enable_writeback_cache,
         )
         self._ownership = ownership
-        # Whoever may read the file may enter the folder.
-        self._folder_ownership = replace(ownership, mode=ownership.mode | (ownership.mode & 0o444) >> 2)
+        self._folder_ownership = replace(ownership, mode=folder_mode)
         self._times = _Times(mtime_ns, mtime_ns, mtime_ns)
         self._folder_times = replace(self._times)
         self._n_writes = 0

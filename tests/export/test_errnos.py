@@ -16,11 +16,13 @@ EXAMPLES: list[tuple[errors.QcowFuseError, int]] = [
     (errors.UnsupportedFeatureError(["x"]), errno.EIO),
     (errors.CorruptImageError("L2 entry", 512, "x"), errno.EIO),
     (errors.ImageUsageError("x"), errno.EINVAL),
+    (errors.WrongKeyError("x"), errno.EINVAL),
     (errors.ReadOnlyImageError("x"), errno.EROFS),
     (errors.OutOfRangeError("x"), errno.EINVAL),
     (errors.ImageLockedError("p", "x"), errno.EBUSY),
     (errors.BackingChainError("p", "x"), errno.EIO),
     (errors.MountError("x"), errno.EIO),
+    (errors.StoppedEarlyError("x"), errno.EIO),
 ]
 
 

@@ -13,10 +13,9 @@ from qcowfuse.cli.create_options import parse_create_options
 from qcowfuse.cli.img import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.create import CreateError, create_image
-from qcowfuse.driver.encryption import WrongKeyError
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.errors import BackingChainError, FormatError, ImageUsageError
+from qcowfuse.errors import BackingChainError, FormatError, ImageUsageError, WrongKeyError
 from tests.support import qemu
 from tests.support.images import PASSPHRASE, image_arguments, passphrase, secret_arguments
 

@@ -231,6 +231,7 @@ def test_exceptions_have_exit_codes() -> None:
     expected = {
         errors.ImageLockedError: ExitCode.LOCKED,
         errors.MountError: ExitCode.MOUNT,
+        errors.StoppedEarlyError: ExitCode.MOUNT,
     }
     for _, cls in inspect.getmembers(errors, inspect.isclass):
         if issubclass(cls, errors.QcowFuseError):

@@ -208,3 +208,38 @@ def test_others_are_let_in_only_when_asked(image: Path, mount_point: Path) -> No
             done = as_user_without_privileges(command, file)
             assert (done.returncode == 0) == works, done.stderr
         unmount(mount_point)
+
+
+def test_a_second_user_is_given_the_file(image: Path, mount_point: Path) -> None:
+    """With allow_other, chown of the file (libvirt does that by itself) is all that a second user needs; a umask that
+    keeps others out counts for the folder as well."""
+    for parent in mount_point.parents[:3]:
+        os.chmod(parent, 0o755)
+    file = mount_point / "disk.raw"
+    for options, folder_mode, works in (
+        ("allow_other", 0o755, True),
+        (f"allow_other,ro,uid={NOBODY}", 0o755, True),
+        ("allow_other,umask=077", 0o700, False),
+        ("allow_other,umask=022", 0o755, True),
+        ("rw", 0o700, False),
+    ):
+        assert run_qcowfuse("-o", options, image, mount_point).returncode == 0
+        if "ro" not in options.split(","):
+            os.chown(file, NOBODY, NOBODY)
+        assert stat.S_IMODE(mount_point.stat().st_mode) == folder_mode
+        assert (as_user_without_privileges("head -c 1", file).returncode == 0) == works
+        if not file.stat().st_mode & 0o044:
+            done = subprocess.run(
+                ["setpriv", f"--reuid={NOBODY - 1}", f"--regid={NOBODY - 1}", "--clear-groups", "head", "-c1", file],
+                capture_output=True,
+                check=False,
+            )
+            assert done.returncode != 0
+        unmount(mount_point)
+
+
+def test_the_file_tells_the_pid_of_its_daemon(image: Path, mount_point: Path) -> None:
+    """So that a signal reaches that one and no other."""
+    assert run_qcowfuse(image, mount_point).returncode == 0
+    assert int(os.getxattr(mount_point / "disk.raw", "user.qcowfuse.pid")) == daemon_pid(mount_point)
+    unmount(mount_point)

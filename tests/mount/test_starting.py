@@ -71,7 +71,8 @@ check_served.__module__, check_served.__qualname__ = "qcowfuse.export.served_fil
 def test_a_stop_signal_during_the_start(
     image: Path, tmp_path: Path, where: str, goes_to: str, number: signal.Signals
 ) -> None:
-    """One line that says so, the exit code of a failed start, and no mount."""
+    """One line that says so, the exit code of a failed start, and no mount. (Where the signal is passed on when it
+    serves already, it ends all the same.)"""
     gate = tmp_path / "gate"
     gate.touch()
     process = subprocess.Popen(
@@ -79,8 +80,12 @@ def test_a_stop_signal_during_the_start(
     )
     wait_until((tmp_path / "gate.seen").exists, "the place in the start")
     (os.killpg if goes_to == "all" else os.kill)(process.pid, number)
+    time.sleep(0.5)  # for the starter to pass it on
     gate.unlink()
     _, said = process.communicate(timeout=60)
+    if process.returncode == 0 and goes_to == "starter":
+        wait_until(lambda: not is_mounted(tmp_path / "mnt"), "the end of the mount")
+        return
     assert process.returncode == 5
     assert said.startswith(f"qcowfuse: {image}: stopped by {number.name} before "), said
     assert said.count("\n") == 1

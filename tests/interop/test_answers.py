@@ -1,0 +1,186 @@
+"""What both programs answer to what people get wrong: one line that says what to do instead, and the right code."""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qcowfuse.cli.exit_codes import EXPLANATIONS
+from qcowfuse.cli.img import MAX_LEAKS
+from tests.support.mounting import REPOSITORY, environment, run_qcowfuse
+
+QEMU_FORMATS = {
+    "vmdk": "a VMDK image",
+    "vdi": "a VDI image",
+    "vhdx": "a VHDX image",
+    "vpc": "a VHD image",
+    "qed": "a QED image",
+    "parallels": "a Parallels image",
+}
+
+
+def run_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    script = "import sys; from qcowfuse.cli.img import main; sys.exit(main())"
+    words = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """With an image and a mount point."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", tmp_path / "a.qcow2", "1M"], check=True)
+    (tmp_path / "mnt").mkdir()
+    return tmp_path
+
+
+def refusal(folder: Path, *arguments: str) -> tuple[int, str]:
+    """Exit code and the one line."""
+    done = run_qcowfuse(*arguments, cwd=folder)
+    assert done.stderr.startswith("qcowfuse: ")
+    assert done.stderr.count("\n") == 1
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize("name", QEMU_FORMATS)
+def test_images_of_other_kinds_are_named(folder: Path, name: str) -> None:
+    """Whatever QEMU can make besides: what it is, and the command that helps."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", name, folder / "x", "1M"], check=True)
+    code, line = refusal(folder, "x", "mnt")
+    assert code == 3
+    assert f"x: is {QEMU_FORMATS[name]}, no QCOW image: qemu-img convert" in line
+    assert QEMU_FORMATS[name] in run_img("info", folder / "x").stderr
+
+
+def test_a_fixed_vhd_has_its_name_at_the_end(folder: Path) -> None:
+    """Its content comes first."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vpc", "-o", "subformat=fixed", folder / "x", "1M"], check=True)
+    assert "a VHD image" in refusal(folder, "x", "mnt")[1]
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "said"),
+    [
+        (0x1FE, b"\x55\xaa", "a raw disk image with an MBR"),
+        (0x200, b"EFI PART", "a raw disk image with a GPT"),
+        (0x438, b"\x53\xef", "a raw disk image with an ext file system"),
+        (0x8001, b"CD001", "an ISO image"),
+        (0, b"", "a raw disk image, as it seems"),
+    ],
+)
+def test_a_raw_disk_needs_no_qcowfuse(folder: Path, offset: int, data: bytes, said: str) -> None:
+    """By its partition table or file system; one of zeroes as well."""
+    (folder / "x").write_bytes(bytes(offset) + data + bytes((1 << 16) - offset - len(data)))
+    code, line = refusal(folder, "x", "mnt")
+    assert code == 3
+    assert f"x: is {said}, no QCOW image: it needs no qcowfuse" in line
+
+
+def test_what_is_none_of_all(folder: Path) -> None:
+    """What can't be told is said to be no QCOW image; a damaged QCOW image is not called raw."""
+    (folder / "x").write_text("some text")
+    assert "no QCOW image: starts with 73 6f 6d 65" in refusal(folder, "x", "mnt")[1]
+    (folder / "x").write_bytes(b"QFI\xfb\0\0\0\x63" + bytes(600))
+    assert "raw" not in refusal(folder, "x", "mnt")[1]
+
+
+@pytest.mark.parametrize("over", ["folder", "file"])
+def test_arguments_the_wrong_way_round(folder: Path, over: str) -> None:
+    """IMAGE comes first."""
+    if over == "file":
+        (folder / "disk.raw").touch()
+    _, line = refusal(folder, "mnt" if over == "folder" else "disk.raw", "a.qcow2")
+    assert line.endswith("(IMAGE comes first: qcowfuse IMAGE MOUNTPOINT)\n")
+    assert "comes first" not in refusal(folder, "missing.qcow2", "mnt")[1]
+
+
+def test_empty_arguments(folder: Path) -> None:
+    """As the unit has them when its file sets nothing: nothing is mounted anywhere."""
+    for arguments in (("", ""), ("a.qcow2", ""), ("", "mnt")):
+        code, line = refusal(folder, "-f", "--", *arguments)
+        assert code == 2
+        assert "/etc/qcowfuse/NAME.conf" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (["--readonly"], "--read-only"),
+        (["--cachesize=1M"], "--l2-cache-size"),
+        (["-o", "readonly"], "read-only"),
+        (["-o", "ro,allow-others"], "allow_other"),
+        (["-o", "l2_cachesize=1M"], "l2-cache-size"),
+    ],
+)
+def test_near_misses(folder: Path, arguments: list[str], meant: str) -> None:
+    """The option that was meant."""
+    code, line = refusal(folder, *arguments, "a.qcow2", "mnt")
+    assert code == 2
+    assert f"did you mean {meant}?" in line
+    assert "did you mean" not in refusal(folder, "--zzz", "a.qcow2", "mnt")[1]
+
+
+def test_options_before_the_command(folder: Path) -> None:
+    """qcowfuse-img says where they belong, and knows near misses too."""
+    done = run_img("--output", "json", "info", folder / "a.qcow2")
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert "the command comes first: qcowfuse-img COMMAND [OPTION]" in done.stderr
+    done = run_img("info", "--outptu=json", folder / "a.qcow2")
+    assert "unknown option --outptu (did you mean --output?)" in done.stderr
+    assert run_img("--version").returncode == 0
+
+
+def test_keys(folder: Path) -> None:
+    """A wrong or missing key is code 3, and the usual reasons are told; an image with an empty one is not made."""
+    for name, text in (("key", "open sesame"), ("newline", "open sesame\n"), ("empty", ""), ("wrong", "x")):
+        (folder / name).write_text(text)
+    create = ("create", "-q", "-o", "encrypt.format=luks,encrypt.iter-time=1", "--key-file")
+    assert run_img(*create, folder / "key", folder / "e.qcow2", "1M").returncode == 0
+    for name, reason in {
+        "newline": "(key file newline ends with a newline, which counts: printf %s writes none)",
+        "empty": "(key file empty is empty)",
+        "wrong": "it opens none of the LUKS key slots in use\n",
+        "missing": "key file missing: No such file or directory",
+        "mnt": "key file mnt: Is a directory",
+    }.items():
+        code, line = refusal(folder, "--key-file", name, "e.qcow2", "mnt")
+        assert code == 3
+        assert reason in line
+    assert (
+        "ends with a newline" in run_img("resize", "--key-file", folder / "newline", folder / "e.qcow2", "2M").stderr
+    )
+    done = run_img(*create, folder / "empty", folder / "n.qcow2", "1M")
+    assert (done.returncode, (folder / "n.qcow2").exists()) == (1, False)
+    assert "empty" in done.stderr
+
+
+def test_many_leaks_are_counted_not_listed(folder: Path) -> None:
+    """The first few lines and how many there are beside; the JSON has all that it had."""
+    image = folder / "a.qcow2"
+    with image.open("r+b") as file:
+        file.seek(48)
+        (table_offset,) = struct.unpack(">Q", file.read(8))
+        file.seek(table_offset)
+        (block_offset,) = struct.unpack(">Q", file.read(8))
+        file.seek(block_offset + 2 * 100)
+        file.write(struct.pack(">H", 1) * 625)
+        file.truncate(725 << 16)
+    done = run_img("check", image)
+    assert done.returncode == 3
+    assert done.stderr.count("Leaked cluster") == MAX_LEAKS
+    assert f"... and {625 - MAX_LEAKS} more\n" in done.stderr
+    assert "625 leaked clusters were found" in done.stdout
+    assert json.loads(run_img("check", "--output=json", "-q", image).stdout)["leaks"] == 625
+
+
+def test_the_readme_lists_the_exit_codes() -> None:
+    """Word for word as --help does."""
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    assert {int(code): text.replace("`", "") for code, text in rows} == {
+        int(code): text for code, text in EXPLANATIONS.items()
+    }
