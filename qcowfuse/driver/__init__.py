@@ -4,7 +4,7 @@ Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it
 ``image`` (the protocol that export sees), ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write),
 ``zeroing``, ``reserving`` (space set aside), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2
 slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching extents, compressed
-clusters), ``snapshot_table``, ``large_table`` (of version 1), ``lost_end`` (files that end too early),
+clusters), ``snapshot_table``, ``paged_table``, ``large_table`` (of version 1), ``lost_end`` (files cut short),
 ``host_clusters`` (what a writable image has to manage them), ``allocation``, ``append_allocation`` (that of
 version 1), ``unguarded`` (clusters in use whose count is 0), ``data_file`` (external data files),
 ``encryption`` (guest data behind a cipher), ``metadata`` and ``metadata_v1`` (nothing on top of tables),

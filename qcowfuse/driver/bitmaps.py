@@ -53,7 +53,10 @@ from .ordering import Ordering
 log = logging.getLogger(__name__)
 
 MAX_BITMAP_BYTES = 256 << 20
-"""Memory that the bitmaps of one image may come to; QEMU's limit is 512 MiB for each."""
+"""Memory that the bitmaps of one image may come to when a guest writes all over the disk; QEMU's limit is 512 MiB for
+each."""
+MAX_LOADED_BYTES = 64 << 20
+"""Contents of bitmaps that are read from one image."""
 _MAX_RUN_BYTES = 8 << 20
 _MAX_RUN_CLUSTERS = 256
 _CHECKPOINT_EVERY = 256
@@ -134,6 +137,7 @@ class KeptBitmaps:
         self._entries: list[BitmapEntry] = []
         self._kept: list[_Kept] = []
         self._tracked: list[DirtyBits] = []
+        self._n_loaded = 0
         self._unsound: dict[int, QcowFuseError] = {}
         self._lock = trio.Lock()
 
@@ -236,6 +240,11 @@ class KeptBitmaps:
         if not entry.flags & AUTO:
             return _Kept(entry, None, table)
         bits = DirtyBits(granularity=entry.granularity, cluster_size=self._cluster_size)
+        n_loaded = self._n_loaded
+        n_clusters = sum(1 for word in table if word & TABLE_ENTRY_OFFSET_MASK)
+        if n_loaded + n_clusters * self._cluster_size > MAX_LOADED_BYTES:
+            detail = f"has {n_clusters} clusters, which takes all bitmaps above {MAX_LOADED_BYTES} bytes in the image"
+            raise FormatError("bitmap", None, detail)
         for number, word in enumerate(table):
             host_offset = word & TABLE_ENTRY_OFFSET_MASK
             if host_offset:
@@ -244,6 +253,7 @@ class KeptBitmaps:
                 bits.load(number, None, size=self._size)
             if number % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
+        self._n_loaded = n_loaded + n_clusters * self._cluster_size
         return _Kept(entry, bits, table)
 
     async def _read_cluster(self, host_offset: int, seen: set[int]) -> Buffer:

@@ -61,9 +61,10 @@ from .lost_end import warn_of_lost_end
 from .mapping import Layer, Mapping, RawLayer
 from .metadata import MetadataClusters
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
+from .paged_table import PagedTable, TableParts
 from .qcow_image import QcowImage
 from .reading import ChainReader
-from .snapshot_table import find_snapshot, load_any_l1_table, load_snapshot_l1_table
+from .snapshot_table import check_snapshot_l1_table, find_snapshot, load_any_l1_table, open_l1_table
 from .snapshot_table import load_snapshots as load_snapshots
 from .table_cache import TableCache
 
@@ -82,7 +83,7 @@ class _Opened:
     storage: Storage
     header: Qcow1Header | Qcow2Header | None
     """None for raw."""
-    l1_table: Table
+    l1_table: Table | PagedTable
     data: Storage | None = None
     """The external data file."""
     encrypted: EncryptedData | None = None
@@ -101,9 +102,10 @@ async def open_image(
     if options.snapshot is not None:
         options = options._replace(read_only=True)
     async with AsyncExitStack() as stack:
-        layers = await _open_chain(path, options, opener, stack)
+        parts = TableParts()
+        layers = await _open_chain(path, options, opener, stack, parts)
         if options.snapshot is not None:
-            layers[0] = await _at_snapshot(layers[0], options.snapshot)
+            layers[0] = await _at_snapshot(layers[0], options.snapshot, parts)
         await _unlock_layers(layers, options)
         if not options.read_only:
             layers[0] = await _ready_to_write(path, layers[0])
@@ -118,7 +120,7 @@ async def first_encrypted_layer(path: str, options: OpenOptions) -> str | None:
     Raises what :func:`open_image` raises.
     """
     async with AsyncExitStack() as stack:
-        for layer in await _open_chain(path, options._replace(read_only=True), None, stack):
+        for layer in await _open_chain(path, options._replace(read_only=True), None, stack, TableParts()):
             if _is_encrypted(layer):
                 return layer.path
     return None
@@ -154,7 +156,7 @@ async def _unlock_layers(layers: list[_Opened], options: OpenOptions) -> None:
 
 
 async def _open_chain(
-    path: str, options: OpenOptions, opener: StorageOpener | None, stack: AsyncExitStack
+    path: str, options: OpenOptions, opener: StorageOpener | None, stack: AsyncExitStack, parts: TableParts
 ) -> list[_Opened]:
     writable = not options.read_only
     opened: list[_Opened] = []
@@ -163,7 +165,7 @@ async def _open_chain(
         next_format = "qcow"
         while True:
             stack.push_async_callback(file.storage.aclose)
-            layer = await _open_below(opened, file, next_format)
+            layer = await _open_below(opened, file, next_format, parts)
             is_top = not opened
             opened.append(layer)
             if isinstance(layer.header, Qcow2Header) and has_data_file(layer.header):
@@ -193,10 +195,10 @@ async def _open_chain(
     return opened
 
 
-async def _open_below(opened: list[_Opened], file: ChainFile, format_name: str) -> _Opened:
+async def _open_below(opened: list[_Opened], file: ChainFile, format_name: str, parts: TableParts) -> _Opened:
     """The layer in ``file``, below the others. Raises FormatError for the first one, BackingChainError for others."""
     if not opened:
-        return await _open_layer(file.path, file.storage, format_name)
+        return await _open_layer(file.path, file.storage, format_name, parts)
     if format_name == "unnamed":
         start = await pread(file.storage, 0, min(4, file.storage.size()))
         if bytes(start) == b"QFI\xfb":
@@ -207,13 +209,14 @@ async def _open_below(opened: list[_Opened], file: ChainFile, format_name: str) 
             raise BackingChainError(opened[-1].path, detail)
         format_name = "raw"
     try:
-        return await _open_layer(file.path, file.storage, format_name)
+        return await _open_layer(file.path, file.storage, format_name, parts)
     except FormatError as error:
         raise BackingChainError(file.path, f"backing file of {opened[-1].path}: {error}") from error
 
 
-async def _open_layer(path: str, storage: Storage, format_name: str) -> _Opened:
-    """Read a layer's header and L1 table. ``format_name``: raw, qcow (any version), or auto to go by content."""
+async def _open_layer(path: str, storage: Storage, format_name: str, parts: TableParts) -> _Opened:
+    """Read a layer's header and, unless it is large, its L1 table. ``format_name``: raw, qcow (any version), or auto
+    to go by content."""
     if format_name == "raw":
         return _Opened(path, storage, None, array("Q"))
     start = await pread(storage, 0, min(512, storage.size()))
@@ -225,10 +228,10 @@ async def _open_layer(path: str, storage: Storage, format_name: str) -> _Opened:
     wanted = min(header_length_needed(bytes(start)), storage.size())
     header = parse_header(bytes(await pread(storage, 0, wanted)), storage.size())
     refuse_unsupported(header)
-    return _Opened(path, storage, header, await load_any_l1_table(storage, header))
+    return _Opened(path, storage, header, await open_l1_table(storage, header, parts))
 
 
-async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
+async def _at_snapshot(layer: _Opened, id_or_name: str, parts: TableParts) -> _Opened:
     """The layer as it was when the snapshot was made. An id goes before a name, as in QEMU."""
     header = layer.header
     if not isinstance(header, Qcow2Header):
@@ -237,15 +240,14 @@ async def _at_snapshot(layer: _Opened, id_or_name: str) -> _Opened:
         raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: an external data file knows none")
     snapshots, _ = await load_snapshots(layer.storage, header)
     snapshot = find_snapshot(layer.path, snapshots, id_or_name)
-    l1_table = await load_snapshot_l1_table(layer.storage, header, snapshot)
+    check_snapshot_l1_table(header, snapshot)
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
     header = header._replace(size=size, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size)
     n_needed = _geometry_of(header).n_l1_entries
     if n_needed * 8 > MAX_L1_SIZE:
         raise FormatError("snapshot table entry", None, f"disk of {size} bytes, more than any L1 table can map")
     # What a table is too short for was never allocated: QEMU, too, takes it for that.
-    l1_table.extend([0] * (n_needed - len(l1_table)))
-    return replace(layer, header=header, l1_table=l1_table)
+    return replace(layer, header=header, l1_table=await open_l1_table(layer.storage, header, parts, n_needed))
 
 
 def _backing_format_of(layer: _Opened, unnamed_format: str | None) -> str:
@@ -291,6 +293,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     unguarded: UnguardedClusters | None = None
     data_clusters: DataClusters | None = None
     if not options.read_only:
+        assert not isinstance(top.l1_table, PagedTable)
         allocator, metadata, unguarded = await load_host_clusters(
             path, top.storage, header, entry_format=top_mapping.entry_format, l1_table=top.l1_table
         )
@@ -337,21 +340,31 @@ def _grow_refusal(header: Qcow1Header | Qcow2Header) -> str | None:
 
 
 async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
-    """A writable image that was not closed cleanly is repaired before anything builds on it, as QEMU does."""
+    """A writable image that was not closed cleanly is repaired before anything builds on it, as QEMU does. Its L1
+    table is in memory as a whole afterwards."""
     header = layer.header
+    assert header is not None
     if not isinstance(header, Qcow2Header):
-        return layer
+        return await _with_whole_table(layer)
     if header.incompatible_features & INCOMPATIBLE_CORRUPT:
         raise ImageUsageError(
             f"{path}: marked as corrupt; serve it read-only (qcowfuse -r), or repair it: "
             f"qcowfuse-img check -r all {path}"
         )
     if not header.incompatible_features & INCOMPATIBLE_DIRTY:
-        return layer
+        return await _with_whole_table(layer)
     from .repair import repair_dirty
 
     await repair_dirty(path, layer.storage)
-    return replace(await _open_layer(path, layer.storage, "qcow"), data=layer.data, encrypted=layer.encrypted)
+    repaired = await _open_layer(path, layer.storage, "qcow", TableParts())
+    return await _with_whole_table(replace(repaired, data=layer.data, encrypted=layer.encrypted))
+
+
+async def _with_whole_table(layer: _Opened) -> _Opened:
+    if not isinstance(layer.l1_table, PagedTable):
+        return layer
+    assert layer.header is not None
+    return replace(layer, l1_table=await load_any_l1_table(layer.storage, layer.header))
 
 
 def _mapping_of(number: int, layer: _Opened, cache: TableCache) -> Mapping:

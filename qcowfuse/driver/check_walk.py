@@ -210,8 +210,13 @@ class Walk:
             ("refcount table", header.refcount_table_offset, header.refcount_table_clusters << self._cluster_bits),
         ]
         if luks is not None and len(luks) >= 16:
-            place = int.from_bytes(luks[:8], "big"), int.from_bytes(luks[8:16], "big")
-            self._tables.append(("LUKS header", *place))
+            from ..format.luks import MAX_LUKS_AREA
+
+            place, length = int.from_bytes(luks[:8], "big"), int.from_bytes(luks[8:16], "big")
+            if length > MAX_LUKS_AREA:  # no image with it can be opened, and there is no end to counting it
+                self.corrupt(f"LUKS header at {place:#x} has {length:#x} bytes, more than {MAX_LUKS_AREA:#x}")
+            else:
+                self._tables.append(("LUKS header", place, length))
         self._protected = [("header", 0, self.cluster_size), *self._tables]
         self._protected.append(("L1 table", header.l1_table_offset, header.l1_size * 8))
         for entry in self.snapshots.snapshots:

@@ -217,6 +217,8 @@ async def _run_at(layer: Layer, position: int, n_bytes: int, pins: ExitStack) ->
     run is found at C speed."""
     if isinstance(layer, Mapping):
         slice_ = layer.cache.slices.get(layer.key(position))
+        if slice_ is None:
+            await layer.load_l1(position)
         if slice_ is None and layer.empty_until(position, position + n_bytes) == position:
             slice_ = await layer.load(position)
             pins.callback(layer.cache.unpin, slice_)

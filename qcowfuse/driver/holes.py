@@ -44,6 +44,7 @@ class HoleFinder:
             self._n_looks += 1
             if self._n_looks % LOOKS_PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
+            await layer.load_l1(guest_offset)
             empty_until = layer.empty_until(guest_offset, guest_offset + n_bytes)
             if empty_until > guest_offset:
                 n_bytes = empty_until - guest_offset

@@ -26,6 +26,7 @@ from ..format.geometry import SECTOR_SIZE, WORD_SIZE, round_up
 from ..format.header import V1_HEADER_LENGTH, Qcow1Header, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage, pread
+from .paged_table import PagedTable
 from .snapshot_table import entries_in_use
 
 log = logging.getLogger(__name__)
@@ -56,12 +57,20 @@ def _first_lost(storage: Storage, places: Iterable[Place]) -> Place | None:
 
 
 def warn_of_lost_end(
-    path: str, storage: Storage, header: Qcow1Header | Qcow2Header, l1_table: Table, offset_mask: int
+    path: str, storage: Storage, header: Qcow1Header | Qcow2Header, l1_table: Table | PagedTable, offset_mask: int
 ) -> None:
-    """Of a layer that is only read: the log says what reads as zeroes because it is not there."""
-    lost = _lost_l2_table(storage, l1_table, offset_mask) or _first_lost(storage, (l1_place(header),))
+    """Of a layer that is only read: the log says what reads as zeroes because it is not there. Of L2 tables that a
+    paged L1 table names it says so when one of them is met."""
+    lost = None if isinstance(l1_table, PagedTable) else _lost_l2_table(storage, l1_table, offset_mask)
+    lost = lost or _first_lost(storage, (l1_place(header),))
     if lost is not None:
         log.warning("%s: %s; what is missing reads as zeroes", path, _what_is_lost(storage, lost))
+
+
+def warn_of_lost_table(storage: Storage, host_offset: int) -> None:
+    """As :func:`warn_of_lost_end`, of an L2 table that was found to lie past the end of the file."""
+    lost = _what_is_lost(storage, ("L2 table", host_offset, 1))
+    log.warning("%s: %s; what is missing reads as zeroes", storage.name, lost)
 
 
 async def refuse_lost_end(

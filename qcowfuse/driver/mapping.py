@@ -2,7 +2,8 @@
 
 1. ``lookup`` is a plain function and answers from memory; a run of kind MISS says that a slice has to be loaded.
 2. ``load`` is the only part that waits. It pins what it loads; the caller unpins after it has looked again.
-3. The L1 table is in memory as long as the image is open. A missing L2 table is one run of unallocated clusters.
+3. The L1 table is in memory as long as the image is open, but for large ones of layers that are not written: see
+   :mod:`~qcowfuse.driver.paged_table`. A missing L2 table is one run of unallocated clusters.
 4. A layer ends where its virtual disk ends: beyond it the guest sees zeroes, not the next layer.
 5. The data of an encrypted layer has a kind of its own, so that only who knows how to decrypt it reads it.
 """
@@ -20,6 +21,7 @@ from ..format.geometry import Geometry
 from ..format.presence import presence_run
 from ..format.subclusters import lookup_run_extended
 from ..storage.base import Storage
+from .paged_table import PagedTable
 from .table_cache import LAYER_BITS, L2Slice, TableCache
 
 if TYPE_CHECKING:
@@ -95,7 +97,7 @@ class Mapping:
         layer: int,
         geometry: Geometry,
         entry_format: EntryFormat,
-        l1_table: Table,
+        l1_table: Table | PagedTable,
         storage: Storage,
         cache: TableCache,
         data: Storage | None = None,
@@ -106,6 +108,7 @@ class Mapping:
         self.size = geometry.size
         self.entry_format = entry_format
         self.l1_table = l1_table
+        self._paged = l1_table if isinstance(l1_table, PagedTable) else None
         self.storage = storage
         self.data = storage if data is None else data
         self.cache = cache
@@ -117,6 +120,12 @@ class Mapping:
         self.slice_mask = (1 << self.slice_bits) - 1
         self.slice_shift = geometry.cluster_bits + self.slice_bits
         self.slices_per_table_bits = geometry.l2_bits - self.slice_bits
+
+    @property
+    def whole_l1_table(self) -> Table:
+        """The L1 table of a layer that is written, which is in memory."""
+        assert not isinstance(self.l1_table, PagedTable)
+        return self.l1_table
 
     def resize(self, size: int) -> None:
         """Map ``size`` bytes from now on; what a longer L1 table adds is empty."""
@@ -172,13 +181,17 @@ class Mapping:
 
     def empty_until(self, guest_offset: int, end: int) -> int:
         """How far from ``guest_offset`` on, at most to ``end``, there are no L2 tables; ``guest_offset`` itself
-        where there is one. Looks at a bounded number of L1 entries at a time."""
+        where there is one, or where that part of the L1 table is not in memory. Looks at a bounded number of L1
+        entries at a time."""
         l1_shift = self.geometry.l1_shift
         mask = self.entry_format.l1_offset_mask
         l1_table = self.l1_table
         first = guest_offset >> l1_shift
         if l1_table[first] & mask:
             return guest_offset
+        if self._paged is not None:
+            used = self._paged.empty_until(first + 1, (end - 1 >> l1_shift) + 1)
+            return min(end, used << l1_shift)
         last = min((end - 1) >> l1_shift, first + _MAX_L1_SCAN)
         if last > first and not any(l1_table[first : last + 1]):
             return min(end, (last + 1) << l1_shift)
@@ -187,6 +200,11 @@ class Mapping:
                 return max(guest_offset, l1_index << l1_shift)
         return min(end, (last + 1) << l1_shift)
 
+    async def load_l1(self, guest_offset: int) -> None:
+        """Have the part of a large L1 table in memory that :meth:`empty_until` looks at first. Raises OSError."""
+        if self._paged is not None:
+            await self._paged.load(guest_offset >> self.geometry.l1_shift)
+
     async def load(self, guest_offset: int) -> L2Slice:
         """See Layer. Raises OSError, CorruptImageError."""
         slice_number = guest_offset >> self.slice_shift
@@ -194,7 +212,8 @@ class Mapping:
         return await self.cache.load(key, partial(self.read_slice, slice_number))
 
     def slice_host_offset(self, slice_number: int) -> int:
-        """Where a slice stands in the image file; 0 when its table does not exist. Raises CorruptImageError."""
+        """Where a slice stands in the image file; 0 when its table does not exist. Its L1 entry is in memory.
+        Raises CorruptImageError."""
         l1_index = slice_number >> self.slices_per_table_bits
         table = self.entry_format.l1_host_offset(self.l1_table[l1_index])
         if not table:
@@ -204,8 +223,15 @@ class Mapping:
 
     async def read_slice(self, slice_number: int) -> L2Slice:
         """Read a slice from the image file, past the cache."""
-        host_offset = self.slice_host_offset(slice_number)
         l1_index = slice_number >> self.slices_per_table_bits
+        if self._paged is not None:
+            await self._paged.load(l1_index)
+        host_offset = self.slice_host_offset(slice_number)
+        if self._paged is not None and host_offset >= max(self.storage.size(), 1) and not self._paged.has_warned:
+            self._paged.has_warned = True
+            from .lost_end import warn_of_lost_table
+
+            warn_of_lost_table(self.storage, host_offset)
         n_bytes = self.geometry.slice_size
         if not host_offset:
             entries = parse_table(bytes(n_bytes))

@@ -96,7 +96,7 @@ class Ordering:
         self._mapping = mapping
         self._cluster_size = mapping.geometry.cluster_size
         self._entry_format: EntryFormat = mapping.entry_format
-        self._l1_table: Table = mapping.l1_table
+        self._l1_table: Table = mapping.whole_l1_table
         self._l1_table_offset = l1_table_offset
         self._l1_size = len(mapping.l1_table)
         self._moved_l1: tuple[int, Callable[[HostRun], None]] | None = None

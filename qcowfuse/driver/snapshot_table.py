@@ -12,6 +12,7 @@ from ..errors import FormatError, ImageUsageError
 from ..format.entries import Table, parse_table
 from ..format.header import MAX_L1_SIZE, Qcow1Header, Qcow2Header
 from ..storage.base import Storage, pread
+from .paged_table import MAX_HELD, PagedTable, TableParts
 
 if TYPE_CHECKING:
     from ..format.snapshots import Snapshot
@@ -62,8 +63,22 @@ def find_snapshot(
     raise ImageUsageError(f"{path}: no snapshot {id_or_name!r}; {there_are}")
 
 
+async def open_l1_table(
+    storage: Storage, header: Qcow1Header | Qcow2Header, parts: TableParts, n_entries: int | None = None
+) -> Table | PagedTable:
+    """The active L1 table for reading only: a large one is read as it is needed. ``n_entries``: how many there shall
+    be at least, zeroes at the end if need be. Raises OSError."""
+    n_stored = header.l1_size if isinstance(header, Qcow2Header) else header.n_l1_entries
+    n_entries = max(n_entries or 0, n_stored)
+    if n_entries * 8 > MAX_HELD:
+        return PagedTable(storage, parts, header.l1_table_offset, n_entries, n_stored)
+    table = await load_l1_table(storage, header.l1_table_offset, n_stored)
+    table.extend([0] * (n_entries - n_stored))
+    return table
+
+
 async def load_any_l1_table(storage: Storage, header: Qcow1Header | Qcow2Header) -> Table:
-    """The active L1 table; what of it lies past the end of the file is zero. Raises OSError."""
+    """The active L1 table, as a whole; what of it lies past the end of the file is zero. Raises OSError."""
     if isinstance(header, Qcow2Header):
         return await load_l1_table(storage, header.l1_table_offset, header.l1_size)
     if header.n_l1_entries * 8 <= MAX_L1_SIZE:
@@ -85,16 +100,23 @@ def entries_in_use(table: Table) -> Iterable[int]:
 async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:
     """An L1 table of a size that is within the limits; what of it lies past the end of the file is zero. Raises
     OSError."""
-    table = array("Q")
+    table = array("Q", [0]) * n_entries
     end = host_offset + n_entries * 8
-    for start in range(host_offset, end, _CHUNK):  # by and by: it may have 32 MiB
-        table.extend(parse_table(await pread(storage, start, min(_CHUNK, end - start))))
+    for start in range(host_offset, end, _CHUNK):  # by and by, and in place: it may have 32 MiB
+        part = parse_table(await pread(storage, start, min(_CHUNK, end - start)))
+        first = (start - host_offset) // 8
+        table[first : first + len(part)] = part
     return table
 
 
 async def load_snapshot_l1_table(storage: Storage, header: Qcow2Header, snapshot: Snapshot) -> array[int]:
     """The L1 table of a snapshot, as long as its entry says. Raises FormatError, OSError."""
+    check_snapshot_l1_table(header, snapshot)
+    return await load_l1_table(storage, snapshot.l1_table_offset, snapshot.l1_size)
+
+
+def check_snapshot_l1_table(header: Qcow2Header, snapshot: Snapshot) -> None:
+    """Raises FormatError for an L1 table that no snapshot can have."""
     place = snapshot.l1_table_offset
     if snapshot.l1_is_too_large or place % (1 << header.cluster_bits):
         raise FormatError("L1 table of a snapshot", place, f"{snapshot.l1_size} entries; too many, or not aligned")
-    return await load_l1_table(storage, place, snapshot.l1_size)

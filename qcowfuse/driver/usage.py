@@ -72,6 +72,7 @@ class Usage:
         while self._counted_to < top.size:
             start = self._counted_to
             end = min((start >> top.slice_shift) + 1 << top.slice_shift, top.size)
+            await top.load_l1(start)
             self._counting_to = end = max(end, top.empty_until(start, top.size))
             self._changed = False
             generation = generations.enter()
@@ -100,6 +101,7 @@ class Usage:
         position = start
         while position < end:
             await trio.lowlevel.checkpoint()
+            await layer.load_l1(position)
             empty_until = layer.empty_until(position, end)
             if empty_until > position:
                 holes.append((position, empty_until))

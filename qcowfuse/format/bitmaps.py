@@ -3,7 +3,8 @@
 1. Bit ``n`` stands for the guest bytes from ``n << granularity_bits`` on. Bit ``n`` of the stored form is bit
    ``n % 8``, counted from the lowest, of byte ``n // 8``; bits behind the end of the disk are stored as 0.
 2. Memory has one chunk per table entry, as long as a cluster, and only where a bit is or was set: a disk of 1 TiB
-   with granules of 64 KiB takes 2 MiB at most.
+   with granules of 64 KiB takes 2 MiB at most. All chunks that are stored as "all ones" are one object: bits are
+   only ever set, so nothing changes in it, and a table of such entries takes no more than itself.
 
 Source: qcow2 specification, "Bitmap table" and "Bitmap data".
 """
@@ -31,11 +32,12 @@ def table_entries_needed(*, size: int, granularity: int, cluster_size: int) -> i
 class DirtyBits:
     """The bits of one bitmap; ``granularity`` in bytes, a power of two."""
 
-    __slots__ = ("_chunk_mask", "_chunk_shift", "_shift", "chunks", "cluster_size")
+    __slots__ = ("_chunk_mask", "_chunk_shift", "_ones", "_shift", "chunks", "cluster_size")
 
     def __init__(self, *, granularity: int, cluster_size: int) -> None:
         self.cluster_size = cluster_size
         self.chunks: dict[int, bytearray] = {}
+        self._ones: bytearray | None = None
         self._shift = granularity.bit_length() - 1
         self._chunk_shift = cluster_size.bit_length() + 2  # log2 of the bits in a chunk
         self._chunk_mask = (1 << self._chunk_shift) - 1
@@ -67,6 +69,11 @@ class DirtyBits:
     def load(self, number: int, data: bytes | bytearray | memoryview | None, *, size: int) -> None:
         """Take over a stored chunk of a disk of ``size`` bytes; None for one that is all ones."""
         n_bits = divide_up(size, 1 << self._shift) - (number << self._chunk_shift)
+        if data is None and n_bits > self._chunk_mask:
+            if self._ones is None:
+                self._ones = bytearray(b"\xff" * self.cluster_size)
+            self.chunks[number] = self._ones
+            return
         chunk = bytearray(b"\xff" * self.cluster_size if data is None else data)
         if n_bits <= self._chunk_mask:
             whole, left = divmod(max(n_bits, 0), 8)
@@ -79,6 +86,8 @@ class DirtyBits:
     def contents(self, number: int) -> Contents:
         """What is to be stored for a chunk."""
         chunk = self.chunks.get(number)
+        if chunk is not None and chunk is self._ones:
+            return Contents.ONES
         if chunk is None or chunk.count(0) == self.cluster_size:
             return Contents.ZEROES
         return Contents.ONES if chunk.count(0xFF) == self.cluster_size else Contents.MIXED

@@ -292,7 +292,7 @@ async def test_a_damaged_directory_gives_up_the_bitmaps(
     assert "bitmaps" not in qemu.info(path, "qcow2")["format-specific"]["data"]
 
 
-@pytest.mark.parametrize("what", ["table entry", "table size", "past the end", "refcount", "too large"])
+@pytest.mark.parametrize("what", ["table entry", "table size", "past the end", "refcount", "too large", "too full"])
 async def test_a_damaged_bitmap_is_marked_and_the_others_are_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
@@ -315,6 +315,8 @@ async def test_a_damaged_bitmap_is_marked_and_the_others_are_kept(
     elif what == "refcount":
         block = struct.unpack_from(">Q", data, struct.unpack_from(">Q", data, 48)[0])[0]
         data[block + 2 * (bad.table_offset >> 12) + 1] = 2
+    elif what == "too full":
+        monkeypatch.setattr(kept_bitmaps, "MAX_LOADED_BYTES", 4096)
     else:
         monkeypatch.setattr(kept_bitmaps, "MAX_BITMAP_BYTES", 4096)
         add_bitmap(path, "third", 4096)
@@ -323,12 +325,14 @@ async def test_a_damaged_bitmap_is_marked_and_the_others_are_kept(
     image = await open_image(str(path))
     with caplog.at_level(logging.WARNING):
         await write(image, 3 * MIB, b"x" * 5000)
-    lost = "good" if what == "too large" else "bad"
+    lost = "good" if what.startswith("too ") else "bad"
     assert f"bitmap {lost} can't be kept and is marked as inconsistent" in caplog.text
     await image.aclose()
     after = stored_bitmaps(path.read_bytes())
     assert after[lost].flags == AUTO | IN_USE
-    if what == "too large":
+    if what == "too full":
+        assert after["bad"].is_valid
+    elif what == "too large":
         assert after["bad"].is_valid
         assert not after["third"].is_valid
     else:

@@ -265,6 +265,7 @@ async def open_memory_image(
     storages: dict[str, Storage] | None = None,
     detect_zeroes: DetectZeroes = DetectZeroes.OFF,
     backing_format: str | None = None,
+    snapshot: str | None = None,
 ) -> QcowImage:
     """Open the chain of ``files`` from memory. ``wrap`` is put around the top storage, ``wrap_data`` around its data
     file; all storages that were made are noted in ``storages``. A MemoryStorage among ``files`` is used as it is."""
@@ -290,6 +291,7 @@ async def open_memory_image(
         passphrase=passphrase,
         detect_zeroes=detect_zeroes,
         backing_format=backing_format,
+        snapshot=snapshot,
     )
     return await open_image(TOP, options, opener=opener)
 

@@ -21,6 +21,23 @@ def granules(bits: DirtyBits) -> set[int]:
     return found
 
 
+def test_chunks_of_ones_take_no_memory_and_stay_ones() -> None:
+    """They are one object, marks in it change nothing, and the one at the end of the disk has zeroes behind it."""
+    size = (3 * 8 * 512 - 5) * 512
+    bits = DirtyBits(granularity=512, cluster_size=512)
+    for number in range(3):
+        bits.load(number, None, size=size)
+    bits.load(1, bytes(512), size=size)
+    bits.load(1, None, size=size)
+    assert bits.chunks[0] is bits.chunks[1]
+    bits.mark(0, size // 2)
+    assert [bits.contents(number) for number in range(3)] == [Contents.ONES, Contents.ONES, Contents.MIXED]
+    assert granules(bits) == set(range(3 * 8 * 512 - 5))
+    other = DirtyBits(granularity=512, cluster_size=512)
+    other.mark(0, 512)
+    assert granules(other) == {0}
+
+
 @pytest.mark.parametrize("granularity", [512, 1024, 65536])
 @pytest.mark.parametrize("cluster_size", [512, 4096])
 def test_every_granule_touched_is_set_and_no_other(granularity: int, cluster_size: int) -> None:
