@@ -180,8 +180,9 @@ def _decompress_zstd(data: Buffer, cluster_size: int) -> bytes:
             if n_claimed != zstandard.CONTENTSIZE_UNKNOWN and n_claimed > cluster_size:
                 raise FormatError(_STRUCTURE, None, f"{n_claimed} bytes when unpacked, expected {cluster_size}")
         return _decompress_zstd_frames(decompressor, data, cluster_size)
-    except zstandard.ZstdError as error:
-        raise FormatError(_STRUCTURE, None, f"broken zstd stream ({error})") from None
+    except zstandard.ZstdError:
+        # What libzstd says of the reason depends on what it decoded before, and where to.
+        raise FormatError(_STRUCTURE, None, "broken zstd stream") from None
     finally:
         _idle_zstd.append(decompressor)
 
