@@ -9,7 +9,7 @@ from ..format.header import Qcow1Header, Qcow2Header
 from ..storage.base import Storage, pread
 from .allocation import Allocator, RefcountAllocator
 from .append_allocation import AppendAllocator
-from .lost_end import refuse_lost_end
+from .lost_end import first_free_v1, refuse_lost_end
 from .metadata import MetadataClusters, find_metadata
 
 if TYPE_CHECKING:
@@ -33,9 +33,8 @@ async def load_host_clusters(
         from .metadata_v1 import find_metadata_v1
 
         metadata = find_metadata_v1(storage, header, entry_format=entry_format, l1_table=l1_table)
-        return HostClusters(
-            AppendAllocator(storage, 1 << header.cluster_bits, first_free=metadata.end), metadata, None
-        )
+        first_free = max(metadata.end, first_free_v1(storage, header))
+        return HostClusters(AppendAllocator(storage, 1 << header.cluster_bits, first_free=first_free), metadata, None)
     from .unguarded import UnguardedClusters
 
     table_bytes = header.refcount_table_clusters << header.cluster_bits

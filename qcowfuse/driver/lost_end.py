@@ -10,7 +10,8 @@
 3. Version 1 has no counts: new clusters are put where the file ends, and must not be those that a table names there.
    The L1 table must follow the header at once, so that nothing in the file can have been named by what is missing;
    of the L2 tables the last ones in the file are looked at, which name what was written last. All of them would
-   take too long, so a truncated version 1 image whose lost clusters others name is not found out.
+   take too long, so a truncated version 1 image whose lost clusters others name is not found out. Of one cluster the
+   file may hold the start: nothing is put where the rest of it would be, which QEMU does.
 """
 
 from __future__ import annotations
@@ -149,14 +150,25 @@ async def _is_sound(storage: Storage, header: Qcow2Header, end: int) -> bool:
 
 async def _lost_data_v1(storage: Storage, header: Qcow1Header, l1_table: Table) -> Place | None:
     entries, end = entry_format(1, header.cluster_bits), storage.size()
+    cluster_size = 1 << header.cluster_bits
+    cut_from = end - cluster_size if end % cluster_size == 0 else end - 1  # else first_free_v1() leaves room
     for table in heapq.nlargest(_MAX_TABLES_SEARCHED, entries_in_use(l1_table)):
         words = parse_table(await pread(storage, table, WORD_SIZE << header.l2_bits))
         for entry in filter(None, words):
             if entry & entries.compressed:
                 continue  # its length is rounded up; what is cut off does not decode, and nothing is put there
-            if entry & entries.offset_mask >= end:
+            if entry & entries.offset_mask > cut_from:
                 return "data cluster", entry & entries.offset_mask, 1
     return None
+
+
+def first_free_v1(storage: Storage, header: Qcow1Header) -> int:
+    """Where new clusters may be put: behind the L1 table, and behind a cluster of which the file holds the start."""
+    _, l1_offset, l1_bytes = l1_place(header)
+    end, cluster_size = storage.size(), 1 << header.cluster_bits
+    if end <= round_up(l1_offset + l1_bytes, SECTOR_SIZE) or end % cluster_size == 0:
+        return l1_offset + l1_bytes
+    return max(end + cluster_size - 1, l1_offset + l1_bytes)
 
 
 def _what_is_lost(storage: Storage, lost: Place) -> str:

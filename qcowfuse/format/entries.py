@@ -169,7 +169,7 @@ def entry_format(
             copied=0,
             compressed=COMPRESSED_V1,
             reads_zero=0,
-            l1_offset_mask=OFFSET_MASK_V1,
+            l1_offset_mask=ALL_BITS,  # version 1 has no flags there: more than an offset is damage
             is_extended=False,
         )
     return EntryFormat(

@@ -12,7 +12,6 @@ import random
 import struct
 import tempfile
 import tracemalloc
-from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -25,8 +24,9 @@ from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.image import Image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import QcowFuseError
-from qcowfuse.storage.base import Buffer, Storage
+from qcowfuse.storage.base import Storage
 from tests.support import battery
+from tests.support.bounded_storage import BoundedStorage
 from tests.support.matrix import (
     ImageSpec,
     Layer,
@@ -37,13 +37,8 @@ from tests.support.matrix import (
     io,
     snapshot,
 )
-from tests.support.memory_storage import MemoryStorage
 
 SIZE = 96 * 1024
-STORAGE_LIMIT = 32 << 20
-"""Bytes that the storage holds; a write beyond is EFBIG."""
-READ_LIMIT = 40 << 20
-"""Bytes that nothing may ask for at once: the largest table is an L1 table of 32 MiB."""
 ALLOWED = (QcowFuseError, OSError)
 SPECS = (
     ImageSpec("v3-512", (Layer("qcow2", SIZE, "cluster_size=512", steps=(fill(1, 6, 8192),)),)),
@@ -64,35 +59,6 @@ SPECS = (
     ImageSpec("v1-long-tables", (Layer("qcow", SIZE, make=empty_v1(9, 13), steps=(fill(1, 4, 8192),)),)),
     ImageSpec("v1-deflate", (Layer("qcow", SIZE, make=compress_from_raw(4)),)),
 )
-
-
-class BoundedStorage(MemoryStorage):
-    """A MemoryStorage that is full at 32 MiB and fails the test when it is asked for too much at once."""
-
-    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        """See Storage."""
-        assert n_bytes <= READ_LIMIT
-        return super().try_pread(host_offset, n_bytes)
-
-    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
-        """See Storage."""
-        assert n_bytes <= READ_LIMIT
-        return await super().pread(host_offset, n_bytes)
-
-    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
-        """See Storage."""
-        self._must_fit(host_offset, buffers)
-        return super().try_pwritev(host_offset, buffers)
-
-    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
-        """See Storage."""
-        self._must_fit(host_offset, buffers)
-        await super().pwritev(host_offset, buffers)
-
-    @staticmethod
-    def _must_fit(host_offset: int, buffers: Sequence[Buffer]) -> None:
-        if host_offset + sum(len(buffer) for buffer in buffers) > STORAGE_LIMIT:
-            raise OSError(errno.EFBIG, "the storage is full")
 
 
 @cache

@@ -15,10 +15,11 @@ from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.storage.base import Storage
+from tests.support.bounded_storage import BoundedStorage
 from tests.support.images import ImageSpec, build_image, run_tool, scratch_folder, write_chain
 from tests.support.memory_storage import MemoryStorage
 
-from .test_fuzz_images import BoundedStorage, metadata_words
+from .test_fuzz_images import metadata_words
 
 KIB = 1 << 10
 SPECS = {

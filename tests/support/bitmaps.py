@@ -49,7 +49,8 @@ def bitmap_directory(data: bytes | bytearray) -> Range | None:
         return None
     (cluster_bits,) = struct.unpack_from(">I", data, 20)
     (position,) = struct.unpack_from(">I", data, 100)
-    while position + 8 <= 1 << cluster_bits:
+    end = int.from_bytes(data[8:16], "big") or 1 << cluster_bits  # the backing file's name is behind the extensions
+    while position + 8 <= end:
         magic, length = struct.unpack_from(">II", data, position)
         if magic == 0x23852875:
             n_bytes, host_offset = struct.unpack_from(">QQ", data, position + 16)
@@ -75,6 +76,8 @@ def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
         table_offset, n_entries, flags, _, bits, n_name, n_extra = struct.unpack_from(">QIIBBHI", data, position)
         if n_entries > _MAX_ENTRIES or table_offset > len(data):
             raise ValueError(f"bitmap with a table of {n_entries} entries at {table_offset:#x}")
+        if position + 24 + n_extra + n_name > end:
+            raise ValueError(f"entry of the bitmap directory at byte {position - place[0]:#x} is cut short")
         name = bytes(data[position + 24 + n_extra : position + 24 + n_extra + n_name]).decode()
         raw = bytes(data[table_offset : table_offset + 8 * n_entries]).ljust(8 * n_entries, b"\0")
         table = struct.unpack(f">{n_entries}Q", raw)

@@ -20,13 +20,16 @@ from .bitmaps import bitmap_directory, stored_bitmaps
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
 _COMPRESSED = 1 << 62
+_L1_RESERVED = 0x7F00_0000_0000_01FF
+_L2_RESERVED = 0x3F00_0000_0000_01FE
 
 
 @dataclass
 class CheckReport:
-    """``leaks`` in clusters; ``errors`` are damage."""
+    """``leaks`` in clusters; ``behind_end``: what will be leaks when the file is longer; ``errors`` are damage."""
 
     leaks: int = 0
+    behind_end: int = 0
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -87,6 +90,8 @@ class _Qcow2Check:
             l1_offset, l1_size, id_size, name_size = struct.unpack_from(">QIHH", self.data, position)
             (extra,) = struct.unpack_from(">I", self.data, position + 36)
             self._walk(l1_offset, l1_size, active=False)
+            if self.version >= 3 and extra < 16:
+                self._error(f"snapshot table entry has {extra} bytes of extra data")
             position = (position + 40 + extra + id_size + name_size + 7) // 8 * 8
         if self.n_snapshots:
             self._refer_metadata(self.snapshots_offset, position - self.snapshots_offset, "snapshot table")
@@ -137,6 +142,8 @@ class _Qcow2Check:
             self._refer_metadata(l1_offset, 8 * l1_size, "L1 table")
         for l1_index, l1_entry in enumerate(_table(self.data, l1_offset, l1_size)):
             l2_offset = l1_entry & _OFFSET
+            if l1_entry & _L1_RESERVED:
+                self._error(f"L1 entry {l1_entry:#x} has reserved bits")
             if not l2_offset:
                 continue
             if l2_offset % self.cluster_size or l2_offset >= len(self.data):
@@ -192,6 +199,8 @@ class _Qcow2Check:
             if entry & _COPIED:
                 self._error(f"compressed entry {entry:#x} is COPIED")
             return
+        if entry & (_L2_RESERVED | (self.version < 3 or self.is_extended)):
+            self._error(f"L2 entry {entry:#x} has reserved bits")
         offset = entry & _OFFSET
         if not offset:
             return
@@ -207,8 +216,10 @@ class _Qcow2Check:
             stored, wanted = counts.get(cluster, 0), self.references[cluster]
             if stored < wanted:
                 self._error(f"cluster {cluster:#x}: refcount {stored}, {wanted} references")
-            elif stored > wanted and cluster < self.n_clusters:  # QEMU does not look behind the end of the file
+            elif stored > wanted and cluster < self.n_clusters:
                 self.report.leaks += 1
+            elif stored > wanted:
+                self.report.behind_end += 1  # QEMU does not look behind the end of the file
         for cluster, n_uses in self.metadata.items():
             if n_uses > 1 or self.references[cluster] > n_uses:
                 self._error(f"cluster {cluster:#x} of metadata is used {self.references[cluster]} times")

@@ -1,0 +1,132 @@
+"""What ``scripts/fuzz`` does, for a number of cases that is the same each time; and what it found, again."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from qcowfuse.driver.append_allocation import AppendAllocator
+from qcowfuse.format import luks
+from tests.support.checker import check_image_bytes
+from tests.support.fuzzing import differential, judging, parsers
+from tests.support.fuzzing.cases import Case, changed, parse_case, random_changes, random_steps
+from tests.support.fuzzing.judging import QEMU, TARGETS, WHOLE, judge, judge_apart, shrink_case
+from tests.support.fuzzing.subjects import IMAGES, SIZE, subject
+from tests.support.fuzzing.workers import Fuzzing
+from tests.support.mutation import break_line
+
+from .reproducers import DECIDED, REPRODUCERS
+
+SEED = 1
+
+
+@pytest.mark.parametrize("name", IMAGES)
+def test_subjects_are_sound(name: str) -> None:
+    """As they are built: clean, and the same bytes for QEMU and for us."""
+    report = check_image_bytes(subject(name).data)
+    assert (report.errors, report.leaks) == ([], 0)
+    assert judge(Case(QEMU, name)) is None
+    assert judge(Case(WHOLE, name, (), (("check",), ("info",), ("map",), ("rw",), ("write", 700, 9000, 7)))) is None
+
+
+@pytest.mark.parametrize("case", REPRODUCERS, ids=lambda case: f"{case.subject}: {case.changes[0][0]}")
+def test_found_before(case: Case) -> None:
+    """Nothing is wrong with it any more."""
+    assert judge_apart(case) is None
+
+
+@pytest.mark.parametrize("name", DECIDED)
+def test_decisions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """QEMU and we disagree as it was decided; without the decision that is a finding."""
+    assert name in {decision.name for decision in differential.DECISIONS}
+    for case in DECIDED[name]:
+        assert judge(case) is None, case
+        others = tuple(decision for decision in differential.DECISIONS if decision.name != name)
+        with monkeypatch.context() as patch:
+            patch.setattr(differential, "DECISIONS", others)
+            assert "nobody decided" in (judge(case) or ""), case
+
+
+def test_every_decision_has_a_case() -> None:
+    """None is left over, and each says why."""
+    assert {decision.name for decision in differential.DECISIONS} == set(DECIDED)
+    assert all(decision.reason for decision in differential.DECISIONS)
+
+
+@pytest.mark.parametrize("target", [target for target in TARGETS if target != QEMU])
+def test_a_number_of_cases(target: str) -> None:
+    """With a fixed seed: nothing wrong, and every case was run."""
+    n_cases = 400 if target == WHOLE else 60
+    fuzzing = Fuzzing(SEED, [target], n_cases=n_cases)
+    assert [f"{finding.text}: {finding.case!r}" for finding in fuzzing.run()] == []
+    assert fuzzing.counts == {target: n_cases}
+
+
+def test_a_number_of_cases_with_qemu() -> None:
+    """As above, for what takes processes."""
+    fuzzing = Fuzzing(SEED, [QEMU], n_cases=60)
+    assert [f"{finding.text}: {finding.case!r}" for finding in fuzzing.run()] == []
+
+
+def test_cases_print_as_what_they_are() -> None:
+    """A printed case is read back, and does the same."""
+    chooser = random.Random(SEED)
+    for name in ("v3-512", "v1", "luks", "options"):
+        case = Case("whole", name, random_changes(chooser, name, raw=0.5), random_steps(chooser, SIZE), True)
+        assert parse_case(f"    {case!r},") == case
+    cut = Case("mount-options", "options", (("cut", 3), ("insert@1", 0x4142), ("@0", 0x43)))
+    assert changed(cut).data == b"CABo,"
+
+
+def test_a_broken_parser_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a bound gone, there is a finding; what is left of its case is the one change that matters."""
+    break_line(monkeypatch, luks, "parse_luks_header", "len(data) >= HEADER_LENGTH", "len(data) >= 8")
+    monkeypatch.setattr(parsers, "parse_luks_header", luks.parse_luks_header)
+    found = next(Fuzzing(SEED, ["luks"], n_cases=2000).run())
+    assert found.case.target == "luks"
+    shortest = shrink_case(found.case, found.text)
+    assert len(shortest.changes) == 1
+    assert judge(shortest) is not None
+
+
+def test_a_broken_allocator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Version 1 clusters put on top of others: a clean image that is not clean any more."""
+    break_line(monkeypatch, AppendAllocator, "try_allocate", "round_up(start,", "round_up(4096,")
+    case = Case(WHOLE, "v1", (), (("rw",), ("read", 0, 512), ("write", 600, 10, 7), ("write", 9000, 5000, 9)))
+    shortest = shrink_case(case, judge_apart(case) or "")
+    assert "clean image 2" in (judge_apart(shortest) or "")
+    assert len(shortest.steps) < len(case.steps)
+
+
+@pytest.mark.parametrize(("what", "said"), [("exit", "Died"), ("memory", "MemoryError"), ("spin", "Hang")])
+def test_processes_that_end_are_findings(what: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A case that ends its process, takes too much memory or too long is found, and the next ones are run."""
+    import os
+
+    numbers = iter(range(1 << 30))
+
+    def run(_case: Case) -> None:
+        if next(numbers) % 3 != 1:
+            return
+        if what == "exit":
+            os._exit(5)
+        elif what == "memory":
+            bytearray(2 * judging.MEMORY)
+        while what == "spin":
+            pass
+
+    monkeypatch.setattr(judging, "run_case", run)
+    monkeypatch.setattr(judging, "CPU_SECONDS", 0.05 if what == "spin" else 60.0)
+    found = list(Fuzzing(SEED, ["luks"], n_cases=4).run())
+    assert found
+    assert found[0].text.startswith(said)
+
+
+def test_replay(tmp_path: Path) -> None:
+    """Lines of a file, as the program does it: here those that were found before."""
+    file = tmp_path / "cases"
+    file.write_text("# a word\n" + "".join(f"    {case!r},\n" for case in REPRODUCERS[:2]), encoding="utf-8")
+    cases = [parse_case(line) for line in file.read_text(encoding="utf-8").splitlines() if "Case(" in line]
+    assert cases == list(REPRODUCERS[:2])
