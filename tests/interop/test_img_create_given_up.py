@@ -35,10 +35,10 @@ original = getattr(new_file.NewFile, name)
 async def ended(*args, **keywords):
     if name == "publish":
         os.kill(os.getpid(), number)
-        await trio.sleep(0)
+        await trio.sleep(30)
     await original(*args, **keywords)
     os.kill(os.getpid(), number)
-    await trio.sleep(0)
+    await trio.sleep(30)
 setattr(new_file.NewFile, name, ended)
 if not nameless:
     new_file._open_nameless = lambda path: None

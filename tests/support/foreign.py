@@ -220,14 +220,13 @@ def other_format(path: Path) -> None:
 
 
 def old_version_of_152_tib(path: Path) -> None:
-    """Version 1 that ends behind its header: L1 would take more memory than it may."""
+    """Version 1 that ends behind its header, in an L1 table of 608 MiB."""
     fields = struct.pack(">4sIQIIQBBHIQ", _MAGIC, 1, 0, 0, 0, 152 * TIB + 512, 12, 9, 0, 0, 48)
     path.write_bytes(fields.ljust(516, b"\0"))
 
 
 WRONG: dict[str, Maker] = {
     "other_format": other_format,
-    "old_version_of_152_tib": old_version_of_152_tib,
     "l1_table_of_32_gib": _writes(size=1 << 60, n_l1_entries=0xFFFFFFFF),
     "data_file_without_a_name": _writes(incompatible=_HAS_DATA_FILE, extensions={_DATA_FILE_NAME: b""}),
 }
@@ -251,6 +250,7 @@ ALL: dict[str, Maker] = {
     **SOUND,
     "no_disk": no_disk,
     "many_broken_snapshots": many_broken_snapshots,
+    "old_version_of_152_tib": old_version_of_152_tib,
     **WRONG,
     **INCOMPLETE,
 }
