@@ -47,8 +47,9 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
             starter.report(ExitCode.OK)
         notifier.notify(f"READY=1\nSTATUS={printable(description)}")
 
-    def status(text: str) -> None:
-        notifier.notify(f"STATUS={printable(text)}")
+    def waiting(text: str) -> None:
+        # An unmount by hand is no order to stop within some minutes: the time for that does not run yet.
+        notifier.notify(f"EXTEND_TIMEOUT_USEC=180000000\nSTATUS={printable(text)}")
 
     def stopping(text: str) -> None:
         notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
@@ -58,4 +59,4 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     check_fuse()
     place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
     with Outside(MountClient(place, settings.file_name)) as outside:
-        trio.run(serve, opener, settings, place, outside, Notices(served, ready, status, stopping))
+        trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))

@@ -41,12 +41,12 @@ class Notices(NamedTuple):
     """What the surroundings want to hear, some with a line for a person. They are called in the trio thread.
 
     ``served``: the mount answers, and the daemon can still do what it likes. ``ready``: it has settled as well.
-    ``status``: something that a person should know; it serves on.
+    ``waiting``: for users that nobody has told to go; said again each minute.
     """
 
     served: Callable[[], None] = lambda: None
     ready: Callable[[str], None] = _no_notice
-    status: Callable[[str], None] = _no_notice
+    waiting: Callable[[str], None] = _no_notice
     stopping: Callable[[str], None] = _no_notice
 
 
@@ -91,6 +91,10 @@ class Ending:
     async def _tell_who_is_left(self) -> None:
         mount = self._mount
         await mount.until_unmounted()
+        if mount.n_open == 0:
+            # Before the unmount returns, if possible: whoever starts the service again right behind it must find it
+            # on its way out.
+            self._notices.stopping("unmounted, closing the image")
         await trio.sleep(_BUSY_RETRY_SECONDS)  # cancelled, where nobody is
         told = ""
         while self._stop.reason is None:
@@ -101,8 +105,8 @@ class Ending:
                     "(SIGTERM to pid %d, twice, cuts them off)",
                     *(mount.path, users, os.getpid()),
                 )
-                self._notices.status(f"unmounted, but still in use by {users}")
                 told = users
+            self._notices.waiting(f"unmounted, but still in use by {users}")
             await trio.sleep(_BUSY_LOG_SECONDS)
 
     async def _stop_when_told(self) -> None:

@@ -161,7 +161,6 @@ class _Service:
                 nursery.start_soon(mount.count_allocated)
             nursery.start_soon(self._end, mount)
             await mount.ended.wait()
-            # At once: whoever starts the service again right after an unmount must find it on its way out.
             self._notices.stopping("unmounted, closing the image")
             nursery.cancel_scope.cancel()
 

@@ -90,6 +90,11 @@ class MountSession:
         return self.path if self._file_name is None else os.path.join(self.path, self._file_name)
 
     @property
+    def n_open(self) -> int:
+        """How many have the file open."""
+        return self._operations.n_open
+
+    @property
     def description(self) -> str:
         """One line: what is served, how large, where."""
         image = self._image

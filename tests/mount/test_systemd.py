@@ -312,3 +312,58 @@ systemctl stop qcowfuse@one || fail stop
 systemctl start qcowfuse@one && cmp -n 300000 /srv/data "$disk" || fail "second start"
 systemctl stop qcowfuse@one || fail stop
 """)
+
+
+@pytest.mark.usefixtures("instance")
+def test_a_start_right_behind_an_unmount(boot: Callable[[str], None]) -> None:
+    """The start waits for the daemon that is on its way out, and then there is a new one."""
+    boot(r"""
+systemctl start qcowfuse@one || fail start
+disk="/srv/mount one/disk.raw"
+for i in $(seq 8); do
+    dd if=/dev/urandom of="$disk" bs=1M count=8 conv=notrunc status=none || fail "write $i"
+    umount "/srv/mount one" || fail "umount $i"
+    systemctl start qcowfuse@one || fail "start $i"
+    expect "$(stat -c %s "$disk")" $((64 << 20))
+    sleep 0.2
+    expect "$(state qcowfuse@one)" active
+done
+systemctl stop qcowfuse@one || fail stop
+checked "/srv/image one.qcow2"
+""")
+
+
+@pytest.mark.usefixtures("instance")
+def test_a_configuration_without_image(boot: Callable[[str], None]) -> None:
+    """The journal says which file is incomplete."""
+    boot(r"""
+echo 'MOUNTPOINT="/srv/mount one"' >/etc/qcowfuse/one.conf
+systemctl start qcowfuse@one && fail "started without an image"
+wait_for eval 'journalctl -u qcowfuse@one | grep -q "IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf"'
+expect "$(systemctl show -P ExecMainStatus qcowfuse@one)" 2
+""")
+
+
+def test_a_daemon_started_by_a_service(boot: Callable[[str], None], machine: Path) -> None:
+    """By hand it is in the service's group, and ends with it; by systemd-run it is a service of its own."""
+    for name in ("one", "two"):
+        subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", machine / f"srv/{name}.qcow2", "4M"], check=True)
+        (machine / f"srv/{name}").mkdir()
+    boot(r"""
+cat >/srv/script <<'END'
+#!/bin/bash -e
+qcowfuse /srv/one.qcow2 /srv/one
+systemd-run --unit=disk-two -p Type=notify -p KillMode=mixed -p TimeoutStopSec=5min \\
+    qcowfuse -f /srv/two.qcow2 /srv/two
+test -f /srv/one/disk.raw
+test -f /srv/two/disk.raw
+END
+chmod +x /srv/script
+systemd-run --unit=job -p Type=oneshot /srv/script || fail "the script"
+wait_for gone /srv/one
+mounted /srv/two || fail "systemd-run does not keep it"
+test -f /srv/two/disk.raw || fail "it does not serve"
+systemctl stop disk-two || fail stop
+gone /srv/two || fail "still mounted"
+checked /srv/two.qcow2
+""")
