@@ -20,13 +20,13 @@ from ..format.header import Qcow2Header
 from ..storage.base import Storage
 from .check_result import CheckResult, Progress, Report
 from .check_snapshots import load_snapshot_table
-from .check_walk import DUBIOUS, ITEMS_PER_CHECKPOINT, Walk
-from .reference_counts import is_zero_or_one
+from .check_walk import ITEMS_PER_CHECKPOINT, Walk
+from .reference_counts import DUBIOUS, is_zero_or_one
 
 LEAK = "Leaked"
 """How the report of a leak begins."""
-_ITEMS_PER_BLOCK = 1 << 7
-"""Comparing all counts of a block at once takes as long as looking at so many."""
+_ITEMS_PER_PAGE = 1 << 5
+"""Comparing all counts of a page at once takes as long as looking at so many."""
 
 
 async def check_storage(
@@ -53,7 +53,7 @@ class Comparison:
     def __init__(self, walk: Walk) -> None:
         self._walk = walk
         self._unequal: set[int] = set()
-        """Blocks in which a count is not 0 or 1, or not what it should be."""
+        """Pages in which a count is not 0 or 1, or not what it should be."""
         self.wrong_blocks: list[int] = []
         self.has_zero = False
         self.lacks_blocks = False
@@ -64,44 +64,63 @@ class Comparison:
         self._unequal.clear()
         self.wrong_blocks.clear()
         highest = 0
-        block_bits, empty = walk.stored.block_bits, walk.counts.empty
         for number in self._block_numbers():
-            first = number << block_bits
-            n_here = min(len(empty), walk.n_clusters - first)
-            if n_here <= 0:
-                continue
-            counted = walk.counts.blocks.get(number, empty)
-            try:
-                stored = await walk.stored.block(number)
-            except FormatError as error:
-                self._unequal.add(number)
-                if not quiet:
-                    walk.result.check_errors += n_here
-                    walk.report(f"ERROR {error}")
-                continue
-            if stored is None or stored is walk.stored.empty:
-                self.lacks_blocks |= any(counted)
-                stored = empty
-            if n_here < len(empty):
-                counted, stored = counted[:n_here], stored[:n_here]
-            last = _last_in_use(stored, counted)
-            highest = max(highest, first + last if last >= 0 else 0)
-            if stored.tobytes() != counted.tobytes():
-                self._unequal.add(number)
-                self.wrong_blocks.append(number)
-                await self._judge_block(first, stored, counted, quiet=quiet)
-            elif not is_zero_or_one(stored):
-                self._unequal.add(number)
-            if not quiet:
-                await walk.step()
-            await walk.handled(_ITEMS_PER_BLOCK)
+            last = await self._compare_block(number, quiet=quiet)
+            highest = max(highest, last)
         walk.result.image_end_offset = (highest + 1) << walk.header.cluster_bits
+
+    async def _compare_block(self, number: int, *, quiet: bool) -> int:
+        """Returns the last cluster that is in use or has a refcount, 0 for none."""
+        walk, counts = self._walk, self._walk.counts
+        n_here = min(1 << counts.block_bits, walk.n_clusters - (number << counts.block_bits))
+        if n_here <= 0:
+            return 0
+        try:
+            stored = await walk.stored.block(number)
+        except FormatError as error:
+            self._unequal.update(counts.pages_of(number))
+            if not quiet:
+                walk.result.check_errors += n_here
+                walk.report(f"ERROR {error}")
+            return 0
+        if stored is walk.stored.empty:
+            stored = None
+        highest = 0
+        for page in counts.pages_of(number):
+            first = page << counts.page_bits
+            if first >= walk.n_clusters:
+                break
+            counted = counts.pages.get(page, counts.empty)
+            if stored is None:
+                if counted is counts.empty:
+                    continue
+                self.lacks_blocks |= any(counted)
+                has = counts.empty
+            else:
+                start = first - (number << counts.block_bits)
+                has = stored[start : start + len(counted)]
+            if first + len(counted) > walk.n_clusters:
+                counted, has = counted[: walk.n_clusters - first], has[: walk.n_clusters - first]
+            last = _last_in_use(has, counted)
+            highest = max(highest, first + last if last >= 0 else 0)
+            if has.tobytes() != counted.tobytes():
+                self._unequal.add(page)
+                if number not in self.wrong_blocks[-1:]:
+                    self.wrong_blocks.append(number)
+                await self._judge_page(first, has, counted, quiet=quiet)
+            elif not is_zero_or_one(has):
+                self._unequal.add(page)
+            await walk.handled(_ITEMS_PER_PAGE)
+        if not quiet:
+            await walk.step()
+        return highest
 
     def _block_numbers(self) -> Iterator[int]:
         walk = self._walk
-        return iter(sorted({*(n for n, entry in enumerate(walk.stored.table) if entry), *walk.counts.blocks}))
+        stored = {number for number, entry in enumerate(walk.stored.table) if entry}
+        return iter(sorted(stored | walk.counts.numbers_of_blocks()))
 
-    async def _judge_block(self, first: int, stored: array[int], counted: array[int], *, quiet: bool) -> None:
+    async def _judge_page(self, first: int, stored: array[int], counted: array[int], *, quiet: bool) -> None:
         result, report = self._walk.result, self._walk.report
         for index, (has, needs) in enumerate(zip(stored, counted, strict=True)):
             if index % ITEMS_PER_CHECKPOINT == 0:
@@ -126,11 +145,11 @@ class Comparison:
         walk, header = self._walk, self._walk.header
         if not header.l1_size:
             return
-        table = parse_table(await walk.read(header.l1_table_offset, header.l1_size * 8))
-        wrong: list[int] = []
         for start in range(0, header.l1_size, ITEMS_PER_CHECKPOINT):
             await walk.handled(ITEMS_PER_CHECKPOINT)
-            for index, entry in walk.used(table, start):
+            part = await walk.l1_part(header.l1_table_offset, header.l1_size, start)
+            wrong: list[int] = []
+            for index, entry in walk.used(part, start):
                 l2_offset = entry & OFFSET_MASK
                 if not l2_offset:
                     walk.skip_step()
@@ -140,17 +159,17 @@ class Comparison:
                     continue
                 if (refcount == 1) != bool(entry & COPIED):
                     self._note(f"L1 entry {entry:#018x}", refcount, mended=mend)
-                    table[index] ^= COPIED
-                    wrong.append(index)
+                    part[index - start] ^= COPIED
+                    wrong.append(index - start)
                 if not self._is_known_good(index):
                     await self._check_copied_l2(l2_offset, mend=mend)
                 await walk.step()
-        if mend and wrong:
-            data = serialise_table(table, wrong[0], wrong[-1] + 1)
-            await walk.storage.pwritev(header.l1_table_offset + 8 * wrong[0], [data])
+            if mend and wrong:
+                data = serialise_table(part, wrong[0], wrong[-1] + 1)
+                await walk.storage.pwritev(header.l1_table_offset + 8 * (start + wrong[0]), [data])
 
     def _is_known_good(self, index: int) -> bool:
-        first, last = self._walk.first_blocks[index], self._walk.last_blocks[index]
+        first, last = self._walk.pages_of_tables[index]
         if first == DUBIOUS:
             return False
         return not self._unequal or self._unequal.isdisjoint(range(first, last + 1))
@@ -163,7 +182,7 @@ class Comparison:
         block_bits, cluster_bits = walk.stored.block_bits, walk.header.cluster_bits
         mask = (1 << block_bits) - 1
         has_data_file = walk.has_data_file
-        known, block = -1, walk.counts.empty
+        known, block = -1, walk.stored.empty
         for index in range(0, len(words), 2 if walk.is_extended else 1):
             if index % ITEMS_PER_CHECKPOINT == 0:
                 await walk.handled(min(ITEMS_PER_CHECKPOINT, len(words) - index))
@@ -181,7 +200,7 @@ class Comparison:
                 if cluster >> block_bits != known:
                     known = cluster >> block_bits
                     try:
-                        block = await walk.stored.block(known) or walk.counts.empty
+                        block = await walk.stored.block(known) or walk.stored.empty
                     except FormatError:
                         known = -1
                         continue

@@ -40,7 +40,7 @@ from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
 from ..storage.base import Buffer, Storage
 from .check_result import CheckResult, Progress, Report
 from .check_snapshots import SnapshotTable
-from .reference_counts import PlainTable, ReferenceCounts, StoredRefcounts
+from .reference_counts import PagesOfTables, PlainTable, ReferenceCounts, StoredRefcounts, counts_limit
 
 MAX_CLUSTERS = (1 << 31) - 1
 """Host clusters of an image that can be checked; QEMU's limit."""
@@ -52,8 +52,8 @@ _TABLE_CHUNK = 1 << 20
 _STEPS_PER_CHECKPOINT = 32
 ITEMS_PER_CHECKPOINT = 1 << 13
 """Of about 1 us each."""
-DUBIOUS = 0xFFFF_FFFF
-"""In ``Walk.first_blocks``: the table needs a look at each entry."""
+MAX_BEYOND = 1 << 14
+"""Places past the end of the file that are noted one by one."""
 
 
 class Walk:
@@ -61,8 +61,7 @@ class Walk:
 
     Afterwards ``counts`` has the references; ``needs_rebuild`` says that refcount blocks cannot be used as they are,
     ``has_block_outside`` that one lies past the end of the file; ``beyond`` are the first and last clusters of
-    whatever else was found to lie there. ``first_blocks`` and ``last_blocks`` say, by active
-    L1 entry, which refcount blocks describe the clusters of a table in which all entries are COPIED.
+    whatever else was found to lie there, at most :data:`MAX_BEYOND` of them, or else one that covers all.
     """
 
     def __init__(
@@ -79,7 +78,7 @@ class Walk:
         self.header = header
         self.snapshots = snapshots
         self.stored = StoredRefcounts(storage, header)
-        self.counts = ReferenceCounts(header.cluster_bits, header.refcount_order)
+        self.counts = ReferenceCounts(header.cluster_bits, header.refcount_order, counts_limit(storage))
         self.cluster_size = 1 << header.cluster_bits
         self._file_size = round_up(storage.size(), SECTOR_SIZE)  # as QEMU counts it
         self.n_clusters = -(-self._file_size >> header.cluster_bits)
@@ -88,8 +87,7 @@ class Walk:
         self.needs_rebuild = False
         self.has_block_outside = False
         self.beyond: list[tuple[int, int]] = []
-        self.first_blocks = array("I")
-        self.last_blocks = array("I")
+        self.pages_of_tables = PagesOfTables()
         self.report = report
         self.result = CheckResult(total_clusters=-(-header.virtual_size >> header.cluster_bits))
         self._progress = progress
@@ -136,7 +134,7 @@ class Walk:
             self.count(host_offset, n_bytes, what)
         await self._count_bitmaps()
         self._count_refcount_blocks()
-        self._note_overlaps()
+        await self._note_overlaps()
 
     def corrupt(self, text: str) -> None:
         """A finding."""
@@ -151,10 +149,14 @@ class Walk:
                 self._progress(min(self._steps_done, self._steps), self._steps)
             await trio.lowlevel.checkpoint()
 
-    def used(self, table: array[int], start: int) -> list[tuple[int, int]]:
-        """Index and entry of those of some thousand L1 entries from ``start`` on that are not 0; the others are steps
-        that are done."""
-        part = table[start : start + ITEMS_PER_CHECKPOINT]
+    async def l1_part(self, l1_offset: int, l1_size: int, start: int) -> array[int]:
+        """Some thousand entries of an L1 table, from entry ``start`` on."""
+        n_entries = min(ITEMS_PER_CHECKPOINT, l1_size - start)
+        return parse_table(await self.read(l1_offset + 8 * start, 8 * n_entries))
+
+    def used(self, part: array[int], start: int) -> list[tuple[int, int]]:
+        """Index and entry of those of a part of an L1 table, from entry ``start`` on, that are not 0; the others are
+        steps that are done."""
         used = [(index, entry) for index, entry in enumerate(part, start) if entry] if any(part) else []
         self._steps_done += len(part) - len(used)
         return used
@@ -184,8 +186,7 @@ class Walk:
         # The last cluster of an image need not be there to its end.
         if host_offset + n_bytes - self._file_size >= self.cluster_size:
             self.corrupt(f"{what} at {host_offset:#x} ({n_bytes:#x} bytes) lies past the end of the file")
-            last = host_offset + n_bytes - 1 >> self._cluster_bits
-            self.beyond.append((host_offset >> self._cluster_bits, last))
+            self._note_beyond(host_offset >> self._cluster_bits, host_offset + n_bytes - 1 >> self._cluster_bits)
             return
         first = host_offset >> self._cluster_bits
         last = host_offset + n_bytes - 1 >> self._cluster_bits
@@ -197,6 +198,13 @@ class Walk:
             return
         for cluster in self.counts.add_run(first, last + 1 - first):
             self._overflow(what, cluster)
+
+    def _note_beyond(self, first: int, last: int) -> None:
+        if len(self.beyond) >= MAX_BEYOND:
+            everything = [*self.beyond, (first, last)]
+            self.beyond = [(min(start for start, _ in everything), max(end for _, end in everything))]
+        elif not self.beyond or not self.beyond[-1][0] <= first <= last <= self.beyond[-1][1]:
+            self.beyond.append((first, last))
 
     def _overflow(self, what: str, cluster: int) -> None:
         self.corrupt(f"{what}: cluster {cluster:#x} has more references than its refcount can hold")
@@ -239,16 +247,12 @@ class Walk:
     # L1 and L2 tables
 
     async def _count_l1(self, l1_offset: int, l1_size: int, *, is_active: bool) -> None:
-        if is_active:
-            self.first_blocks = array("I", [DUBIOUS]) * l1_size
-            self.last_blocks = array("I", [0]) * l1_size
         if not l1_size:
             return
         self.count(l1_offset, l1_size * 8, "L1 table")
-        table = parse_table(await self.read(l1_offset, l1_size * 8))
         for start in range(0, l1_size, ITEMS_PER_CHECKPOINT):
             await self.handled(ITEMS_PER_CHECKPOINT)
-            for index, entry in self.used(table, start):
+            for index, entry in self.used(await self.l1_part(l1_offset, l1_size, start), start):
                 if entry & _L1_RESERVED:
                     self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")
                 l2_offset = entry & OFFSET_MASK
@@ -258,15 +262,12 @@ class Walk:
                 raw = bytes(await self.read(l2_offset, self.cluster_size))
                 if raw == self._zeroes:
                     if is_active:
-                        self._note_copied(index, 1, 0)
+                        self.pages_of_tables[index] = 1, 0
                 elif self._is_plain(raw):
                     await self._count_plain(index, raw, is_active=is_active)
                 else:
                     await self._count_any(l2_offset, parse_table(raw), is_active=is_active)
                 await self.step()
-
-    def _note_copied(self, index: int, first: int, last: int) -> None:
-        self.first_blocks[index], self.last_blocks[index] = first, last
 
     def _is_plain(self, raw: bytes) -> bool:
         """Whether no entry of a table has anything but an aligned offset and the COPIED flag."""
@@ -293,8 +294,8 @@ class Walk:
         if first and first + n_entries <= self._n_file_clusters and self._is_run(raw, first_entry):
             found.overflowed = self.counts.add_run(first, n_entries)
             found.n_allocated = n_entries
-            found.first_block = first >> self.counts.block_bits
-            found.last_block = first + n_entries - 1 >> self.counts.block_bits
+            found.first_page = first >> self.counts.page_bits
+            found.last_page = first + n_entries - 1 >> self.counts.page_bits
         else:
             found = self.counts.add_plain(parse_table(raw), self._n_file_clusters)
         for cluster in found.overflowed:
@@ -302,13 +303,13 @@ class Walk:
         for cluster in found.beyond:
             await self.handled(1)
             self.corrupt(f"cluster at {cluster << self._cluster_bits:#x} lies past the end of the file")
-            self.beyond.append((cluster, cluster))
+            self._note_beyond(cluster, cluster)
         if not is_active:
             return
         self.result.allocated_clusters += found.n_allocated
         self.result.fragmented_clusters += found.n_fragmented
         if is_copied == found.n_allocated and not found.is_dubious and not found.beyond:
-            self._note_copied(index, found.first_block, found.last_block)
+            self.pages_of_tables[index] = found.first_page, found.last_page
 
     async def _count_any(self, l2_offset: int, words: array[int], *, is_active: bool) -> None:
         result, header, cluster_size = self.result, self.header, self.cluster_size
@@ -425,11 +426,12 @@ class Walk:
                     self.corrupt(f"refcount block {number} at {host_offset:#x} has {n_references} references")
                     self.needs_rebuild = True
 
-    def _note_overlaps(self) -> None:
+    async def _note_overlaps(self) -> None:
         """Say which tables share a cluster with something else. Not counted: the refcounts of such clusters are."""
         for what, host_offset, n_bytes in self._protected:
             end = min(host_offset + n_bytes, self._file_size)
             for place in range(host_offset, end, self.cluster_size):
+                await self.handled(1)
                 n_references = self.counts.get(place >> self._cluster_bits)
                 if n_references > 1:
                     self.report(f"Overlap: {what} shares the cluster at {place:#x} ({n_references} references)")

@@ -1,7 +1,8 @@
 """The refcounts of an image twice over: as its tables have them, and as counted from the references to each cluster.
 
-1. Both are kept per refcount block, in arrays of the refcounts' own width, and only where something refers to a
-   cluster: memory follows what the image uses, not the length of the file, and has a limit.
+1. Both are kept in arrays of the refcounts' own width, and only where something refers to a cluster. What is counted
+   is kept in pages of 8 KiB, so that memory follows what the image uses, not how large the blocks are nor how far
+   apart references are; it is limited by the space that the image takes on the host.
 2. Stored blocks are read when asked for, and the latest ones kept. A block that lies past the end of the file is
    empty, as QEMU reads it.
 3. A count stops at the largest value that its width holds; what goes beyond is said to the caller, not counted.
@@ -27,6 +28,13 @@ from ..storage.base import Storage
 
 MAX_COUNTS_BYTES = 1 << 30
 """Memory for counts; 32 TiB of data in clusters of 64 KiB with 16 bits each."""
+FREE_COUNTS_BYTES = 24 << 20
+"""Memory for counts of an image that takes no space on the host; each byte that it takes allows for one more. A
+cluster in use has an entry of 8 bytes in some table, and a count of at most 8."""
+_PAGE_BYTES = 8 << 10
+_TABLES_PER_PART = 1 << 12
+DUBIOUS = 0xFFFF_FFFF
+"""Of :class:`PagesOfTables`: the table needs a look at each entry."""
 _BLOCK_CACHE_BYTES = 16 << 20
 
 
@@ -73,44 +81,73 @@ class StoredRefcounts:
             self._blocks.popitem(last=False)
         return block
 
+    def forget_all(self) -> None:
+        """Keep no block in memory."""
+        self._blocks.clear()
+
     def forget(self, number: int) -> None:
         """A block was written: read it again when it is asked for."""
         self._blocks.pop(number, None)
 
 
-class ReferenceCounts:
-    """The references counted so far: ``blocks`` by the number of the refcount block that should hold them."""
+def counts_limit(storage: Storage) -> int:
+    """Bytes of memory for the counts of an image."""
+    return min(MAX_COUNTS_BYTES, FREE_COUNTS_BYTES + storage.allocated_bytes())
 
-    def __init__(self, cluster_bits: int, refcount_order: int) -> None:
-        self.blocks: dict[int, array[int]] = {}
-        self.empty = empty_refcounts(cluster_bits, refcount_order)
+
+class ReferenceCounts:
+    """The references counted so far, in ``pages`` by number: each has the counts of a refcount block, or of a part of
+    one. ``limit``: bytes of memory."""
+
+    def __init__(self, cluster_bits: int, refcount_order: int, limit: int = MAX_COUNTS_BYTES) -> None:
+        self.pages: dict[int, array[int]] = {}
+        block = empty_refcounts(cluster_bits, refcount_order)
+        self.block_bits = len(block).bit_length() - 1
+        self.empty = block[: min(len(block), _PAGE_BYTES // block.itemsize)]
         self.max_count = max_refcount(refcount_order)
-        self.block_bits = len(self.empty).bit_length() - 1
+        self.page_bits = len(self.empty).bit_length() - 1
+        self.pages_per_block_bits = self.block_bits - self.page_bits
+        self._limit = limit
         self._cluster_bits = cluster_bits
         self._n_bytes = 0
         ones = array(self.empty.typecode, [1]) * len(self.empty)
         self._zero_bytes, self._one_bytes = self.empty.tobytes(), ones.tobytes()
 
-    def block(self, number: int) -> array[int]:
-        """The counts of a block, made if need be. Raises FormatError when there are too many."""
-        counts = self.blocks.get(number)
+    def pages_of(self, block_number: int) -> range:
+        """The numbers of the pages of a refcount block."""
+        shift = self.pages_per_block_bits
+        return range(block_number << shift, block_number + 1 << shift)
+
+    def numbers_of_blocks(self) -> set[int]:
+        """The refcount blocks that have a page here."""
+        return {number >> self.pages_per_block_bits for number in self.pages}
+
+    def block(self, block_number: int) -> array[int]:
+        """The counts of a whole refcount block, a copy."""
+        block = array(self.empty.typecode)
+        for number in self.pages_of(block_number):
+            block += self.pages.get(number, self.empty)
+        return block
+
+    def page(self, number: int) -> array[int]:
+        """The counts of a page, made if need be. Raises FormatError when there are too many."""
+        counts = self.pages.get(number)
         if counts is None:
             self._n_bytes += len(self._zero_bytes)
-            if self._n_bytes > MAX_COUNTS_BYTES:
-                raise FormatError(
-                    "image", None, f"needs more than {MAX_COUNTS_BYTES >> 20} MiB of memory to be checked"
-                )
-            counts = self.blocks[number] = self.empty[:]
+            if self._n_bytes > self._limit:
+                detail = f"needs more than {self._limit >> 20} MiB of memory to be checked"
+                raise FormatError("image", None, detail)
+            counts = self.pages[number] = self.empty[:]
         return counts
 
     def get(self, cluster: int) -> int:
         """The references to a cluster."""
-        counts = self.blocks.get(cluster >> self.block_bits)
+        counts = self.pages.get(cluster >> self.page_bits)
         return counts[cluster & len(self.empty) - 1] if counts is not None else 0
 
     def add(self, cluster: int) -> bool:
-        """One reference more; False where the count cannot rise. Raises FormatError, as :meth:`block`."""
-        counts = self.block(cluster >> self.block_bits)
+        """One reference more; False where the count cannot rise. Raises FormatError, as :meth:`page`."""
+        counts = self.page(cluster >> self.page_bits)
         index = cluster & len(self.empty) - 1
         if counts[index] >= self.max_count:
             return False
@@ -123,7 +160,7 @@ class ReferenceCounts:
         end = cluster + n_clusters
         itemsize = self.empty.itemsize
         while cluster < end:
-            counts = self.block(cluster >> self.block_bits)
+            counts = self.page(cluster >> self.page_bits)
             index = cluster & len(self.empty) - 1
             n_here = min(len(self.empty) - index, end - cluster)
             part = slice(index, index + n_here)
@@ -137,9 +174,9 @@ class ReferenceCounts:
     def add_plain(self, words: array[int], limit: int) -> PlainTable:
         """Count the clusters of an L2 table whose entries have an aligned offset, the COPIED flag, and nothing else.
 
-        Those at or past cluster ``limit`` are only listed. Raises FormatError, as :meth:`block`.
+        Those at or past cluster ``limit`` are only listed. Raises FormatError, as :meth:`page`.
         """
-        cluster_bits, block_bits, max_count = self._cluster_bits, self.block_bits, self.max_count
+        cluster_bits, page_bits, max_count = self._cluster_bits, self.page_bits, self.max_count
         mask = len(self.empty) - 1
         found = PlainTable()
         counts, known, following = self.empty, -1, -1
@@ -158,11 +195,11 @@ class ReferenceCounts:
             if cluster >= limit:
                 found.beyond.append(cluster)
                 continue
-            if cluster >> block_bits != known:
-                known = cluster >> block_bits
-                counts = self.block(known)
-                found.first_block = min(found.first_block, known)
-                found.last_block = max(found.last_block, known)
+            if cluster >> page_bits != known:
+                known = cluster >> page_bits
+                counts = self.page(known)
+                found.first_page = min(found.first_page, known)
+                found.last_page = max(found.last_page, known)
             count = counts[cluster & mask]
             if count < max_count:
                 counts[cluster & mask] = count + 1
@@ -176,9 +213,9 @@ class PlainTable:
 
     __slots__ = (
         "beyond",
-        "first_block",
+        "first_page",
         "is_dubious",
-        "last_block",
+        "last_page",
         "n_allocated",
         "n_fragmented",
         "overflowed",
@@ -187,11 +224,32 @@ class PlainTable:
     def __init__(self) -> None:
         self.n_allocated = 0
         self.n_fragmented = 0
-        self.first_block = 1 << 62
-        self.last_block = -1
+        self.first_page = 1 << 62
+        self.last_page = -1
         self.overflowed: list[int] = []
         self.beyond: list[int] = []
         self.is_dubious = False
+
+
+class PagesOfTables:
+    """By active L1 entry, the first and last page of counts that describe the clusters of an L2 table in which all
+    entries are COPIED; :data:`DUBIOUS` and 0 of any other. Memory goes with the entries that are noted."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[array[int], array[int]]] = {}
+
+    def __getitem__(self, index: int) -> tuple[int, int]:
+        part = self._parts.get(index // _TABLES_PER_PART)
+        if part is None:
+            return DUBIOUS, 0
+        return part[0][index % _TABLES_PER_PART], part[1][index % _TABLES_PER_PART]
+
+    def __setitem__(self, index: int, pages: tuple[int, int]) -> None:
+        part = self._parts.get(index // _TABLES_PER_PART)
+        if part is None:
+            part = array("I", [DUBIOUS]) * _TABLES_PER_PART, array("I", [0]) * _TABLES_PER_PART
+            self._parts[index // _TABLES_PER_PART] = part
+        part[0][index % _TABLES_PER_PART], part[1][index % _TABLES_PER_PART] = pages
 
 
 def is_zero_or_one(counts: array[int]) -> bool:

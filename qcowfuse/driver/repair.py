@@ -243,7 +243,7 @@ class _Repair:
         host_offset = walk.stored.table[number] & REFCOUNT_TABLE_OFFSET_MASK if stored is not None else 0
         if stored is None or not host_offset:
             return 0
-        counted = walk.counts.blocks.get(number, walk.counts.empty)
+        counted = walk.counts.block(number)
         first = number << walk.stored.block_bits
         n_here = min(len(stored), walk.n_clusters - first)
         mended = stored[:]
@@ -271,6 +271,8 @@ class _Repair:
         for _ in range(_MAX_REBUILDS):
             self._report("Rebuilding the refcount structure")
             await self._write_new_structure(walk, snapshots)
+            walk.counts.pages.clear()  # the second walk needs the memory
+            walk.stored.forget_all()
             snapshots = await load_snapshot_table(self._storage, self.header)
             walk, comparison = await self._look(snapshots, fix_entries=False, quiet=True)
             # The file has grown: what pointed just past its end may now be inside, and count.
@@ -334,7 +336,7 @@ class _Repair:
 
     def _withdraw(self, counts: ReferenceCounts, plan: _Plan) -> None:
         for cluster in range(plan.start, plan.start + plan.n_clusters):
-            counts.blocks[cluster >> counts.block_bits][cluster & len(counts.empty) - 1] -= 1
+            counts.pages[cluster >> counts.page_bits][cluster & len(counts.empty) - 1] -= 1
 
     # The header, and freed space
 
@@ -373,7 +375,8 @@ class _Plan:
 
 
 def _blocks_in_use(counts: ReferenceCounts) -> set[int]:
-    return {number for number, block in counts.blocks.items() if block.tobytes().lstrip(b"\0")}
+    shift = counts.pages_per_block_bits
+    return {number >> shift for number, page in counts.pages.items() if page.tobytes().lstrip(b"\0")}
 
 
 def _plan(

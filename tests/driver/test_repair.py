@@ -247,7 +247,7 @@ def test_counting_a_table_is_counting_its_entries(order: int) -> None:
         failed = fast.add_run(first, n_clusters)
         assert failed == [cluster for cluster in range(first, first + n_clusters) if not slow.add(cluster)]
     assert (overflowed, beyond) == ([], [])
-    assert fast.blocks == slow.blocks
+    assert fast.pages == slow.pages
 
 
 @pytest.mark.parametrize("typecode", "BHIQ")

@@ -48,6 +48,50 @@ def test_l1_tables_of_a_long_chain_take_what_their_files_hold(tmp_path: Path, id
     assert done.peak - idle < LIMIT_KIB
 
 
+def with_scattered_clusters(path: Path, n_clusters: int, *, dirty: bool = False) -> Path:
+    """An image with counts of 64 bits whose one L2 table names clusters that have a refcount block each."""
+    size, distance = 1 << CLUSTER_BITS, 1 << CLUSTER_BITS - 3
+    entries = [1 << 63 | (64 + number * distance) * size for number in range(n_clusters)]
+    start = header(size=n_clusters * size, l1_offset=2 * size, refcount_order=6, incompatible=int(dirty))
+    parts = {0: start[:4096], 2 * size: struct.pack(">Q", 1 << 63 | 3 * size)}
+    parts[3 * size] = struct.pack(f">{n_clusters}Q", *entries)
+    return write_sparse(path, parts, (65 + n_clusters * distance) * size)
+
+
+def test_counts_of_scattered_clusters_take_no_memory_for_what_lies_between(tmp_path: Path, idle: int) -> None:
+    """Each cluster has a refcount block of 64 KiB of its own."""
+    image = with_scattered_clusters(tmp_path / "a.qcow2", 2500)
+    done = run_img(tmp_path, "check", image)
+    assert done.code == 2, done.stderr
+    assert b"errors were found" in done.stdout
+    assert done.peak - idle < LIMIT_KIB
+
+
+def test_counts_have_a_limit_that_follows_the_size_on_the_host(tmp_path: Path, idle: int) -> None:
+    """A file of some kilobytes whose counts would take 62 MiB is refused, by one line."""
+    image = with_scattered_clusters(tmp_path / "a.qcow2", 8000)
+    done = run_img(tmp_path, "check", image)
+    assert done.code == 1
+    assert "needs more than 24 MiB of memory to be checked" in done.stderr
+    assert done.peak - idle < LIMIT_KIB
+
+
+def test_a_repair_takes_no_memory_for_what_lies_between(tmp_path: Path, idle: int) -> None:
+    """A small dirty image, repaired when it is opened for writing."""
+    image = with_scattered_clusters(tmp_path / "a.qcow2", 1200, dirty=True)
+    done = run_img(tmp_path, "resize", image, "+512")
+    assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
+    assert run_img(tmp_path, "check", image).code == 0
+
+
+def test_check_reads_the_largest_l1_table_in_parts(tmp_path: Path, idle: int) -> None:
+    """32 MiB, all holes."""
+    done = run_img(tmp_path, "check", with_l1_tables(tmp_path, 1))
+    assert done.code == 2
+    assert done.peak - idle < LIMIT_KIB // 4
+
+
 def test_a_luks_header_of_128_gib_is_not_counted(tmp_path: Path, idle: int) -> None:
     """It is a corruption, as no image with it can be opened."""
     pointer = struct.pack(">QQ", 0, 1 << 37)
