@@ -353,7 +353,7 @@ def test_a_daemon_started_by_a_service(boot: Callable[[str], None], machine: Pat
 cat >/srv/script <<'END'
 #!/bin/bash -e
 qcowfuse /srv/one.qcow2 /srv/one
-systemd-run --unit=disk-two -p Type=notify -p KillMode=mixed -p TimeoutStopSec=5min \\
+systemd-run --unit=disk-two -p Type=notify -p KillMode=mixed -p TimeoutStopSec=5min \
     qcowfuse -f /srv/two.qcow2 /srv/two
 test -f /srv/one/disk.raw
 test -f /srv/two/disk.raw
