@@ -36,6 +36,8 @@ gone() { ! mounted "$1"; }
 no_daemon() { ! pgrep -f "cli[.]main" >/dev/null; }
 checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
 """
+LOOP_NODES = sorted(Path("/dev").glob("loop[0-9]*[0-9]")) + sorted(Path("/dev").glob("loop[0-9]"))
+LOOP_NODES += [node for node in (Path("/dev/loop-control"),) if node.exists()]
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.root,
@@ -83,6 +85,7 @@ def boot(machine: Path) -> Iterator[Callable[[str], None]]:
         binds = [f"--bind-ro={path}" for path in sorted(needed)]
         command = [
             *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", machine, "--bind=/dev/fuse", *binds),
+            *(f"--bind={node}" for node in LOOP_NODES),
             *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
             *("systemd.run_success_action=exit", "systemd.run_failure_action=exit"),
         ]
@@ -366,4 +369,36 @@ test -f /srv/two/disk.raw || fail "it does not serve"
 systemctl stop disk-two || fail stop
 gone /srv/two || fail "still mounted"
 checked /srv/two.qcow2
+""")
+
+
+@pytest.mark.skipif(len(LOOP_NODES) < 2, reason="needs loop devices")
+@pytest.mark.parametrize("outer", ["qcowfuse@d.service", "srv-d.mount"])
+def test_the_file_system_inside_at_boot(boot: Callable[[str], None], machine: Path, outer: str) -> None:
+    """Lines of fstab mount the disk and the file system in it; a stop of the outer one ends the inner one first."""
+    image, raw = machine / "srv/d.qcow2", machine / "srv/raw"
+    raw.touch()
+    os.truncate(raw, 16 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", raw], check=True)
+    subprocess.run(["qemu-img", "convert", "-O", "qcow2", raw, image], check=True)
+    (machine / "srv/d").mkdir()
+    (machine / "data").mkdir()
+    if outer.endswith(".service"):
+        (machine / "etc/qcowfuse/d.conf").write_text("IMAGE=/srv/d.qcow2\nMOUNTPOINT=/srv/d\n")
+        lines = "/srv/d/disk.raw /data ext4 loop,nofail,x-systemd.requires=qcowfuse@d.service 0 0\n"
+    else:
+        lines = "/srv/d.qcow2 /srv/d fuse.qcowfuse nofail 0 0\n/srv/d/disk.raw /data ext4 loop,nofail 0 0\n"
+    (machine / "etc/fstab").write_text(lines)
+    boot(rf"""
+wait_for mountpoint -q /data
+echo hello >/data/x || fail write
+systemctl stop {outer} || fail stop
+mountpoint -q /data && fail "the inner one is still mounted"
+gone /srv/d || fail "the outer one is still mounted"
+wait_for no_daemon
+checked /srv/d.qcow2
+systemctl start data.mount || fail "start again"
+expect "$(cat /data/x)" hello
+systemctl stop {outer} || fail "stop again"
+wait_for no_daemon
 """)
