@@ -64,8 +64,7 @@ from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .paged_table import PagedTable, TableParts
 from .qcow_image import QcowImage
 from .reading import ChainReader
-from .snapshot_table import check_snapshot_l1_table, find_snapshot, load_any_l1_table, open_l1_table
-from .snapshot_table import load_snapshots as load_snapshots
+from .snapshot_table import check_snapshot_l1_table, find_stored_snapshot, load_any_l1_table, open_l1_table
 from .table_cache import TableCache
 
 if TYPE_CHECKING:
@@ -238,8 +237,7 @@ async def _at_snapshot(layer: _Opened, id_or_name: str, parts: TableParts) -> _O
         raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: images of version 1 have none")
     if layer.data is not None:
         raise ImageUsageError(f"{layer.path}: no snapshot {id_or_name!r}: an external data file knows none")
-    snapshots, _ = await load_snapshots(layer.storage, header)
-    snapshot = find_snapshot(layer.path, snapshots, id_or_name)
+    snapshot = await find_stored_snapshot(layer.path, layer.storage, header, id_or_name)
     check_snapshot_l1_table(header, snapshot)
     size = header.size if snapshot.disk_size is None else snapshot.disk_size
     header = header._replace(size=size, l1_table_offset=snapshot.l1_table_offset, l1_size=snapshot.l1_size)

@@ -34,7 +34,7 @@ from ..format.bitmap_directory import (
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, parse_table, serialise_table
 from ..format.extensions import EXTENSION_LUKS_HEADER, find_extension
 from ..format.geometry import SECTOR_SIZE, round_up
-from ..format.header import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, Qcow2Header
+from ..format.header import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAX_L1_SIZE, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
 from ..storage.base import Buffer, Storage
@@ -110,26 +110,27 @@ class Walk:
 
     async def run(self) -> None:
         """Walk. Raises FormatError for what cannot be walked at all, OSError."""
-        header, snapshots = self.header, self.snapshots.snapshots
+        header, snapshots = self.header, self.snapshots
         if self.n_clusters > MAX_CLUSTERS:
             raise FormatError("image", None, f"{self.n_clusters} clusters, more than the {MAX_CLUSTERS} there can be")
         await self.stored.load_table()
         n_blocks = len(self.stored.table) - self.stored.table.count(0)
-        n_tables = 2 * header.l1_size + sum(entry.l1_size for entry in snapshots if not entry.l1_is_too_large)
+        n_tables = 2 * header.l1_size + sum(size for size in snapshots.l1_sizes if size * 8 <= MAX_L1_SIZE)
         self._steps = n_tables + n_blocks + 1
         self._list_tables()
         self.count(0, self.cluster_size, "header")
         await self._count_l1(header.l1_table_offset, header.l1_size, is_active=True)
         if self.has_data_file and snapshots:
             self.corrupt(f"{len(snapshots)} snapshots in an image with an external data file")
-        for snapshot in snapshots:
-            who = f"snapshot {snapshot.snapshot_id} ({snapshot.name})"
-            if snapshot.l1_table_offset % self.cluster_size:
-                self.corrupt(f"{who}: L1 table at {snapshot.l1_table_offset:#x} is not cluster aligned")
-            elif snapshot.l1_is_too_large:
-                self.corrupt(f"{who}: L1 table of {snapshot.l1_size} entries is too large")
+        for number, (l1_offset, l1_size) in enumerate(zip(snapshots.l1_offsets, snapshots.l1_sizes, strict=True)):
+            if l1_offset % self.cluster_size or l1_size * 8 > MAX_L1_SIZE:
+                entry = await snapshots.entry(number)
+                is_unaligned = l1_offset % self.cluster_size
+                fault = "is not cluster aligned" if is_unaligned else f"has {l1_size} entries, which is too many"
+                self.corrupt(f"snapshot {entry.snapshot_id} ({entry.name}): L1 table at {l1_offset:#x} {fault}")
             else:
-                await self._count_l1(snapshot.l1_table_offset, snapshot.l1_size, is_active=False)
+                await self._count_l1(l1_offset, l1_size, is_active=False)
+            await self.handled(1)
         for what, host_offset, n_bytes in self._tables:
             self.count(host_offset, n_bytes, what)
         await self._count_bitmaps()
@@ -227,8 +228,10 @@ class Walk:
                 self._tables.append(("LUKS header", place, length))
         self._protected = [("header", 0, self.cluster_size), *self._tables]
         self._protected.append(("L1 table", header.l1_table_offset, header.l1_size * 8))
-        for entry in self.snapshots.snapshots:
-            self._protected.append((f"L1 table of snapshot {entry.name}", entry.l1_table_offset, entry.l1_size * 8))
+        for number, l1_offset in enumerate(self.snapshots.l1_offsets):
+            self._protected.append(
+                (f"L1 table of snapshot table entry {number}", l1_offset, self.snapshots.l1_sizes[number] * 8)
+            )
 
     def may_write_l2(self, l2_offset: int) -> bool:
         """Whether an L2 table lies where nothing else does, so that mending it breaks nothing."""

@@ -20,22 +20,19 @@ import logging
 from array import array
 from bisect import bisect_left
 from collections.abc import Iterable
-from heapq import merge
+from contextlib import aclosing
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from ..errors import CorruptImageError, FormatError
 from ..format.entries import OFFSET_MASK, Table
 from ..format.header import CRYPT_LUKS, Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage
-from .snapshot_table import load_snapshots
-
-if TYPE_CHECKING:
-    from ..format.snapshots import Snapshot
+from .snapshot_table import each_snapshot
 
 log = logging.getLogger(__name__)
 MAX_IN_SET = 100_000
+_CHUNK = 1 << 16
 MAX_SNAPSHOT_L1_CLUSTERS = 1 << 20
 """Clusters of all L1 tables of snapshots; an image with more of them can't be guarded and is not written to."""
 
@@ -136,25 +133,34 @@ async def find_metadata(
 ) -> MetadataClusters:
     """The metadata of an image that is about to be written, but for the bitmap directory, which may be added when it
     has been looked at. Raises FormatError (snapshot table), OSError."""
-    snapshots, snapshots_bytes = await load_snapshots(storage, header)
+    snapshots_bytes = 0
+    snapshot_tables: list[tuple[int, int]] = []
+    async with aclosing(each_snapshot(storage, header)) as entries:
+        async for snapshot, n_bytes in entries:
+            snapshots_bytes = n_bytes
+            if snapshot.l1_size:
+                snapshot_tables.append((snapshot.l1_table_offset, snapshot.l1_size * 8))
     bits = header.cluster_bits
     places = [
         (0, 1),
         (header.l1_table_offset, header.l1_size * 8),
         (header.refcount_table_offset, header.refcount_table_clusters << bits),
         (header.snapshots_offset, snapshots_bytes),
-        *_snapshot_l1_places(snapshots, bits),
+        *_united(snapshot_tables, bits),
     ]
     if header.crypt_method == CRYPT_LUKS:
         from ..format.luks import luks_area
 
         places.append(luks_area(header.extensions))
-    others = [cluster for place in places for cluster in _clusters(*place, bits)]
+    others = array("Q")
+    for place in places:
+        others.extend(_clusters(*place, bits))
     blocks = (entry & REFCOUNT_TABLE_OFFSET_MASK for entry in filter(None, refcount_table))
-    others += [offset >> bits for offset in blocks if offset]
-    others.sort()
-    places_of_tables = (entry & OFFSET_MASK for entry in filter(None, l1_table))
-    tables = array("Q", sorted(offset >> bits for offset in places_of_tables if offset))
+    others.extend(offset >> bits for offset in blocks if offset)
+    others = sorted_array([others])
+    tables = sorted_array(
+        [_tables_of(l1_table[start : start + _CHUNK], bits) for start in range(0, len(l1_table), _CHUNK)]
+    )
     shared = {cluster for cluster, following in pairwise(others) if cluster == following}
     shared.update(cluster for cluster in others if _contains(tables, cluster))
     if shared:
@@ -167,16 +173,54 @@ async def find_metadata(
         )
     clusters: set[int] | SortedClusters
     if len(others) + len(tables) > MAX_IN_SET:
-        clusters = SortedClusters(array("Q", merge(tables, others)))
+        everything = [tables, others]
+        del tables, others
+        clusters = SortedClusters(sorted_array(everything))
     else:
         clusters = {*others, *tables}
     return MetadataClusters(bits, clusters, frozenset(shared))
 
 
-def _snapshot_l1_places(snapshots: Iterable[Snapshot], cluster_bits: int) -> list[tuple[int, int]]:
-    """Where the L1 tables of snapshots lie, each byte once."""
+def _tables_of(entries: Table, cluster_bits: int) -> array[int]:
+    """The clusters of the L2 tables of a part of an L1 table, each once, in order."""
+    if not any(entries):
+        return array("I")
+    clusters = sorted({(entry & OFFSET_MASK) >> cluster_bits for entry in set(entries)} - {0})
+    return _compact(clusters)
+
+
+def _compact(clusters: list[int]) -> array[int]:
+    """In 4 bytes each if that is enough; ``clusters`` are in ascending order."""
+    return array("I" if not clusters or clusters[-1] < 1 << 32 else "Q", clusters)
+
+
+def sorted_array(parts: list[array[int]]) -> array[int]:
+    """The items of all ``parts``, which are given up for it, in ascending order. A Python list of them all would take
+    five times the memory, so it is done range by range."""
+    runs: list[array[int]] = []
+    while parts:
+        part = parts.pop()
+        runs += [_compact(sorted(part[start : start + _CHUNK])) for start in range(0, len(part), _CHUNK)]
+        del part
+    typecode = "Q" if any(run.typecode == "Q" for run in runs) else "I"
+    samples = sorted(value for run in runs for value in run[_CHUNK // 64 :: _CHUNK // 64])
+    pivots = samples[64::64]
+    found = array(typecode)
+    for pivot in [*pivots, None]:
+        items: list[int] = []
+        for run in runs:
+            end = len(run) if pivot is None else bisect_left(run, pivot)
+            items.extend(run[:end])
+            del run[:end]
+        items.sort()
+        found.extend(array(typecode, items))
+    return found
+
+
+def _united(tables: list[tuple[int, int]], cluster_bits: int) -> list[tuple[int, int]]:
+    """Offset and length of L1 tables of snapshots, each byte once."""
     places: list[tuple[int, int]] = []
-    for start, size in sorted((entry.l1_table_offset, entry.l1_size * 8) for entry in snapshots if entry.l1_size):
+    for start, size in sorted(tables):
         end = start + size
         if places and start < sum(places[-1]):
             start, known = places.pop()

@@ -61,6 +61,7 @@ from .reference_counts import ReferenceCounts
 _NO_ROOM = (errno.ENOSPC, errno.EFBIG, errno.EINVAL, errno.EPERM)
 _MAX_FREED_RUNS = 1 << 16
 _MAX_REBUILDS = 4
+_WRITE_BYTES = 1 << 20
 _LOG_INTERVAL = 10.0
 
 log = logging.getLogger(__name__)
@@ -288,10 +289,12 @@ class _Repair:
         return walk, comparison
 
     async def _write_new_structure(self, walk: Walk, snapshots: SnapshotTable) -> None:
-        table = b""
-        if snapshots.must_be_written(self.header.version):
-            table = snapshots.serialise(self.header.virtual_size)
-        n_more = -(-len(table) >> self._cluster_bits)
+        table = snapshots if snapshots.must_be_written(self.header.version) else None
+        n_table_bytes = 0
+        if table is not None:
+            async for piece in table.pieces(self.header.virtual_size):
+                n_table_bytes += len(piece)
+        n_more = -(-n_table_bytes >> self._cluster_bits)
         n_in_file = self._storage.size() >> self._cluster_bits
         plan = await _plan_behind(walk, max(-(-self._storage.size() >> self._cluster_bits), walk.n_clusters), n_more)
         try:
@@ -313,14 +316,14 @@ class _Repair:
             refcount_table_offset=plan.table_cluster << self._cluster_bits,
             refcount_table_clusters=plan.n_table_clusters,
         )
-        if table:
+        if table is not None:
             offset = plan.table_cluster + plan.n_table_clusters << self._cluster_bits
-            fields += struct.pack(">IQ", len(snapshots.snapshots), offset)
-            header = header._replace(n_snapshots=len(snapshots.snapshots), snapshots_offset=offset)
+            fields += struct.pack(">IQ", len(snapshots), offset)
+            header = header._replace(n_snapshots=len(snapshots), snapshots_offset=offset)
         await self._write_header(REFCOUNT_TABLE_FIELD, fields)
         self.header = header
 
-    async def _write_structure(self, counts: ReferenceCounts, plan: _Plan, snapshot_table: bytes) -> None:
+    async def _write_structure(self, counts: ReferenceCounts, plan: _Plan, snapshots: SnapshotTable | None) -> None:
         """The new clusters, each counted once, and everything that goes into them."""
         for cluster in range(plan.start, plan.start + plan.n_clusters):
             counts.add(cluster)
@@ -330,9 +333,18 @@ class _Repair:
             block = counts.block(number)
             data = serialise_refcounts(block, self.header.refcount_order, 0, len(block))
             await self._storage.pwritev(place << self._cluster_bits, [data])
-        parts = [serialise_table(table, 0, len(table)), snapshot_table]
-        parts.append(bytes(-len(snapshot_table) % (1 << self._cluster_bits)))
-        await self._storage.pwritev(plan.table_cluster << self._cluster_bits, [part for part in parts if part])
+        place = plan.table_cluster << self._cluster_bits
+        buffer = bytearray(serialise_table(table, 0, len(table)))
+        if snapshots is not None:
+            async for piece in snapshots.pieces(self.header.virtual_size):
+                buffer += piece
+                if len(buffer) >= _WRITE_BYTES:
+                    await self._storage.pwritev(place, [buffer])
+                    place += len(buffer)
+                    buffer = bytearray()
+            buffer += bytes(-(place + len(buffer)) % (1 << self._cluster_bits))
+        if buffer:
+            await self._storage.pwritev(place, [buffer])
 
     def _withdraw(self, counts: ReferenceCounts, plan: _Plan) -> None:
         for cluster in range(plan.start, plan.start + plan.n_clusters):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Sequence
+from contextlib import aclosing
 from typing import TYPE_CHECKING
 
 import trio
@@ -17,33 +18,50 @@ from .paged_table import MAX_HELD, PagedTable, TableParts
 if TYPE_CHECKING:
     from ..format.snapshots import Snapshot
 
-_CHUNK = 1 << 20
+_CHUNK = 1 << 19
+MAX_EDITED_TABLE = 8 << 20
+"""Bytes of a table of snapshots that is changed: all of it is in memory then."""
 _PER_CHECKPOINT = 256
 _MAX_NAMES_SHOWN = 20
 
 
-async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
-    """The table of snapshots and its length in bytes. Raises FormatError, OSError."""
+async def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple[Snapshot, int]]:
+    """The snapshots one after the other, each with the length in bytes of the table up to its end. A table has up to
+    64 MiB, and more as text, so that only who must keeps them. To be closed by ``aclosing`` unless it is run to its
+    end. Raises FormatError, OSError."""
     if not header.n_snapshots:
-        return (), 0
+        return
     from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, parse_snapshot
 
-    snapshots: list[Snapshot] = []
-    buffer = bytearray()
+    buffer = b""
     buffer_offset = position = 0
-    while len(snapshots) < header.n_snapshots:
+    for number in range(header.n_snapshots):
         if len(buffer) - position < MAX_SNAPSHOT_ENTRY:
-            del buffer[:position]
-            buffer_offset, position = buffer_offset + position, 0
+            buffer_offset, buffer, position = buffer_offset + position, buffer[position:], 0
             buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _CHUNK)
         snapshot, position = parse_snapshot(buffer, position)
-        snapshots.append(snapshot)
-        if len(snapshots) % _PER_CHECKPOINT == 0:
+        if number % _PER_CHECKPOINT == 0:
             await trio.lowlevel.checkpoint()
         if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
             detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
             raise FormatError("snapshot table", header.snapshots_offset, detail)
-    return tuple(snapshots), buffer_offset + position
+        yield snapshot, buffer_offset + position
+
+
+async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:
+    """The table of snapshots, which is to be changed, and its length in bytes. Raises ImageUsageError where that is
+    above :data:`MAX_EDITED_TABLE`, FormatError, OSError."""
+    snapshots: list[Snapshot] = []
+    n_bytes = 0
+    async with aclosing(each_snapshot(storage, header)) as entries:
+        async for snapshot, n_bytes in entries:
+            if n_bytes > MAX_EDITED_TABLE:
+                raise ImageUsageError(
+                    f"{storage.name}: the table of its {header.n_snapshots} snapshots has more than "
+                    f"{MAX_EDITED_TABLE >> 20} MiB, too much to be changed here (qemu-img snapshot can)"
+                )
+            snapshots.append(snapshot)
+    return tuple(snapshots), n_bytes
 
 
 def find_snapshot(
@@ -56,11 +74,36 @@ def find_snapshot(
     found = named + found if names_first else found + named
     if found:
         return found[0]
-    shown = [f"{snapshot.name} (id {snapshot.snapshot_id})" for snapshot in snapshots[:_MAX_NAMES_SHOWN]]
-    if len(snapshots) > len(shown):
-        shown.append(f"{len(snapshots) - len(shown)} more")
+    shown = [_shown(snapshot) for snapshot in snapshots[:_MAX_NAMES_SHOWN]]
+    raise _no_such_snapshot(path, id_or_name, shown, len(snapshots))
+
+
+async def find_stored_snapshot(path: str, storage: Storage, header: Qcow2Header, id_or_name: str) -> Snapshot:
+    """As :func:`find_snapshot`, of the snapshots of an image. Raises FormatError, OSError as well."""
+    named: Snapshot | None = None
+    shown: list[str] = []
+    async with aclosing(each_snapshot(storage, header)) as entries:
+        async for snapshot, _ in entries:
+            if snapshot.snapshot_id == id_or_name:
+                return snapshot
+            if named is None and snapshot.name == id_or_name:
+                named = snapshot
+            if len(shown) < _MAX_NAMES_SHOWN:
+                shown.append(_shown(snapshot))
+    if named is None:
+        raise _no_such_snapshot(path, id_or_name, shown, header.n_snapshots)
+    return named
+
+
+def _shown(snapshot: Snapshot) -> str:
+    return f"{snapshot.name} (id {snapshot.snapshot_id})"
+
+
+def _no_such_snapshot(path: str, id_or_name: str, shown: list[str], n_snapshots: int) -> ImageUsageError:
+    if n_snapshots > len(shown):
+        shown.append(f"{n_snapshots - len(shown)} more")
     there_are = f"there are: {', '.join(shown)}" if shown else "the image has none"
-    raise ImageUsageError(f"{path}: no snapshot {id_or_name!r}; {there_are}")
+    return ImageUsageError(f"{path}: no snapshot {id_or_name!r}; {there_are}")
 
 
 async def open_l1_table(

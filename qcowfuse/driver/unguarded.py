@@ -21,7 +21,7 @@ import logging
 import sys
 from array import array
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import aclosing, suppress
 
 import trio
 
@@ -32,7 +32,8 @@ from ..format.header import Qcow2Header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, entries_per_block, parse_refcounts
 from ..storage.base import Buffer, Storage, pread
 from .allocation import RefcountAllocator
-from .snapshot_table import entries_in_use, load_snapshot_l1_table, load_snapshots
+from .metadata import sorted_array
+from .snapshot_table import each_snapshot, load_snapshot_l1_table
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ MAP_CLUSTERS = 1 << 26
 the tables of a larger one are looked at several times."""
 MAX_TABLES = 1 << 22
 MAX_FOUND = 1 << 15
+_ENTRIES_AT_ONCE = 1 << 16
 _CHUNK = 1 << 20
 _PART_BYTES = 64 << 10
 """Of a table, in one go: 1 ms."""
@@ -84,7 +86,8 @@ class UnguardedClusters:
         self._has_begun = False
         self._part_bytes = min(1 << self._bits, _PART_BYTES)
         n_words = self._part_bytes // 8
-        self._n_tables = sum(1 for _ in entries_in_use(l1_table)) + sum(1 for _ in entries_in_use(refcount_table))
+        tables = (table if isinstance(table, array) else array("Q", table) for table in (l1_table, refcount_table))
+        self._n_tables = sum(len(table) - table.count(0) for table in tables)
         self._has_clusters = not entry_format.has_data_file
         self._plain_high = bytes(value for value in range(256) if not value & 0x40)
         self._ones = int.from_bytes((1).to_bytes(8, "big") * n_words, "big")
@@ -110,8 +113,9 @@ class UnguardedClusters:
         n_tables = self._n_tables
         if n_tables << self._bits <= INLINE_BYTES and self._header.n_snapshots:
             with suppress(OSError, QcowFuseError):  # the look itself will meet it
-                snapshots, _ = await load_snapshots(self._storage, self._header)
-                n_tables += sum(snapshot.l1_size for snapshot in snapshots)
+                async with aclosing(each_snapshot(self._storage, self._header)) as entries:
+                    async for snapshot, _ in entries:
+                        n_tables += snapshot.l1_size
         return n_tables << self._bits <= INLINE_BYTES
 
     async def wait(self) -> None:
@@ -189,20 +193,20 @@ class UnguardedClusters:
             self._free[0] = 0  # the header; and what an entry of 0 seems to refer to
 
     async def _look_at_tables(self) -> None:
-        snapshots, _ = await load_snapshots(self._storage, self._header)
         tables = self._tables_of(self._l1_table)
-        for snapshot in snapshots:
-            inactive = self._tables_of(await load_snapshot_l1_table(self._storage, self._header, snapshot))
-            self._note(inactive)
-            tables.extend(inactive)
-            await self._pause(len(inactive))
-            if len(tables) > MAX_TABLES:
-                break
+        async with aclosing(each_snapshot(self._storage, self._header)) as entries:
+            async for snapshot, _ in entries:
+                inactive = self._tables_of(await load_snapshot_l1_table(self._storage, self._header, snapshot))
+                self._note(inactive)
+                tables.extend(inactive)
+                await self._pause(len(inactive))
+                if len(tables) > MAX_TABLES:
+                    break
         if len(tables) > MAX_TABLES:
             raise _TooMuchError("there are too many L2 tables")
         if self._has_clusters:
             previous = 0
-            for host_offset in sorted(tables):
+            for host_offset in sorted_array([tables]):
                 if host_offset == previous:
                     continue
                 previous = host_offset
@@ -228,9 +232,13 @@ class UnguardedClusters:
 
     def _tables_of(self, l1_table: Table) -> array[int]:
         """Where its L2 tables lie; what is impossible, or behind the end, is left to whoever needs it."""
-        places = (entry & OFFSET_MASK for entry in entries_in_use(l1_table))
-        mask = (1 << self._bits) - 1
-        return array("Q", (place for place in places if 0 < place < self._storage.size() and not place & mask))
+        mask, end = (1 << self._bits) - 1, self._storage.size()
+        found = array("Q")
+        for start in range(0, len(l1_table), _ENTRIES_AT_ONCE):
+            entries = set(l1_table[start : start + _ENTRIES_AT_ONCE])  # a table that is named often is kept once
+            places = {entry & OFFSET_MASK for entry in entries}
+            found.extend(place for place in places if 0 < place < end and not place & mask)
+        return found
 
     async def _read(self, host_offset: int, n_bytes: int) -> Buffer:
         data = self._storage.try_pread(host_offset, n_bytes)

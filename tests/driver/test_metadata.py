@@ -8,7 +8,7 @@ from array import array
 import pytest
 
 from qcowfuse.driver import metadata
-from qcowfuse.driver.metadata import MetadataClusters, SortedClusters
+from qcowfuse.driver.metadata import MetadataClusters, SortedClusters, sorted_array
 from qcowfuse.errors import CorruptImageError
 from tests.support.images import ImageSpec, build_image, open_memory_image
 
@@ -60,3 +60,16 @@ async def test_many_tables_are_kept_in_an_array(monkeypatch: pytest.MonkeyPatch)
         for start in range(0, opened.size - 1000, 3000):
             await opened.write(start, b"x" * 1000)
         await opened.aclose()
+
+
+@pytest.mark.parametrize("n_items", [0, 1, 100, 70_000, 200_000])
+def test_sorting_parts_is_sorting_everything(n_items: int) -> None:
+    """Whatever their widths and lengths, and with equal items in several of them."""
+    chooser = random.Random(n_items)
+    parts = [
+        array("Q", [chooser.randrange(1 << 40) for _ in range(n_items)]),
+        array("I", [chooser.randrange(50) for _ in range(n_items // 2)]),
+        array("Q", [7]),
+    ]
+    expected = sorted(item for part in parts for item in part)
+    assert list(sorted_array(parts)) == expected

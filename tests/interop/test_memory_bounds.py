@@ -103,3 +103,50 @@ def test_a_luks_header_of_128_gib_is_not_counted(tmp_path: Path, idle: int) -> N
     assert done.code == 2
     assert "LUKS header at 0x0 has 0x2000000000 bytes, more than 0x1000000" in done.stderr
     assert done.peak - idle < LIMIT_KIB
+
+
+def with_names_of_snapshots(path: Path) -> Path:
+    """63 MiB of snapshot names, in each of which one character makes Python use 4 bytes for all of them."""
+    name = "\U0001f600".encode() + b"n" * 65000
+    entries = bytearray()
+    for number in range(1000):
+        snapshot_id = b"%d" % number
+        fixed = struct.pack(">QIHHIIQII", 0, 0, len(snapshot_id), len(name), 0, 0, 0, 0, 24)
+        entries += fixed + struct.pack(">QQQ", 0, 1 << 20, 0) + snapshot_id + name
+        entries += bytes(-len(entries) % 8)
+    start = header(n_snapshots=1000, snapshots_offset=2 * L1_OFFSET)
+    return write_sparse(path, {0: start, 2 * L1_OFFSET: bytes(entries)}, 2 * L1_OFFSET + len(entries))
+
+
+def test_names_of_snapshots_are_not_kept(tmp_path: Path, idle: int) -> None:
+    """check, and an image that is opened for writing."""
+    image = with_names_of_snapshots(tmp_path / "a.qcow2")
+    done = run_img(tmp_path, "check", image)
+    assert done.code == 2
+    assert b"errors were found" in done.stdout
+    assert done.peak - idle < LIMIT_KIB // 4
+    done = run_img(tmp_path, "resize", image, "1M")
+    assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB // 4
+
+
+def test_a_very_long_table_of_snapshots_is_not_changed(tmp_path: Path, idle: int) -> None:
+    """It would have to be held in memory as a whole; the limit is named."""
+    image = with_names_of_snapshots(tmp_path / "a.qcow2")
+    before = image.read_bytes()[:L1_OFFSET]
+    done = run_img(tmp_path, "snapshot", "-c", "new", image)
+    assert done.code == 1
+    assert "the table of its 1000 snapshots has more than 8 MiB" in done.stderr
+    assert done.peak - idle < LIMIT_KIB
+    assert image.read_bytes()[:L1_OFFSET] == before
+
+
+def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle: int) -> None:
+    """Of an image that is opened for writing, with four million entries that name the same table."""
+    table, size = L1_OFFSET + MAX_L1_SIZE, 1 << CLUSTER_BITS
+    start = header(l1_size=N_ENTRIES, size=DISK_SIZE)
+    parts = {0: start, L1_OFFSET: struct.pack(">Q", 1 << 63 | table) * N_ENTRIES}
+    image = write_sparse(tmp_path / "a.qcow2", parts, table + size)
+    done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
+    assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
