@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import loops, qemu
-from tests.support.guest import GuestSystem, boot, fetch_guest_system, make_initramfs
+from tests.support.guest import BOOT_TIMEOUT, GuestSystem, boot, fetch_guest_system, make_initramfs
 from tests.support.loops import EXT4, served
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -52,6 +52,7 @@ def boot_and_collect(system: GuestSystem, folder: Path, disk: Path, drive_option
     return {name: value for _, value, name in lines}
 
 
+@pytest.mark.timeout(3 * BOOT_TIMEOUT)
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the kernel package that is booted is for x86_64")
 @pytest.mark.parametrize(
     ("drive_options", "image_options", "n_boots"),

@@ -3,6 +3,7 @@
 1. Kernel and busybox are Debian or Ubuntu packages that apt fetches from the mirrors of this machine, once: they
    are kept in ``$XDG_CACHE_HOME/qcowfuse-tests``, else in ``/var/cache/qcowfuse-tests``. Nothing is installed.
 2. The machine needs no KVM: it is emulated, so it is the same everywhere that an x86-64 kernel package is to be had.
+3. A loaded machine emulates time unevenly: the kernel is told not to test its timer, since it panics when that fails.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ import zstandard
 from . import qemu
 
 KERNEL_PACKAGES = ("linux-image-cloud-amd64", "linux-image-virtual")
-BOOT_TIMEOUT = 120.0
+BOOT_TIMEOUT = 240.0
+"""Seconds; it takes 4 on a machine with nothing else to do."""
 
 # In the order in which they need each other; a kernel that has one built in has no file for it.
 _MODULES = (*("virtio_ring", "virtio", "virtio_pci_modern_dev", "virtio_pci_legacy_dev", "virtio_pci", "virtio_blk"),)
@@ -137,7 +139,7 @@ def boot(system: GuestSystem, initramfs: Path, disk: Path, *, drive_options: str
         *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "256", "-smp", "1", "-machine", "q35"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-monitor", "none"),
         *("-kernel", str(system.kernel), "-initrd", str(initramfs), "-serial", f"file:{log}"),
-        *("-append", " ".join(["console=ttyS0 panic=-1 quiet", *words])),
+        *("-append", " ".join(["console=ttyS0 panic=-1 quiet no_timer_check", *words])),
         *("-drive", f"file={disk},format=raw,if=none,id=d0,{drive_options}"),
         *("-device", "virtio-blk-pci,drive=d0"),
     ]
