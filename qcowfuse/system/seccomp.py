@@ -35,6 +35,7 @@ _ARGUMENTS_OFFSET: Final = 16
 
 _SECCOMP_SET_MODE_FILTER: Final = 1
 _SECCOMP_FILTER_FLAG_TSYNC: Final = 1
+_SECCOMP_FILTER_FLAG_SPEC_ALLOW: Final = 4
 _SYSCALL_NUMBER_OF_SECCOMP: Final = {"x86_64": 317, "aarch64": 277}
 
 _O_WRITES: Final = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -172,7 +173,8 @@ def install() -> None:
     result = _libc.syscall(
         _SYSCALL_NUMBER_OF_SECCOMP[name],
         _SECCOMP_SET_MODE_FILTER,
-        _SECCOMP_FILTER_FLAG_TSYNC,
+        # The second flag: no mitigation of speculation comes along, which some kernels would add and which is slow.
+        _SECCOMP_FILTER_FLAG_TSYNC | _SECCOMP_FILTER_FLAG_SPEC_ALLOW,
         ctypes.byref(program),
     )
     if result < 0:
