@@ -13,12 +13,17 @@ if TYPE_CHECKING:
     from .arguments import Arguments
 
 
-def describe(exc: BaseException, arguments: Arguments) -> str:
-    """One line for a person."""
+def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = False) -> str:
+    """One line for a person. ``has_served``: it is no failure to start, and nothing is looked for: a daemon in its
+    sandbox can neither open the image by its name nor import anything."""
     if isinstance(exc, StoppedEarlyError):
         text = f"{arguments.image}: {exc}"
     elif isinstance(exc, MountError):
         text = str(exc)  # it names the place
+    elif isinstance(exc, OSError) and has_served:
+        text = f"{arguments.image}: {exc.strerror or exc}"
+    elif isinstance(exc, QcowFuseError) and has_served:
+        text = str(exc) if arguments.image in str(exc) else f"{arguments.image}: {exc}"
     elif isinstance(exc, OSError | QcowFuseError):
         text = describe_known(exc, arguments.image)
         if isinstance(exc, OSError) and exc.errno == errno.EROFS and not arguments.open_options.read_only:

@@ -74,7 +74,7 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
         with key.explained():
             serve_image(arguments, key, starter, on_ready)
     except BaseException as exc:
-        code, line = exit_code_of(exc), describe(exc, arguments)
+        code, line = exit_code_of(exc), describe(exc, arguments, has_served=is_ready)
         if is_ready or arguments.log_file is not None:
             _log.error("%s", line, exc_info=arguments.debug or code is ExitCode.UNEXPECTED)
         elif arguments.debug:
