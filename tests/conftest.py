@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 from collections.abc import Generator
 
 import pytest
@@ -17,6 +18,10 @@ settings.load_profile("qcowfuse")
 
 DECLARED_SKIPS = (LACKS,)
 """Parts of skip reasons that are no failure under QCOWFUSE_NO_SKIPS=1: what a container may lack."""
+
+# A shell that starts the tests in the background has them ignore SIGINT, and what they start would inherit that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_SKIPS = os.environ.get("QCOWFUSE_NO_SKIPS") == "1"
 
