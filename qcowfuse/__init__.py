@@ -1,22 +1,29 @@
 """qcowfuse: a QCOW image as one raw-sized file, read and write, without QEMU and without root.
 
-The packages, each of which imports only from those to its left (a test checks it)::
+The packages, from the lowest to the highest; each imports only from those above it in this list (a test checks it)::
 
-    errors <- format             <- driver <- export <- cli
-    errors <- system  <- storage <- driver
-    errors <- system                       <- export, cli
+    errors, printable   every exception that a caller may see; the way of text to a terminal or a log
+    format              sans I/O: bytes of an image to values and back
+    system              what Linux offers and the standard library lacks
+    storage             bytes at offsets, asynchronously; knows nothing of QCOW
+      measuring         storages with a known delay, or in memory
+    tables              the tables of an image, read through a storage
+    consistency         check and repair
+    driver              the virtual disk: ``image`` (what others see of it), ``options``, ``files``
+      layers            mapping, caches, ciphers, data files, claims
+      reading           guest data out of a chain of images
+      writing           allocation, write-back, rules R1 to R5
+      (facade)          ``qcow_image``, ``chain``, ``counters``
+    tools               info, map, check, create, snapshots: images at rest
+    fuse                one disk as one file: operations, errnos
+      libfuse           what pyfuse3 has no public way for
+    daemon              mount, serve, end; the process outside of the mount; the sandbox
+    cli                 arguments to open and serve; exit codes; the only reader of the environment
+      mount, img        the two programs
 
-``errors``   every exception that a caller may see, and ``printable``, the way of text to a terminal or a log
-``format``   sans I/O: bytes of an image to values and back
-``system``   what Linux offers and the standard library lacks
-``storage``  bytes at offsets, asynchronously; knows nothing of QCOW
-``driver``   the virtual disk: mapping, caches, allocation, copy on write, ordering
-``export``   the FUSE file; the only place that knows pyfuse3
-``cli``      arguments to open and serve; exit codes; the only reader of the environment
-
-The way of a read: ``AtOnce`` -> ``QcowImage.try_read`` -> ``FileStorage.try_pread``: plain calls, one dictionary
-look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine, and then it is
-``Operations.read`` -> ``QcowImage.read``.
+The way of a read: ``DirectRequests`` -> ``QcowImage.try_read`` -> ``FileStorage.try_pread``: plain calls, one
+dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine, and
+then it is ``Operations.read`` -> ``QcowImage.read``.
 
 The way of a write and of fsync, and the rules that make them safe, are in :mod:`qcowfuse.driver`.
 """

@@ -11,7 +11,7 @@ import signal
 def qcowfuse() -> int:
     """The program qcowfuse; returns its exit code."""
     _let_interrupts_end_it()
-    from .main import main
+    from .mount.main import main
 
     return main()
 
@@ -19,7 +19,7 @@ def qcowfuse() -> int:
 def qcowfuse_img() -> int:
     """The program qcowfuse-img; returns its exit code."""
     _let_interrupts_end_it()
-    from .img import main
+    from .img.main import main
 
     return main()
 

@@ -1,39 +1,10 @@
-"""A failure that ends the program, as one line for a person."""
+"""A failure that ends a program, in words for a person."""
 
 from __future__ import annotations
 
-import errno
 import os
-from typing import TYPE_CHECKING
 
-from ..errors import FormatError, ImageLockedError, MountError, QcowFuseError, StoppedEarlyError
-from ..printable import printable
-
-if TYPE_CHECKING:
-    from .arguments import Arguments
-
-
-def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = False) -> str:
-    """One line for a person. ``has_served``: it is no failure to start, and nothing is looked for: a daemon in its
-    sandbox can neither open the image by its name nor import anything."""
-    if isinstance(exc, StoppedEarlyError):
-        text = f"{arguments.image}: {exc}"
-    elif isinstance(exc, MountError):
-        text = str(exc)  # it names the place
-    elif isinstance(exc, OSError) and has_served:
-        text = f"{arguments.image}: {exc.strerror or exc}"
-    elif isinstance(exc, QcowFuseError) and has_served:
-        text = str(exc) if arguments.image in str(exc) else f"{arguments.image}: {exc}"
-    elif isinstance(exc, OSError | QcowFuseError):
-        text = describe_known(exc, arguments.image)
-        if isinstance(exc, OSError) and exc.errno == errno.EROFS and not arguments.open_options.read_only:
-            text += " (-r serves the image read-only)"
-        if _look_swapped(arguments.image, arguments.mount_point):
-            text += " (IMAGE comes first: qcowfuse IMAGE MOUNTPOINT)"
-    else:
-        detail = " ".join(str(exc).split())
-        text = f"unexpected failure, please report it: {type(exc).__name__}: {detail} (--debug shows more)"
-    return printable(text)
+from ..errors import FormatError, ImageLockedError, QcowFuseError
 
 
 def describe_known(exc: OSError | QcowFuseError, image: str) -> str:
@@ -53,18 +24,9 @@ def describe_known(exc: OSError | QcowFuseError, image: str) -> str:
     return text if image in text else f"{image}: {text}"
 
 
-def _look_swapped(image: str, mount_point: str) -> bool:
-    """Whether the mount point is an image, and what is called the image can't be one."""
-    if os.path.isfile(image):
-        from .other_formats import is_qcow
-
-        return is_qcow(mount_point) and not is_qcow(image)
-    return os.path.isdir(image) and os.path.isfile(mount_point)
-
-
 def _where_mounted(image: str) -> str:
     """What to do, where it is qcowfuse that holds an image: unmounting here may not be enough."""
-    from ..export.mount_users import where_mounted
+    from ..daemon.mount_users import where_mounted
 
     here, elsewhere = where_mounted(os.path.abspath(image))
     if here:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import argparse
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -16,3 +20,22 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 def _plain(word: str) -> str:
     return word.lower().replace("-", "").replace("_", "")
+
+
+def with_near_misses(message: str, parser: argparse.ArgumentParser) -> str:
+    """argparse's message about arguments that it does not know, with the options that may have been meant."""
+    _, separator, words = message.partition("unrecognized arguments: ")
+    unknown = [word.split("=")[0] for word in words.split() if word.startswith("-")]
+    if not separator or not unknown:
+        return message
+    return f"unknown option {unknown[0]}{did_you_mean(unknown[0], _long_options(parser))}"
+
+
+def _long_options(parser: argparse.ArgumentParser) -> Iterator[str]:
+    import argparse
+
+    for action in parser._actions:
+        yield from (name for name in action.option_strings if name.startswith("--"))
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from _long_options(command)

@@ -18,10 +18,10 @@ from contextlib import contextmanager
 from typing import NoReturn
 
 from ..driver.options import OpenOptions
-from ..driver.quick_look import may_need_passphrase
 from ..errors import ImageUsageError, WrongKeyError
 from ..printable import printable
 from ..system.privileges import forbid_core_dumps
+from ..tools.peek import may_need_passphrase
 
 CREDENTIAL_NAME = "qcowfuse.key"
 """The credential (``LoadCredential=``) that is used where no file is given."""

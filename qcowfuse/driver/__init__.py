@@ -1,23 +1,8 @@
 """The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
 
-Modules: ``chain`` (open_image and the backing chain), ``files`` (which files it may open), ``options``,
-``image`` (the protocol that export sees), ``qcow_image`` (versions 1, 2 and 3), ``cow`` (executing a write),
-``zeroing``, ``reserving`` (space set aside), ``mapping`` (guest range to extents), ``table_cache`` (LRU of L2
-slices), ``reading``, ``quick_read``, ``decoded`` and ``decoded_cache`` (fetching extents, compressed
-clusters), ``snapshot_table``, ``paged_table``, ``large_table`` (of version 1), ``lost_end`` (files cut short),
-``host_clusters`` (what a writable image has to manage them), ``allocation``, ``append_allocation`` (that of
-version 1), ``unguarded`` (clusters in use whose count is 0), ``data_file`` (external data files),
-``encryption`` (guest data behind a cipher), ``metadata`` and ``metadata_v1`` (nothing on top of tables),
-``metadata_space`` (room on the file system for what a flush will write), ``claims`` (allocations and
-operations in flight), ``ordering`` (rules R1 to R5, flush), ``holes`` (where there is data), ``growing``,
-``detect_zeroes``, ``header_bits``, ``bitmaps`` (persistent dirty bitmaps kept right), ``usage`` (what ``du``
-should say), ``counters``.
-
-The tools beside the virtual disk: ``quick_look`` (before there is an event loop), ``inspect`` (what an image says
-about itself), ``extent_map`` (what lies where), ``create`` with ``new_file`` and ``create_encryption`` (new
-images), ``snapshot_edit`` with ``shadow_refcounts`` (internal snapshots of an image at rest, by one write of the
-header), ``check`` and ``repair`` (consistency, and mending it; ``check_walk``, ``check_snapshots``,
-``check_compare``, ``check_result`` and ``reference_counts`` are parts of them). ``chain`` has a dirty image
+Modules: ``image`` (the protocol that the layers above see), ``options``, ``files`` (which files it may open),
+``chain`` (open_image and the backing chain), ``qcow_image`` (versions 1, 2 and 3), ``counters``. The packages between
+them: ``layers`` (where bytes lie and what lies over them), ``reading``, ``writing``. ``chain`` has a dirty image
 repaired before it is written.
 
 Theory of operation
@@ -25,7 +10,8 @@ Theory of operation
 
 Everything runs in one trio thread. Metadata in memory is the truth for the guest; it changes only in plain
 functions, between two awaits, so nothing needs a lock for it. What the image file has is behind memory, never ahead
-of it, and always consistent but for leaks, because only one module writes metadata, in one order: ``ordering``.
+of it, and always consistent but for leaks, because only one module writes metadata, in one order:
+``writing.write_back``.
 
 A write that is not in place claims its guest clusters, takes host clusters (counts raised in memory), writes head,
 data and tail with one call, and links them in memory. Others that want the same clusters wait for the claim and look
@@ -37,7 +23,7 @@ no flush of its own, and rule R4 holds all the same.
 
 What a crash at any point may cost: leaked clusters. Never: corruption, or a byte that an fsync had promised.
 
-Crash points, by the steps of a round in ``ordering``:
+Crash points, by the steps of a round in ``writing.write_back``:
 
     C1  before step 2: nothing of the round is on disk; clusters written by the guest are unreferenced data
     C2  in step 2 (counts partly written): raised counts without references: leaks
@@ -50,7 +36,7 @@ Crash points, by the steps of a round in ``ordering``:
     C12 while the disk grows: the header has the old size and L1 table or the new ones, and both are whole; zeroes
         that hide what lay behind the old end are durable before. What was taken for the new table leaks
 
-and of a change of snapshots, which does not go through ``ordering`` (see ``snapshot_edit``):
+and of a change of snapshots, which does not go through ``write_back`` (see ``tools.snapshot_edit``):
 
     C9  before the header is written: new tables lie in clusters that are free; the image is what it was
     C10 between that write and the flush after it: the image is what it was or what it shall be, wholly

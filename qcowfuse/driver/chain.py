@@ -7,7 +7,7 @@
    believed to mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to
    a raw disk could make it look like QCOW and have a file of the host shown. The user can say which it is, or that
    the content shall decide (``OpenOptions.backing_format``).
-   An external data file (:mod:`~qcowfuse.driver.data_file`) is opened with its image, and as it is.
+   An external data file (:mod:`~qcowfuse.driver.layers.data_file`) is opened with its image, and as it is.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
 6. Encrypted layers are unlocked when all of the chain is open, all with the same passphrase.
@@ -24,6 +24,7 @@ from contextlib import AsyncExitStack
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from ..consistency.lost_end import warn_of_lost_end
 from ..errors import BackingChainError, FormatError, ImageUsageError, UnsupportedFeatureError
 from ..format.entries import Table, entry_format
 from ..format.extensions import EXTENSION_BITMAPS, find_extension
@@ -44,8 +45,10 @@ from ..format.header import (
     refuse_unsupported,
 )
 from ..storage.base import Storage, pread
-from .allocation import Allocator, RefcountAllocator
-from .data_file import (
+from ..tables.paged_table import PagedTable, TableParts
+from ..tables.snapshot_table import check_snapshot_l1_table, find_stored_snapshot, load_any_l1_table, open_l1_table
+from .files import ChainFile, ChainFiles, StorageOpener, plain_name
+from .layers.data_file import (
     DataClusters,
     DataFileMapping,
     check_length,
@@ -53,24 +56,21 @@ from .data_file import (
     has_raw_data_file,
     open_data_file,
 )
-from .decoded import CompressedSource
-from .files import ChainFile, ChainFiles, StorageOpener, plain_name
-from .header_bits import HeaderBits
-from .host_clusters import load_host_clusters
-from .lost_end import warn_of_lost_end
-from .mapping import Layer, Mapping, RawLayer
-from .metadata import MetadataClusters
+from .layers.mapping import Layer, Mapping, RawLayer
+from .layers.table_cache import TableCache
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
-from .paged_table import PagedTable, TableParts
 from .qcow_image import QcowImage
-from .reading import ChainReader
-from .snapshot_table import check_snapshot_l1_table, find_stored_snapshot, load_any_l1_table, open_l1_table
-from .table_cache import TableCache
+from .reading.decompression import CompressedSource
+from .reading.reader import ChainReader
+from .writing.allocation import Allocator, RefcountAllocator
+from .writing.feature_bits import HeaderBits
+from .writing.guarded_clusters import MetadataClusters
+from .writing.host_clusters import load_host_clusters
 
 if TYPE_CHECKING:
-    from .bitmaps import KeptBitmaps
-    from .encryption import EncryptedData
-    from .unguarded import UnguardedClusters
+    from .layers.encryption import EncryptedData
+    from .writing.dirty_bitmaps import KeptBitmaps
+    from .writing.unguarded import UnguardedClusters
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
@@ -133,7 +133,7 @@ async def _unlock_layers(layers: list[_Opened], options: OpenOptions) -> None:
     """One passphrase is tried on every encrypted layer. Raises WrongKeyError for the one that it does not open."""
     if not any(map(_is_encrypted, layers)):
         return
-    from .encryption import Passphrase, locked, unlock
+    from .layers.encryption import Passphrase, locked, unlock
 
     passphrase = Passphrase(options.passphrase)
     try:
@@ -296,7 +296,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
             path, top.storage, header, entry_format=top_mapping.entry_format, l1_table=top.l1_table
         )
         if isinstance(allocator, RefcountAllocator) and isinstance(header, Qcow2Header) and _may_have_bitmaps(header):
-            from .bitmaps import load_kept_bitmaps
+            from .writing.dirty_bitmaps import load_kept_bitmaps
 
             bitmaps = await load_kept_bitmaps(
                 top.storage, header, size=top_mapping.size, allocator=allocator, metadata=metadata
@@ -351,7 +351,7 @@ async def _ready_to_write(path: str, layer: _Opened) -> _Opened:
         )
     if not header.incompatible_features & INCOMPATIBLE_DIRTY:
         return await _with_whole_table(layer)
-    from .repair import repair_dirty
+    from ..consistency.repair import repair_dirty
 
     await repair_dirty(path, layer.storage)
     repaired = await _open_layer(path, layer.storage, "qcow", TableParts())

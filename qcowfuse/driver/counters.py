@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ..storage.base import Storage
-from .decoded import DecodedClusters
-from .table_cache import TableCache
+from .layers.table_cache import TableCache
+from .reading.decompression import DecodedClusters
 
 
 def counters_of(

@@ -60,11 +60,11 @@ async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOpti
             await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
             file.refresh_size()
         if options.image_in_memory:
-            from ..storage.memory import ResidentStorage
+            from ..storage.measuring.memory import ResidentStorage
 
             storage = ResidentStorage(file)
         if options.io_delay is not None:
-            from ..storage.latency import LatencyStorage
+            from ..storage.measuring.latency import LatencyStorage
 
             storage = LatencyStorage(storage, options.io_delay)
     except BaseException:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import NamedTuple
 
-from ..storage.delay_model import DelayModel as DelayModel  # cli takes it from here
-from .detect_zeroes import DetectZeroes as DetectZeroes
+from ..storage.measuring.delay_model import DelayModel as DelayModel  # cli takes it from here
 
 MAX_BACKING_DEPTH = 200
 """Layers below the top one. QEMU has no limit of its own; beyond this a chain is taken for hostile."""
+
+
+class DetectZeroes(Enum):
+    """``ON``: zeroes are not stored; ``UNMAP``: their clusters are given back as well, as by a discard."""
+
+    OFF = "off"
+    ON = "on"
+    UNMAP = "unmap"
 
 
 PassphraseSource = Callable[[str], bytearray]

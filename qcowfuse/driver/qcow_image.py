@@ -1,7 +1,7 @@
 """A QCOW image, version 1, 2 or 3, as a virtual disk that is read and written.
 
 One class serves all versions: they differ in values (:class:`~qcowfuse.format.entries.EntryFormat`), in how
-host clusters are found (:class:`~qcowfuse.driver.allocation.Allocator`) and in the header bits; the way of a
+host clusters are found (:class:`~qcowfuse.driver.writing.allocation.Allocator`) and in the header bits; the way of a
 request is the same.
 
 1. The ``try_`` calls answer only what needs no waiting, and of them only ``try_write_new`` changes metadata: it takes
@@ -23,27 +23,28 @@ from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 from ..format.entries import ALL_BITS, COPIED
 from ..format.geometry import Geometry
 from ..storage.base import Buffer, Storage
-from .allocation import Allocator
-from .claims import Generations
 from .counters import counters_of
-from .cow import Writer
-from .data_file import DataClusters
-from .detect_zeroes import DetectZeroes, is_zero
-from .growing import Grower
-from .header_bits import HeaderBits
-from .holes import HoleFinder
-from .mapping import Layer, Mapping
-from .metadata import MetadataClusters
-from .ordering import Ordering
-from .reading import ChainReader
-from .reserving import Reserver
-from .table_cache import LAYER_BITS, TableCache
-from .usage import Usage
-from .zeroing import Zeroer
+from .layers.data_file import DataClusters
+from .layers.holes import HoleFinder
+from .layers.mapping import Layer, Mapping
+from .layers.range_claims import Generations
+from .layers.table_cache import LAYER_BITS, TableCache
+from .layers.usage import Usage
+from .options import DetectZeroes
+from .reading.reader import ChainReader
+from .writing.allocation import Allocator
+from .writing.feature_bits import HeaderBits
+from .writing.growing import Grower
+from .writing.guarded_clusters import MetadataClusters
+from .writing.reserving import Reserver
+from .writing.write_back import Ordering
+from .writing.writer import Writer
+from .writing.zero_detection import is_zero
+from .writing.zeroing import Zeroer
 
 if TYPE_CHECKING:
-    from .bitmaps import KeptBitmaps
-    from .unguarded import UnguardedClusters
+    from .writing.dirty_bitmaps import KeptBitmaps
+    from .writing.unguarded import UnguardedClusters
 
 log = logging.getLogger(__name__)
 _MAX_UNLINKED = 1 << 18

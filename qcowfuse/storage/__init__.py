@@ -8,6 +8,5 @@
 ``base`` is the protocol, ``file`` the real thing, ``opened`` what regular files and block devices differ in,
 ``beneath`` files found by names from strangers, ``workers`` its threads, ``ring`` its reads by io_uring
 (``restricted_ring``: it does nothing else), ``space`` room set aside, ``syscalls`` what the standard library lacks,
-``locks`` the image locks that QEMU understands. ``latency`` and ``memory`` wrap a storage for measuring: a known
-delay (``delay_model``) on each access, and an image that is locked in RAM.
+``locks`` the image locks that QEMU understands. The package ``measuring`` has storages that wrap another one.
 """

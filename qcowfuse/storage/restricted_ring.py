@@ -1,7 +1,7 @@
 """An io_uring that can do nothing but read, for whoever takes over this process: the ring is not under seccomp.
 
 1. The kernel takes restrictions only from a ring that was made disabled. The binding has no option for that, so its
-   call of io_uring_setup is diverted while it makes the ring (:mod:`~qcowfuse.system.got_slot`).
+   call of io_uring_setup is diverted while it makes the ring (:mod:`~qcowfuse.system.import_slot`).
 2. Whatever is not as expected leaves a ring without restrictions, which works as well; the log says so.
 
 Source: io_uring_register(2), linux/io_uring.h.
@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, Final
 
-from ..system.got_slot import LoadedObject, SlotError, diverted
+from ..system.import_slot import LoadedObject, SlotError, diverted
 
 _SETUP: Final = 425
 _REGISTER: Final = 427

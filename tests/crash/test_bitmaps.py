@@ -11,8 +11,8 @@ from contextlib import suppress
 import pytest
 import trio
 
-from qcowfuse.driver.bitmaps import KeptBitmaps
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing.dirty_bitmaps import KeptBitmaps
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.format.bitmaps import DirtyBits
 from qcowfuse.storage.base import Storage

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import pytest
 import trio
 
-from qcowfuse.driver import table_cache
+from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import ReadOnlyImageError

@@ -7,9 +7,10 @@ import errno
 import pytest
 import trio
 
-from qcowfuse.driver import ordering, table_cache
+from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import write_back
 from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
@@ -104,14 +105,14 @@ async def test_a_power_cut_while_the_disk_grows_with_a_tiny_cache(spec: str, mon
 
 async def test_the_harness_catches_a_header_that_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A header written before what it points at, and before the zeroes that hide a backing file, is seen."""
-    original = ordering.Ordering._write_all
+    original = write_back.Ordering._write_all
 
-    async def write_all(self: ordering.Ordering, writes: list[ordering.MetadataWrite]) -> None:
+    async def write_all(self: write_back.Ordering, writes: list[write_back.MetadataWrite]) -> None:
         if self._size_fields is not None:
             await original(self, [self._size_fields(len(self._l1_table), self._l1_place)])
         await original(self, writes)
 
-    monkeypatch.setattr(ordering.Ordering, "_write_all", write_all)
+    monkeypatch.setattr(write_back.Ordering, "_write_all", write_all)
     recorded = await record_workload(build_image(SPECS["v3-long-backing"]), growing_guest)
     summary = await check_cuts(recorded, n_states=100, n_qemu=0)
     assert summary.problems

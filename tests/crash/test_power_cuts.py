@@ -8,8 +8,9 @@ import struct
 import pytest
 import trio
 
-from qcowfuse.driver import ordering, table_cache
+from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.driver.writing import write_back
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.storage.base import Storage
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
@@ -256,9 +257,9 @@ async def _broken(monkeypatch: pytest.MonkeyPatch, spec: str = "v3") -> list[str
 
 async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the flush between counts and links a power cut is seen to do damage."""
-    original = ordering.Ordering._run
+    original = write_back.Ordering._run
 
-    async def run(self: ordering.Ordering, *, final: bool) -> None:
+    async def run(self: write_back.Ordering, *, final: bool) -> None:
         calls = 0
         flush = self.flush_storage
 
@@ -273,63 +274,63 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(self, "flush_storage", flush)
         await flush()
 
-    monkeypatch.setattr(ordering.Ordering, "_run", run)
+    monkeypatch.setattr(write_back.Ordering, "_run", run)
     assert any("references" in problem or "neither" in problem for problem in await _broken(monkeypatch))
 
 
 @pytest.mark.parametrize("spec", ["data-file", "extended-data-file"])
 async def test_the_harness_catches_links_before_the_data_file(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the flush of the data file before the links a power cut is seen to lose what was promised."""
-    original = ordering.Ordering.flush_storage
+    original = write_back.Ordering.flush_storage
     n_data_flushes = 0
 
-    async def flush_late(self: ordering.Ordering, data: Storage | None = None) -> None:
+    async def flush_late(self: write_back.Ordering, data: Storage | None = None) -> None:
         nonlocal n_data_flushes
         n_data_flushes += data is not None
         await original(self)
         if data is not None and n_data_flushes % 2:
             await original(self, data)
 
-    monkeypatch.setattr(ordering.Ordering, "flush_storage", flush_late)
+    monkeypatch.setattr(write_back.Ordering, "flush_storage", flush_late)
     assert any("neither" in problem for problem in await _broken(monkeypatch, spec))
 
 
 async def test_the_harness_catches_links_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing refcounts after the links is seen."""
-    original = ordering.Ordering._write_all
-    kept: list[ordering.MetadataWrite] = []
+    original = write_back.Ordering._write_all
+    kept: list[write_back.MetadataWrite] = []
 
-    async def write_counts_late(self: ordering.Ordering, refcounts: ordering.DirtyRefcounts) -> None:
+    async def write_counts_late(self: write_back.Ordering, refcounts: write_back.DirtyRefcounts) -> None:
         kept.extend(refcounts.blocks + refcounts.moved_table + refcounts.table)
 
-    async def write_all(self: ordering.Ordering, writes: list[ordering.MetadataWrite]) -> None:
+    async def write_all(self: write_back.Ordering, writes: list[write_back.MetadataWrite]) -> None:
         await original(self, writes)
         if writes:
             await original(self, kept)
             kept.clear()
 
-    monkeypatch.setattr(ordering.Ordering, "_write_refcounts", write_counts_late)
-    monkeypatch.setattr(ordering.Ordering, "_write_all", write_all)
+    monkeypatch.setattr(write_back.Ordering, "_write_refcounts", write_counts_late)
+    monkeypatch.setattr(write_back.Ordering, "_write_all", write_all)
     assert any("refcount" in problem for problem in await _broken(monkeypatch))
 
 
 async def test_the_harness_catches_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """An fsync that ends without the last flush is seen."""
-    original = ordering.Ordering._run
+    original = write_back.Ordering._run
 
-    async def run(self: ordering.Ordering, *, final: bool) -> None:
+    async def run(self: write_back.Ordering, *, final: bool) -> None:
         await original(self, final=False)
 
-    monkeypatch.setattr(ordering.Ordering, "_run", run)
-    monkeypatch.setattr(ordering.Ordering, "is_dirty", False)
+    monkeypatch.setattr(write_back.Ordering, "_run", run)
+    monkeypatch.setattr(write_back.Ordering, "is_dirty", False)
     assert any("neither" in problem for problem in await _broken(monkeypatch))
 
 
 async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that is given back before its unlink is durable is seen."""
-    release = ordering.Ordering.unlink_cluster
+    release = write_back.Ordering.unlink_cluster
 
-    def free_at_once(self: ordering.Ordering, run: ordering.HostRun) -> None:
+    def free_at_once(self: write_back.Ordering, run: write_back.HostRun) -> None:
         allocator = self._allocator
         cluster = run.host_offset >> allocator._cluster_bits  # type: ignore[attr-defined]
         try:
@@ -337,5 +338,5 @@ async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.
         except Exception:
             release(self, run)
 
-    monkeypatch.setattr(ordering.Ordering, "unlink_cluster", free_at_once)
+    monkeypatch.setattr(write_back.Ordering, "unlink_cluster", free_at_once)
     assert await _broken(monkeypatch, "snapshot")

@@ -1,6 +1,6 @@
 """Power cuts and failing operations in a repair: a second repair mends the rest, and no byte of a guest is lost.
 
-The crash points P1 to P6 are those of :mod:`qcowfuse.driver.repair`.
+The crash points P1 to P6 are those of :mod:`qcowfuse.consistency.repair`.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import random
 import pytest
 import trio
 
-from qcowfuse.driver.check_result import Fix
-from qcowfuse.driver.repair import repair_storage
+from qcowfuse.consistency.repair import repair_storage
+from qcowfuse.consistency.result import Fix
 from tests.support import damage
 from tests.support.checker import check_image_bytes
 from tests.support.damage import Damage

@@ -36,9 +36,9 @@ from types import ModuleType
 
 import pytest
 
-from qcowfuse.driver.cow import Writer
-from qcowfuse.driver.header_bits import HeaderBits
-from qcowfuse.driver.ordering import Ordering
+from qcowfuse.driver.writing.feature_bits import HeaderBits
+from qcowfuse.driver.writing.write_back import Ordering
+from qcowfuse.driver.writing.writer import Writer
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image
 from tests.support.mutation import break_line
 from tests.support.powercut import Guest, check_cuts, record_workload

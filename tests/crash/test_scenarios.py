@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver import unguarded
-from qcowfuse.driver.ordering import Ordering
+from qcowfuse.driver.writing import unguarded
+from qcowfuse.driver.writing.write_back import Ordering
 from tests.support.images import ImageSpec
 from tests.support.mounting import REPOSITORY, environment
 from tests.support.mutation import break_line

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 
 import pytest
 
-from qcowfuse.driver import shadow_refcounts
 from qcowfuse.driver.chain import StorageOpener, open_image
 from qcowfuse.driver.options import OpenOptions
-from qcowfuse.driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from qcowfuse.storage.base import Storage
+from qcowfuse.tools import shadow_refcounts
+from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_check

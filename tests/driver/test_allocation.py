@@ -9,11 +9,12 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.driver import allocation
-from qcowfuse.driver.allocation import HostRun, RefcountAllocator
-from qcowfuse.driver.append_allocation import AppendAllocator
-from qcowfuse.driver.metadata import MetadataClusters
+from qcowfuse.driver.layers.host_run import HostRun
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import allocation
+from qcowfuse.driver.writing.allocation import RefcountAllocator
+from qcowfuse.driver.writing.append_allocation import AppendAllocator
+from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.format.entries import parse_table
 from tests.support.checker import check_image_bytes

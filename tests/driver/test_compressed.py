@@ -12,12 +12,12 @@ import pytest
 import trio
 import trio.testing
 
-from qcowfuse.driver import decoded, decoded_cache
-from qcowfuse.driver.decoded import AHEAD_BYTES, SequentialReads
-from qcowfuse.driver.decoded_cache import CACHE_BYTES, DecodedCache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.reading import ChainReader
+from qcowfuse.driver.reading import decoded_cache, decompression
+from qcowfuse.driver.reading.decoded_cache import CACHE_BYTES, DecodedCache
+from qcowfuse.driver.reading.decompression import AHEAD_BYTES, SequentialReads
+from qcowfuse.driver.reading.reader import ChainReader
 from qcowfuse.errors import FormatError
 from qcowfuse.format.compression import Outcome, decompress_cluster, decompress_clusters
 from qcowfuse.storage.base import Buffer, Storage
@@ -87,8 +87,8 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.extend(map(bytes, packed))
         return decompress_clusters(packed, compression_type, cluster_size)
 
-    monkeypatch.setattr(decoded, "decompress_cluster", noting)
-    monkeypatch.setattr(decoded, "decompress_clusters", noting_all)
+    monkeypatch.setattr(decompression, "decompress_cluster", noting)
+    monkeypatch.setattr(decompression, "decompress_clusters", noting_all)
     return seen
 
 
@@ -237,7 +237,7 @@ async def test_one_large_read_decodes_on_two_processors(monkeypatch: pytest.Monk
             barrier.wait()
         return decompress_clusters(packed, compression_type, cluster_size)
 
-    monkeypatch.setattr(decoded, "decompress_clusters", meeting)
+    monkeypatch.setattr(decompression, "decompress_clusters", meeting)
     async with opened() as (image, reader, contents):
         reader.decoded._n_threads = 2
         assert bytes(await image.read(0, MIB)) == contents[:MIB]
@@ -254,7 +254,7 @@ async def test_reads_at_the_same_time_are_decoded_together(
     async with opened(spec, suspend=suspend) as (image, reader, contents):
         run_jobs = reader.decoded._run_jobs
 
-        async def counting(jobs: Sequence[decoded._Job]) -> list[decoded.Outcomes]:
+        async def counting(jobs: Sequence[decompression._Job]) -> list[decompression.Outcomes]:
             nonlocal n_jobs
             n_jobs += len(jobs)
             return await run_jobs(jobs)
@@ -480,8 +480,8 @@ async def test_an_unexpected_error_ahead_does_not_end_the_program(
             raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(decoded, "decompress_cluster", failing)
-            patch.setattr(decoded, "decompress_clusters", failing)
+            patch.setattr(decompression, "decompress_cluster", failing)
+            patch.setattr(decompression, "decompress_clusters", failing)
             with pytest.raises(ZeroDivisionError):
                 await image.read(2 * CLUSTER, CLUSTER)
             await until_idle(reader)

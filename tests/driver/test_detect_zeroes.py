@@ -6,8 +6,9 @@ import random
 
 import pytest
 
-from qcowfuse.driver.detect_zeroes import DetectZeroes, is_zero
+from qcowfuse.driver.options import DetectZeroes
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing.zero_detection import is_zero
 from tests.support.checker import check_image_bytes
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_read
 from tests.support.memory_storage import MemoryStorage

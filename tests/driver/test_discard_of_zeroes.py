@@ -6,7 +6,7 @@ from array import array
 
 import pytest
 
-from qcowfuse.driver.detect_zeroes import DetectZeroes
+from qcowfuse.driver.options import DetectZeroes
 from qcowfuse.format.entries import COMPRESSED, COPIED, READS_ZERO, entry_format
 from qcowfuse.format.subclusters import ALL_ZERO
 from qcowfuse.format.zero_plan import clusters_to_give_back

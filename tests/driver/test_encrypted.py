@@ -9,11 +9,11 @@ from pathlib import Path
 
 import trio
 
-from qcowfuse.cli.create_options import parse_create_options
-from qcowfuse.driver.create import create_image
+from qcowfuse.cli.img.create_options import parse_create_options
 from qcowfuse.errors import FormatError, QcowFuseError
 from qcowfuse.format.luks import parse_luks_header
 from qcowfuse.storage.base import Buffer
+from qcowfuse.tools.create import create_image
 from tests.support.images import PASSPHRASE, TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import read_image

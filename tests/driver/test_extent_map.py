@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qcowfuse.driver.extent_map import MapEntry, _MapWalk
 from qcowfuse.format.entries import COPIED, READS_ZERO, entry_format
 from qcowfuse.format.presence import n_without
+from qcowfuse.tools.extent_map import MapEntry, _MapWalk
 from tests.driver.test_holes import one_table, with_one_table
 from tests.support.images import TOP, open_memory_image
 

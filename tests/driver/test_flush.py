@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.driver import allocation
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import allocation
 from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes

@@ -8,7 +8,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.driver import table_cache
+from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from tests.driver.test_concurrency import KIB, finish, held_image, is_data_write

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import trio
 
-from qcowfuse.driver.holes import LOOKS_PER_CHECKPOINT
+from qcowfuse.driver.layers.holes import LOOKS_PER_CHECKPOINT
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import CorruptImageError

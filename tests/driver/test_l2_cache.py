@@ -10,10 +10,10 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.driver import table_cache
+from qcowfuse.driver.layers import table_cache
+from qcowfuse.driver.layers.table_cache import L2Slice, TableCache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.table_cache import L2Slice, TableCache
 from qcowfuse.storage.base import Storage
 from tests.support.faults import FaultyStorage, Hold
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image

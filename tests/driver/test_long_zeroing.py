@@ -10,8 +10,8 @@ from contextlib import asynccontextmanager
 import pytest
 import trio
 
-from qcowfuse.driver import ordering, zeroing
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import write_back, zeroing
 from qcowfuse.storage.base import Storage
 from tests.driver.test_holes import Turns
 from tests.support.checker import check_image_bytes
@@ -232,7 +232,7 @@ async def released(built: BuiltImage, chosen: list[int]) -> tuple[int, list[tupl
 
 async def test_scattered_clusters_are_given_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a turn for others after each part; neighbours in a part are one hole."""
-    monkeypatch.setattr(ordering, "_RUNS_AT_ONCE", 16)
+    monkeypatch.setattr(write_back, "_RUNS_AT_ONCE", 16)
     chosen = list(range(0, N_CLUSTERS, 3))
     random.Random(3).shuffle(chosen)
     n_turns, punched, memory = await released(build_image(DENSE), chosen)
@@ -243,7 +243,7 @@ async def test_scattered_clusters_are_given_back_in_parts(monkeypatch: pytest.Mo
 
 async def test_a_long_run_is_given_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters that follow each other are one run however they were let go of, and large holes."""
-    monkeypatch.setattr(ordering, "_CLUSTERS_AT_ONCE", 24)
+    monkeypatch.setattr(write_back, "_CLUSTERS_AT_ONCE", 24)
     _, punched, memory = await released(build_image(DENSE), list(range(1000)))
     assert is_clean(memory.data)
     assert 40 <= len(punched) <= 60, "1000 clusters, after each 64 of which there is a table"

@@ -7,8 +7,8 @@ from array import array
 
 import pytest
 
-from qcowfuse.driver import metadata
-from qcowfuse.driver.metadata import MetadataClusters, SortedClusters, sorted_array
+from qcowfuse.driver.writing import guarded_clusters
+from qcowfuse.driver.writing.guarded_clusters import MetadataClusters, SortedClusters, sorted_array
 from qcowfuse.errors import CorruptImageError
 from tests.support.images import ImageSpec, build_image, open_memory_image
 
@@ -49,7 +49,7 @@ async def test_many_tables_are_kept_in_an_array(monkeypatch: pytest.MonkeyPatch)
     """Beyond a number of tables the array takes over, for as long as the image is open, and it knows the same."""
     built = build_image(ImageSpec(fill=0.5, snapshot=True))
     plain = await open_memory_image(built.files)
-    monkeypatch.setattr(metadata, "MAX_IN_SET", 5)
+    monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 5)
     image = await open_memory_image(built.files)
     in_set, in_array = plain._metadata_clusters, image._metadata_clusters
     assert isinstance(in_set, set)

@@ -6,9 +6,10 @@ import errno
 
 import pytest
 
-from qcowfuse.driver.allocation import HostRun, RefcountAllocator
-from qcowfuse.driver.metadata import MetadataClusters
-from qcowfuse.driver.metadata_space import MetadataSpace
+from qcowfuse.driver.layers.host_run import HostRun
+from qcowfuse.driver.writing.allocation import RefcountAllocator
+from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
+from qcowfuse.driver.writing.metadata_space import MetadataSpace
 from qcowfuse.format.entries import parse_table
 from tests.support.checker import check_image_bytes
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image

@@ -8,8 +8,8 @@ from contextlib import suppress
 
 import pytest
 
-from qcowfuse.driver import metadata
-from qcowfuse.driver.metadata_v1 import MetadataV1
+from qcowfuse.driver.writing import guarded_clusters
+from qcowfuse.driver.writing.guarded_clusters_v1 import MetadataV1
 from qcowfuse.errors import CorruptImageError, ReadOnlyImageError
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_read
 from tests.support.memory_storage import MemoryStorage
@@ -54,7 +54,7 @@ def places(data: bytearray) -> dict[str, int]:
 async def test_data_on_a_table(place: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A guest write is refused, the image is read-only, and not a byte of the file has changed."""
     if kind == "array":
-        monkeypatch.setattr(metadata, "MAX_IN_SET", 0)
+        monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 0)
     data = await image_with_tables()
     host_offset = places(data)[place]
     struct.pack_into(">Q", data, word(data, L1) + 8, host_offset)
@@ -150,7 +150,7 @@ async def test_new_clusters_come_behind_all_tables() -> None:
 def test_bytes_are_told_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sector of a small file against a model; what the hot path is told is never too little."""
     if kind == "array":
-        monkeypatch.setattr(metadata, "MAX_IN_SET", 0)
+        monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 0)
     tables = [1 << 10, 5 << 10, 13 << 9]
     known = MetadataV1(10, head=[(0, 48), (48, 64)], tables=array("Q", sorted(tables)), table_size=512)
     known.add(20 << 10, 512)

@@ -6,8 +6,8 @@ import random
 
 import pytest
 
-from qcowfuse.driver import paged_table, snapshot_table
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.tables import paged_table, snapshot_table
 from tests.driver.test_holes import SPECS
 from tests.support.images import ImageSpec, build_image, open_memory_image
 

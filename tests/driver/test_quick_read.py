@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from qcowfuse.driver.mapping import lookup_chain
+from qcowfuse.driver.layers.mapping import lookup_chain
 from qcowfuse.driver.qcow_image import QcowImage
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 

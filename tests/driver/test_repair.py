@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import pytest
 import trio
 
-from qcowfuse.driver.check_compare import check_storage
-from qcowfuse.driver.check_result import CheckResult, Fix
-from qcowfuse.driver.check_walk import ITEMS_PER_CHECKPOINT
-from qcowfuse.driver.reference_counts import ReferenceCounts, is_zero_or_one
-from qcowfuse.driver.repair import repair_storage
+from qcowfuse.consistency.compare import check_storage
+from qcowfuse.consistency.counted_refcounts import ReferenceCounts, is_zero_or_one
+from qcowfuse.consistency.repair import repair_storage
+from qcowfuse.consistency.result import CheckResult, Fix
+from qcowfuse.consistency.walk import ITEMS_PER_CHECKPOINT
 from qcowfuse.errors import ImageUsageError, UnsupportedFeatureError
 from qcowfuse.format.entries import READS_ZERO
 from qcowfuse.format.header import Qcow2Header, parse_header

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver import unguarded
-from qcowfuse.driver.allocation import RefcountAllocator
-from qcowfuse.driver.metadata import MetadataClusters
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.unguarded import _free_in
+from qcowfuse.driver.writing import unguarded
+from qcowfuse.driver.writing.allocation import RefcountAllocator
+from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
+from qcowfuse.driver.writing.unguarded import _free_in
 from qcowfuse.errors import CorruptImageError, ReadOnlyImageError
 from qcowfuse.format.entries import parse_table
 from qcowfuse.format.refcounts import parse_refcounts, serialise_refcounts

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 
 import pytest
 
-from qcowfuse.export import at_once
-from qcowfuse.export.at_once import AtOnce, _Buffer, _FuseBuf
-from qcowfuse.export.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
-from qcowfuse.export.poll_first import RequestGate
-from qcowfuse.system.got_slot import SlotError
+from qcowfuse.fuse.libfuse import direct_requests
+from qcowfuse.fuse.libfuse.direct_requests import AtOnce, _Buffer, _FuseBuf
+from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
+from qcowfuse.fuse.request_gate import RequestGate
+from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY
@@ -340,7 +340,7 @@ def test_without_a_slot_nothing_is_diverted(monkeypatch: pytest.MonkeyPatch, ima
     def no_object(library: object) -> object:
         raise SlotError("not today")
 
-    monkeypatch.setattr(at_once, "LoadedObject", no_object)
+    monkeypatch.setattr(direct_requests, "LoadedObject", no_object)
     hook = AtOnce(Kernel(image).operations, RequestGate())
     with hook.active():
         pass

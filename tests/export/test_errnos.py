@@ -8,7 +8,7 @@ import inspect
 import pytest
 
 from qcowfuse import errors
-from qcowfuse.export.errnos import errno_of
+from qcowfuse.fuse.errnos import errno_of
 
 EXAMPLES: list[tuple[errors.QcowFuseError, int]] = [
     (errors.QcowFuseError("x"), errno.EIO),

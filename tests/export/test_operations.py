@@ -16,8 +16,8 @@ import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from qcowfuse.errors import CorruptImageError
-from qcowfuse.export import sizes
-from qcowfuse.export.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
+from qcowfuse.fuse import sizes
+from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
 from tests.support.memory_image import MemoryImage
 
 CTX = cast(RequestContext, SimpleNamespace(pid=1))

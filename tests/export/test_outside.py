@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from qcowfuse.daemon.mount_client import MountClient
+from qcowfuse.daemon.mountpoint import MountBusyError
+from qcowfuse.daemon.outside import Outside
 from qcowfuse.errors import MountError
-from qcowfuse.export.mount_client import MountClient
-from qcowfuse.export.mountpoint import MountBusyError
-from qcowfuse.export.outside import Outside
 from tests.support.mounting import is_alive, wait_until
 
 

@@ -12,7 +12,7 @@ import trio
 import trio.lowlevel
 import trio.testing
 
-from qcowfuse.export.poll_first import RequestGate
+from qcowfuse.fuse.request_gate import RequestGate
 
 
 class Pipe:

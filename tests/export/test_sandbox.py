@@ -19,7 +19,7 @@ REPOSITORY = Path(__file__).parents[2]
 ATTACKS = """
 import ctypes, json, mmap, os, signal, socket, subprocess, sys, threading, time
 import trio
-from qcowfuse.export.sandbox import enter_sandbox
+from qcowfuse.daemon.sandbox import enter_sandbox
 from qcowfuse.storage.workers import retain_worker_pool
 
 kept = open(sys.argv[1], "r+b", buffering=0)

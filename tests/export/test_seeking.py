@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcowfuse.driver.image import Image
-from qcowfuse.export import seeking
-from qcowfuse.export.seeking import DATA_SECONDS, FREE_LOOKS, HOLE_SECONDS, Seeker
+from qcowfuse.fuse import seeking
+from qcowfuse.fuse.seeking import DATA_SECONDS, FREE_LOOKS, HOLE_SECONDS, Seeker
 from tests.export.test_operations import errno_from, serve
 from tests.support.memory_image import MemoryImage
 

@@ -7,8 +7,9 @@ import ctypes
 import pyfuse3
 import pytest
 
-from qcowfuse.export import session_hook
-from qcowfuse.export.init_reply import (
+from qcowfuse.daemon.session import escape_option
+from qcowfuse.fuse.libfuse import session_hook
+from qcowfuse.fuse.libfuse.init_reply import (
     HANDLE_KILLPRIV_V2,
     InitReplyFlag,
     _InitReply,
@@ -16,8 +17,7 @@ from qcowfuse.export.init_reply import (
     _ReplyHeader,
     _set_flag,
 )
-from qcowfuse.export.mount_session import escape_option
-from qcowfuse.export.session_hook import (
+from qcowfuse.fuse.libfuse.session_hook import (
     CAP_ATOMIC_O_TRUNC,
     CAP_SPLICE_READ,
     CAP_WRITEBACK_CACHE,
@@ -27,7 +27,7 @@ from qcowfuse.export.session_hook import (
     SessionHook,
     tune,
 )
-from qcowfuse.system.got_slot import LoadedObject, SlotError, diverted
+from qcowfuse.system.import_slot import LoadedObject, SlotError, diverted
 
 
 @pytest.fixture

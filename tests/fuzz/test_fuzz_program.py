@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver.append_allocation import AppendAllocator
+from qcowfuse.driver.writing.append_allocation import AppendAllocator
 from qcowfuse.format import luks
 from tests.support.checker import check_image_bytes
 from tests.support.fuzzing import differential, judging, parsers

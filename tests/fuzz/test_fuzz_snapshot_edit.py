@@ -12,9 +12,9 @@ import trio
 
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
-from qcowfuse.driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.storage.base import Storage
+from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from tests.support.bounded_storage import BoundedStorage
 from tests.support.images import ImageSpec, build_image, run_tool, scratch_folder, write_chain
 from tests.support.memory_storage import MemoryStorage

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import EXPLANATIONS
-from qcowfuse.cli.img import MAX_LEAKS
+from qcowfuse.cli.img.main import MAX_LEAKS
 from tests.support.mounting import REPOSITORY, environment, run_qcowfuse
 
 QEMU_FORMATS = {
@@ -26,7 +26,7 @@ QEMU_FORMATS = {
 
 
 def run_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    script = "import sys; from qcowfuse.cli.img import main; sys.exit(main())"
+    script = "import sys; from qcowfuse.cli.img.main import main; sys.exit(main())"
     words = [sys.executable, "-c", script, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
 

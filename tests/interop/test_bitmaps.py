@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver import bitmaps as kept_bitmaps
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import dirty_bitmaps as kept_bitmaps
 from tests.support import qemu
 from tests.support.bitmaps import (
     AUTO,

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.create_options import parse_create_options
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.create_options import parse_create_options
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.create import CreateError, create_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import BackingChainError, FormatError, ImageUsageError, WrongKeyError
+from qcowfuse.tools.create import CreateError, create_image
 from tests.support import qemu
 from tests.support.images import PASSPHRASE, image_arguments, passphrase, secret_arguments
 

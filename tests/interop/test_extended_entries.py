@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from tests.support import battery, qemu
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.img import main as img_main
+from qcowfuse.cli.img.main import main as img_main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import MAX_BACKING_DEPTH, OpenOptions
 from qcowfuse.errors import BackingChainError, ImageUsageError, QcowFuseError, UnsupportedFeatureError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from tests.support import qemu
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.storage.locks import acquire_image_lock
 from tests.support import qemu
 

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img import main
-from qcowfuse.driver import new_file
+from qcowfuse.cli.img.main import main
+from qcowfuse.tools import new_file
 from tests.support import qemu
 from tests.support.mounting import environment
 
@@ -28,8 +28,8 @@ STEPS = ("reserve", "write", "publish")
 """Methods of NewFile that something may end."""
 ENDED = """
 import os, sys, trio
-from qcowfuse.driver import new_file
-from qcowfuse.cli.img import main
+from qcowfuse.tools import new_file
+from qcowfuse.cli.img.main import main
 name, number, nameless = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "nameless"
 original = getattr(new_file.NewFile, name)
 async def ended(*args, **keywords):

@@ -28,7 +28,7 @@ from typing import Any
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from tests.support import qemu
 from tests.support.damage import Tables, damage_at_random
 from tests.support.matrix import ImageSpec, all_specs, build

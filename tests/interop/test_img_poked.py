@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from qcowfuse.cli.img import main
-from qcowfuse.cli.json_text import as_unicode
+from qcowfuse.cli.img.json_text import as_unicode
+from qcowfuse.cli.img.main import main
 from tests.support import qemu
 
 N_IMAGES = int(os.environ.get("QCOWFUSE_POKED_IMAGES", "60"))
@@ -51,7 +51,7 @@ MEANT = (
     ("map", re.compile("You can force-remove this extra metadata"), re.compile("")),
     # Version 1: what can't be a place is an error, QEMU reads zeroes there.
     ("map", re.compile(""), re.compile("L[12] entry: 0x")),
-    # Version 2: a flag that it has not is an error of its own, see ``check_walk``.
+    # Version 2: a flag that it has not is an error of its own, see ``walk``.
     ("check", re.compile(""), re.compile("has the zero flag, which this image cannot have")),
 )
 """By command: what QEMU complains of, and what we do, where the answers differ."""

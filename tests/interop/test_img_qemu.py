@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from tests.support import qemu
 from tests.support.matrix import TIB, ImageSpec, all_specs, build
 

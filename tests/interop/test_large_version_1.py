@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.errors import FormatError
 from tests.support import qemu

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import CorruptImageError, FormatError, ImageUsageError

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver import metadata
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import guarded_clusters
 from qcowfuse.errors import CorruptImageError, ReadOnlyImageError
 from tests.support import battery, qemu
 from tests.support.matrix import MIB
@@ -157,7 +157,7 @@ async def test_nothing_is_written_on_top_of_metadata(
     """The guest gets an error, the image is read-only and marked, and no structure has changed but for the mark (and
     what says that bitmaps are in use); QEMU stops where we do."""
     if kind == "array":
-        monkeypatch.setattr(metadata, "MAX_IN_SET", 0)
+        monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 0)
     damage = DAMAGES[name]
     parts = Parts(image)
     damage.damage(parts)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from tests.support import battery, qemu

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.check import check_image
+from qcowfuse.tools.check import check_image
 from tests.support import battery, qemu
 from tests.support.matrix import MIB
 

@@ -17,21 +17,21 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 SIZE = 32 << 20
 REFUSED = """
-from qcowfuse.export import at_once
+from qcowfuse.fuse.libfuse import direct_requests
 def refuse(library):
-    raise at_once.SlotError('not today')
-at_once.LoadedObject = refuse
+    raise direct_requests.SlotError('not today')
+direct_requests.LoadedObject = refuse
 """
 
 
 COLLECTED_BEFORE_SERVING = """
 import gc
-from qcowfuse.export import at_once
-init = at_once.AtOnce.__init__
+from qcowfuse.fuse.libfuse import direct_requests
+init = direct_requests.AtOnce.__init__
 def collect_first(*arguments):
     gc.collect()
     init(*arguments)
-at_once.AtOnce.__init__ = collect_first
+direct_requests.AtOnce.__init__ = collect_first
 """
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 from tests.support import qemu
 from tests.support.images import pattern
 from tests.support.loops import loop_device, served

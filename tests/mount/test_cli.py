@@ -9,9 +9,9 @@ import re
 import pytest
 
 from qcowfuse import __version__, errors
-from qcowfuse.cli.arguments import Arguments, parse_arguments, parse_cache_size
 from qcowfuse.cli.exit_codes import EXPLANATIONS, ExitCode, exit_code_of
-from qcowfuse.cli.mount_options import MountOptionError, sort_options, split_options
+from qcowfuse.cli.mount.arguments import Arguments, parse_arguments, parse_cache_size
+from qcowfuse.cli.mount.mount_options import MountOptionError, sort_options, split_options
 from qcowfuse.driver.options import L2CacheSize
 from tests.support.mounting import run_qcowfuse
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.create_options import parse_create_options
-from qcowfuse.driver.create import create_image
+from qcowfuse.cli.img.create_options import parse_create_options
+from qcowfuse.tools.create import create_image
 from tests.support.images import PASSPHRASE, image_arguments
 from tests.support.mounting import TIMEOUT, Mounted, command, daemon_pid, environment, is_mounted
 

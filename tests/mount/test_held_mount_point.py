@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from qcowfuse.daemon.mountpoint import unmount_path
 from qcowfuse.errors import MountError
-from qcowfuse.export.mountpoint import unmount_path
 from tests.support.mounting import Mounted, create_image, is_mounted
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 EXCHANGE = """
 import os
 from qcowfuse.driver import chain
-from qcowfuse.cli import serving
+from qcowfuse.cli.mount import serving
 
 usual = serving.open_image
 

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.mount]
 GIB = 1 << 30
 SIZE = 128 << 50
 N_TABLES = SIZE >> 39
-WITHOUT_LIMIT = "import qcowfuse.export.seeking as s; s.DATA_SECONDS = s.HOLE_SECONDS = 1e9"
+WITHOUT_LIMIT = "import qcowfuse.fuse.seeking as s; s.DATA_SECONDS = s.HOLE_SECONDS = 1e9"
 SEARCH = """
 import os, signal, sys
 signal.signal(signal.SIGUSR1, lambda *_: None)

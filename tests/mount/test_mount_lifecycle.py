@@ -340,9 +340,9 @@ def test_readiness_is_told_to_systemd(image: Path, mount_point: Path, tmp_path: 
 
 UNTUNED = """
 import sys
-from qcowfuse.export import session_hook
+from qcowfuse.fuse.libfuse import session_hook
 session_hook._SESSION_NEW = {"no_such_function": None}
-from qcowfuse.cli.main import main
+from qcowfuse.cli.mount.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

@@ -50,7 +50,7 @@ def installed() -> Iterator[None]:
         return
     COMMAND.write_text(
         f"#!{sys.executable}\nimport sys\nsys.path.insert(0, {str(REPOSITORY)!r})\n"
-        "from qcowfuse.cli.main import main\nsys.exit(main())\n"
+        "from qcowfuse.cli.mount.main import main\nsys.exit(main())\n"
     )
     COMMAND.chmod(0o755)
     try:

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.mount
 BREAK = """
 import json, os, socket, sys
 import pyfuse3
-from qcowfuse.export.operations import Operations
+from qcowfuse.fuse.operations import Operations
 
 def attempt(function):
     try:

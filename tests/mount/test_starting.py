@@ -50,14 +50,14 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """,
         "mounted": f"""
-import qcowfuse.export.served_file as served_file
+import qcowfuse.daemon.served_file as served_file
 usual = served_file.check_served
 def check_served(*arguments):
     open({str(gate)!r} + ".seen", "w").close()
 {indented}
     return usual(*arguments)
 served_file.check_served = check_served
-check_served.__module__, check_served.__qualname__ = "qcowfuse.export.served_file", "check_served"
+check_served.__module__, check_served.__qualname__ = "qcowfuse.daemon.served_file", "check_served"
 """,
     }
     python, _, module, *rest = command(image, image.parent / "mnt")
@@ -114,7 +114,7 @@ def test_ctrl_c_before_anything_is_imported(program: str) -> None:
 import os, signal, sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name in ("qcowfuse.cli.main", "qcowfuse.cli.img"):
+        if name in ("qcowfuse.cli.mount.main", "qcowfuse.cli.img.main"):
             os.kill(os.getpid(), signal.SIGINT)
 sys.meta_path.insert(0, Finder())
 from qcowfuse.cli.entry import {program}
@@ -168,7 +168,7 @@ def test_a_key_by_process_substitution(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     script = f"""
 python={sys.executable}
-img() {{ "$python" -c 'import sys; from qcowfuse.cli.img import main; sys.exit(main())' "$@"; }}
+img() {{ "$python" -c 'import sys; from qcowfuse.cli.img.main import main; sys.exit(main())' "$@"; }}
 img create -q -o encrypt.format=luks,encrypt.iter-time=1 --key-file <(printf sesame) image.qcow2 1M || exit 1
 "$python" -m qcowfuse --key-file <(printf sesame) image.qcow2 mnt || exit 2
 head -c 4 mnt/disk.raw | cmp -n 4 - /dev/zero || exit 3

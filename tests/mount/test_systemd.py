@@ -17,7 +17,7 @@ REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
 LAUNCHER = f"""#!/bin/sh
 export PYTHONPATH={REPOSITORY}
-exec {sys.executable} -c 'import sys; from qcowfuse.cli.main import main; sys.exit(main())' "$@"
+exec {sys.executable} -c 'import sys; from qcowfuse.cli.mount.main import main; sys.exit(main())' "$@"
 """
 PRELUDE = """#!/bin/bash
 exec >/srv/out.log 2>&1

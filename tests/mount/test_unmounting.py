@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 SLOW_SIZE = """
 import sys, trio
 sys.path.insert(0, {repository!r})
-from qcowfuse.export.operations import Operations
+from qcowfuse.fuse.operations import Operations
 usual = Operations.setattr
 calls = 0
 async def setattr(self, inode, attr, fields, fh, ctx):

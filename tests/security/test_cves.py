@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img import ImgExit, main
+from qcowfuse.cli.img.main import ImgExit, main
 from qcowfuse.format.extensions import EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE
 
 REPOSITORY = Path(__file__).parents[2]
@@ -100,7 +100,7 @@ def run(script: str, *words: str) -> subprocess.CompletedProcess[str]:
         resource.setrlimit(resource.RLIMIT_CPU, (MAX_SECONDS, MAX_SECONDS))
 
     return subprocess.run(
-        [sys.executable, "-c", f"import json, os, sys\nfrom qcowfuse.cli.img import main\n{script}", *words],
+        [sys.executable, "-c", f"import json, os, sys\nfrom qcowfuse.cli.img.main import main\n{script}", *words],
         env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
         preexec_fn=limit,
         capture_output=True,

@@ -16,7 +16,7 @@ LIMIT_KIB = 64 << 10
 """What a command may take above one that has next to nothing to do."""
 _RUN = """
 import sys
-from qcowfuse.cli.img import main
+from qcowfuse.cli.img.main import main
 code = main(sys.argv[2:])
 sys.stdout.flush()
 with open("/proc/self/status") as status, open(sys.argv[1], "w") as result:

@@ -18,9 +18,10 @@ from typing import Any, Literal
 
 import trio
 
-from qcowfuse.driver import allocation, table_cache
+from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import allocation
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.storage.base import Storage
 

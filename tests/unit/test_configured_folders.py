@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.arguments import parse_arguments
 from qcowfuse.cli.image_names import CONFIGURATION, configured_folders
+from qcowfuse.cli.mount.arguments import parse_arguments
 
 
 def folders_in(path: Path, text: str = "allow-dir = /bases\n") -> tuple[str, ...]:
@@ -53,6 +53,6 @@ def test_what_is_no_file_keeps_nobody_waiting(tmp_path: Path, caplog: pytest.Log
 def test_it_widens_what_the_command_line_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The folders come after those of the command line; the file is the one that the manual names."""
     assert CONFIGURATION == "/etc/qcowfuse/qcowfuse.conf"
-    monkeypatch.setattr("qcowfuse.cli.arguments.configured_folders", lambda: ("/bases",))
+    monkeypatch.setattr("qcowfuse.cli.mount.arguments.configured_folders", lambda: ("/bases",))
     assert parse_arguments(["image", "mount"]).open_options.allow_dirs == ("/bases",)
     assert parse_arguments(["--allow-dir", "/a", "image", "mount"]).open_options.allow_dirs == ("/a", "/bases")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import qcowfuse.driver
-from qcowfuse.driver import repair
+from qcowfuse.consistency import repair
 from tests.support.mounting import REPOSITORY
 
 

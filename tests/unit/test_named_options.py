@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 import qcowfuse
-from qcowfuse.cli.img import _build_parser as build_img_parser
-from qcowfuse.cli.mount_options import sort_options
-from qcowfuse.cli.parser import build_parser
+from qcowfuse.cli.img.main import _build_parser as build_img_parser
+from qcowfuse.cli.mount.mount_options import sort_options
+from qcowfuse.cli.mount.parser import build_parser
 
 PACKAGE = Path(qcowfuse.__file__).parent
 OTHER_PROGRAMS = {
@@ -51,18 +51,19 @@ def commands() -> dict[str, set[str]]:
 COMMANDS = commands()
 OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
 PRINTED_BY = {
-    "cli/create_options.py": {"qcowfuse-img create"},
-    "cli/img.py": {name for name in COMMANDS if name != "qcowfuse"},
+    "cli/img/create_options.py": {"qcowfuse-img create"},
+    "cli/img/main.py": {name for name in COMMANDS if name != "qcowfuse"},
     "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
     "cli": {"qcowfuse"},
     "driver/chain.py": OPENS_A_CHAIN,
-    "driver/data_file.py": OPENS_A_CHAIN,
+    "driver/layers/data_file.py": OPENS_A_CHAIN,
     "driver/files.py": OPENS_A_CHAIN,
-    "driver/create.py": {"qcowfuse-img create"},
-    "driver/new_file.py": {"qcowfuse-img create"},
-    "driver/snapshot_edit.py": {"qcowfuse-img snapshot"},
-    "export": {"qcowfuse"},
+    "tools/create.py": {"qcowfuse-img create"},
+    "tools/new_file.py": {"qcowfuse-img create"},
+    "tools/snapshot_edit.py": {"qcowfuse-img snapshot"},
+    "fuse": {"qcowfuse"},
+    "daemon": {"qcowfuse"},
     "system": {"qcowfuse"},
 }
 """By module, else by package: the commands that print its messages; all of them where nothing is said."""
@@ -71,7 +72,7 @@ PRINTED_BY = {
 def printed_by(module: str, function: str) -> set[str]:
     """The commands that print a message of ``function`` in ``module``."""
     own = f"qcowfuse-img {function.removeprefix('_')}"
-    if module == "cli/img.py" and own in COMMANDS:
+    if module == "cli/img/main.py" and own in COMMANDS:
         return {own}
     return PRINTED_BY.get(module) or PRINTED_BY.get(module.partition("/")[0]) or set(COMMANDS)
 

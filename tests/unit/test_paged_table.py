@@ -6,8 +6,8 @@ import struct
 
 import pytest
 
-from qcowfuse.driver import paged_table
-from qcowfuse.driver.paged_table import NOT_HERE, PART_ENTRIES, PagedTable, TableParts
+from qcowfuse.tables import paged_table
+from qcowfuse.tables.paged_table import NOT_HERE, PART_ENTRIES, PagedTable, TableParts
 from tests.support.memory_storage import MemoryStorage
 
 N_ENTRIES = 5 * PART_ENTRIES + 100

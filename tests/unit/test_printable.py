@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import ExitCode
-from qcowfuse.cli.img import ImgExit, main
-from qcowfuse.cli.json_text import as_unicode
+from qcowfuse.cli.img.json_text import as_unicode
+from qcowfuse.cli.img.main import ImgExit, main
 from qcowfuse.cli.logs import OneLine
 from qcowfuse.format.extensions import EXTENSION_DATA_FILE, HeaderExtension
 from qcowfuse.format.header import Qcow2Header, parse_header
@@ -126,7 +126,7 @@ def test_every_command_shows_names_in_one_line(
 def run(folder: Path, program: str, *words: str) -> subprocess.CompletedProcess[str]:
     """A program in a process of its own, with handlers of its own."""
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; from qcowfuse.cli.{program} import main; sys.exit(main())", *words],
+        [sys.executable, "-c", f"import sys; from qcowfuse.cli.{program}.main import main; sys.exit(main())", *words],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(PACKAGE.parent)},
         capture_output=True,
@@ -154,7 +154,7 @@ def test_the_daemon_says_it_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "mnt").mkdir()
     for name, words in ((EVIL, []), (EVIL, ["-d"]), ("../" + EVIL, []), ("../" + EVIL, ["--log-file", "log", "-f"])):
         path = with_names(tmp_path, data_name=name)
-        done = run(tmp_path, "main", *words, str(path), str(tmp_path / "mnt"))
+        done = run(tmp_path, "mount", *words, str(path), str(tmp_path / "mnt"))
         assert done.returncode == ExitCode.IMAGE, done.stderr
         assert SHOWN in done.stderr
         assert is_clean(done.stderr)

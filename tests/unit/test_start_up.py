@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.driver.quick_look import may_need_passphrase
+from qcowfuse.tools.peek import may_need_passphrase
 
 REPOSITORY = Path(__file__).parents[2]
 NEEDLESS_FOR_A_PLAIN_IMAGE = {
@@ -19,10 +19,13 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     "cryptography",
     "getpass",
     "zstandard",
-    *(f"qcowfuse.cli.{name}" for name in ("img", "parser")),
-    *(f"qcowfuse.driver.{name}" for name in ("bitmaps", "check", "create", "encryption", "inspect", "repair")),
+    *(f"qcowfuse.cli.{name}" for name in ("img.main", "mount.parser")),
+    *(f"qcowfuse.tools.{name}" for name in ("check", "create", "info")),
+    "qcowfuse.consistency.repair",
+    "qcowfuse.driver.layers.encryption",
+    "qcowfuse.driver.writing.dirty_bitmaps",
     *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "luks", "snapshots")),
-    *(f"qcowfuse.storage.{name}" for name in ("latency", "memory")),
+    *(f"qcowfuse.storage.measuring.{name}" for name in ("latency", "memory")),
 }
 NO_IMPORTS = """
 class NoImports:
@@ -50,13 +53,13 @@ def test_the_starter_imports_nothing_that_serves() -> None:
     imported = run(
         """
         import json, sys
-        from qcowfuse.cli.main import parse_arguments
+        from qcowfuse.cli.mount.main import parse_arguments
         parse_arguments(["image", "mount"])
         print(json.dumps(sorted(sys.modules)))
         """
     )
     modules = set(json.loads(imported))
-    assert "qcowfuse.cli.main" in modules
+    assert "qcowfuse.cli.mount.main" in modules
     assert not modules & {"trio", "pyfuse3", "ssl", "qcowfuse.driver.chain", *NEEDLESS_FOR_A_PLAIN_IMAGE}
 
 
@@ -64,15 +67,15 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
     """All that serves a plain image is imported when it is open: nothing for other kinds of images, and nothing
     more while the disk is read, written, discarded, grown, flushed and closed."""
     image = tmp_path / "plain.qcow2"
-    run("from qcowfuse.cli.img import main; import sys; sys.exit(main())", "create", "-q", str(image), "64M")
+    run("from qcowfuse.cli.img.main import main; import sys; sys.exit(main())", "create", "-q", str(image), "64M")
     imported = run(
         NO_IMPORTS
         + textwrap.dedent(
             """
             import json, sys
             import trio
-            from qcowfuse.cli.arguments import parse_arguments
-            import qcowfuse.cli.serving as serving
+            from qcowfuse.cli.mount.arguments import parse_arguments
+            import qcowfuse.cli.mount.serving as serving
 
             given = parse_arguments([sys.argv[1], "mount"])
             given.mount_settings()
@@ -98,7 +101,7 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
         str(image),
     )
     modules = set(json.loads(imported))
-    assert {"pyfuse3", "qcowfuse.export.mount", "qcowfuse.driver.qcow_image"} <= modules
+    assert {"pyfuse3", "qcowfuse.daemon.service", "qcowfuse.driver.qcow_image"} <= modules
     assert not modules & NEEDLESS_FOR_A_PLAIN_IMAGE
 
 
@@ -109,7 +112,7 @@ def test_decoders_are_imported_when_the_image_is_opened() -> None:
         + textwrap.dedent(
             """
             import sys, zlib
-            from qcowfuse.driver.decoded import CompressedSource
+            from qcowfuse.driver.reading.decompression import CompressedSource
             from qcowfuse.format.compression import decompress_cluster, decompress_start
             from qcowfuse.format.entries import entry_format
 

@@ -8,8 +8,8 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from qcowfuse.storage.delay_model import DelayModel
-from qcowfuse.storage.latency import LatencyStorage, TimerSleep
+from qcowfuse.storage.measuring.delay_model import DelayModel
+from qcowfuse.storage.measuring.latency import LatencyStorage, TimerSleep
 from tests.support.memory_storage import MemoryStorage
 
 KIB = 1024

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.storage import memory as memory_module
 from qcowfuse.storage.file import open_file_storage
-from qcowfuse.storage.memory import ResidentStorage, available_bytes, lockable_bytes
+from qcowfuse.storage.measuring import memory as memory_module
+from qcowfuse.storage.measuring.memory import ResidentStorage, available_bytes, lockable_bytes
 
 MIB = 1 << 20
 

@@ -15,8 +15,7 @@ from contextlib import suppress
 from dataclasses import replace
 
 from qcowfuse.cli.image_names import configured_folders
-from qcowfuse.cli.mount_options import MountOptionError, sort_options
-from qcowfuse.driver.quick_look import may_need_passphrase
+from qcowfuse.cli.mount.mount_options import MountOptionError, sort_options
 from qcowfuse.errors import CorruptImageError, FormatError
 from qcowfuse.format.bitmap_directory import parse_bitmap_directory, replace_entry
 from qcowfuse.format.bitmaps import Contents, DirtyBits
@@ -39,6 +38,7 @@ from qcowfuse.format.presence import presence_run
 from qcowfuse.format.refcounts import max_refcount, parse_refcounts, serialise_refcounts
 from qcowfuse.format.snapshots import parse_snapshot, serialise_snapshots
 from qcowfuse.format.subclusters import lookup_run_extended, plan_write_extended
+from qcowfuse.tools.peek import may_need_passphrase
 
 from .subjects import IMAGES, Subject
 

@@ -16,20 +16,20 @@ from unittest.mock import patch
 
 import trio
 
-from qcowfuse.driver import extent_map, inspect
+from qcowfuse.consistency.compare import check_storage
+from qcowfuse.consistency.repair import repair_storage
+from qcowfuse.consistency.result import Fix
 from qcowfuse.driver.chain import open_image
-from qcowfuse.driver.check import is_preallocated
-from qcowfuse.driver.check_compare import check_storage
-from qcowfuse.driver.check_result import Fix
-from qcowfuse.driver.inspect import describe_image, read_header
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.repair import repair_storage
-from qcowfuse.driver.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from qcowfuse.errors import FormatError, ImageUsageError, QcowFuseError
 from qcowfuse.format.bitmap_directory import bitmap_directory_place, parse_bitmap_directory
 from qcowfuse.format.header import Qcow2Header, parse_header
 from qcowfuse.storage.base import Storage
+from qcowfuse.tools import extent_map, info
+from qcowfuse.tools.check import is_preallocated
+from qcowfuse.tools.info import describe_image, read_header
+from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 
 from ..battery import read, write
 from ..bounded_storage import BoundedStorage
@@ -369,7 +369,7 @@ class _Session:
                 raise BrokenError(f"repaired, and still damaged: {found.leaks} leaks, {errors[:2]}")
 
     async def off_info(self, _: str) -> None:
-        with patch.object(inspect, "open_storage", self.opener):
+        with patch.object(info, "open_storage", self.opener):
             await describe_image(TOP)
 
     async def off_map(self, _: str) -> None:

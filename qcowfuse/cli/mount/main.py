@@ -1,0 +1,103 @@
+"""The program: from arguments to a mount that serves, and an exit code with at most one line.
+
+With the debug option, tracebacks too.
+
+1. What serves (trio, pyfuse3, the driver: nine tenths of the time that a start takes) is imported by the process that
+   is going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
+2. A stop signal in that time is a failure to start like any other: it waits until there is an event loop to hear it.
+3. Before the fork there is nothing that would have to be undone: a stop signal just ends the program.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from ...daemon.process import Starter, run_as_daemon, stop_signals_held_back
+from ...errors import ImageUsageError
+from .. import logs
+from ..exit_codes import ExitCode, exit_code_of
+from ..failures import is_interrupt
+from ..passphrase import KeySource
+from .arguments import Arguments, parse_arguments
+from .failures import describe
+
+_log = logging.getLogger("qcowfuse")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
+    logs.log_to_stderr(debug=False)  # parsing reads a file, and may have to warn
+    try:
+        arguments = parse_arguments(sys.argv[1:] if argv is None else argv)
+    except SystemExit as exc:
+        return exc.code if isinstance(exc.code, int) else ExitCode.USAGE
+    logs.log_to_stderr(debug=arguments.debug)
+    key = KeySource(arguments.key_file, os.environ)
+    try:
+        key.prepare(arguments.image, arguments.open_options)
+        if arguments.foreground:
+            with stop_signals_held_back():
+                return _run(arguments, key, None)
+        code = run_as_daemon(functools.partial(_run, arguments, key), key.descriptors, arguments.descriptors)
+    except ImageUsageError as exc:
+        print(f"qcowfuse: {describe(exc, arguments)}", file=sys.stderr)
+        return exit_code_of(exc)
+    except BaseException as exc:
+        if is_interrupt(exc):
+            return 128 + 2
+        raise
+    finally:
+        key.close()
+    # The interpreter's own way out takes a few milliseconds, and the shell waits for them.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
+    is_ready = False
+
+    def on_ready() -> None:
+        nonlocal is_ready
+        is_ready = True
+
+    try:
+        if arguments.log_file is not None:
+            logs.log_to_file(arguments.log_file)
+        with _garbage_kept():
+            from .serving import serve_image
+        with key.explained():
+            serve_image(arguments, key, starter, on_ready)
+    except BaseException as exc:
+        code, line = exit_code_of(exc), describe(exc, arguments, has_served=is_ready)
+        if is_ready or arguments.log_file is not None:
+            _log.error("%s", line, exc_info=arguments.debug or code is ExitCode.UNEXPECTED)
+        elif arguments.debug:
+            _log.debug("traceback of the failure", exc_info=True)
+        if is_ready:
+            return code
+        if starter is not None:
+            starter.report(code, f"qcowfuse: {line}")
+        else:
+            print(f"qcowfuse: {line}", file=sys.stderr)
+        return code
+    return ExitCode.OK
+
+
+@contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """No garbage collection while modules are imported: nearly all that they make is there to stay."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+        gc.freeze()  # collections to come need not look at it, either
+    finally:
+        if was_enabled:
+            gc.enable()

@@ -1,0 +1,103 @@
+"""The list after ``-o``: FUSE's options, qcowfuse's own, and what mount(8) and fstab put between them.
+
+1. Commas separate; a backslash makes the next character plain.
+2. Own options have the names of the long ones, with ``-`` or ``_``. What only concerns mount(8) is accepted and
+   means nothing. Anything unknown is refused by name.
+3. ``remount`` is refused before anything else: from version 2.41 on mount(8) puts the options that the mount has
+   before it, ``user_id=0`` of the kernel among them, and none of those is what the user has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+_KERNEL_FLAGS = frozenset(str.split("nosuid nodev noexec sync dirsync noatime nodiratime"))
+_FUSE_FLAGS = frozenset({"allow_other", "allow_root"})
+_MEANINGLESS = frozenset(
+    str.split(
+        "rw suid dev exec async atime diratime relatime norelatime strictatime nostrictatime lazytime nolazytime "
+        "defaults default_permissions auto noauto user nouser users nousers owner group _netdev nofail loud silent "
+        "mand nomand iversion noiversion discard nodiscard"
+    )
+)
+_MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
+_OWN_FLAGS = frozenset(
+    str.split(
+        "read-only growable foreground debug nonempty no-backing no-sandbox no-writeback-cache debug-image-in-memory"
+    )
+)
+_OWN_VALUES = frozenset(
+    str.split(
+        "name snapshot backing-file backing-format data-file key-file l2-cache-size lock-wait aio discard "
+        "detect-zeroes log-file debug-io-delay uid gid umask user fsname"
+    )
+)
+_OWN_REPEATED = frozenset({"allow-dir"})
+_KNOWN = frozenset({"ro", *_FUSE_FLAGS, *_OWN_FLAGS, *_OWN_VALUES, *_OWN_REPEATED})
+
+
+class MountOptionError(ValueError):
+    """An option that is not accepted; the message names it."""
+
+
+class MountOptions:
+    """The sorted list: for libfuse, our flags, our values, and those that may come more than once (by long name)."""
+
+    def __init__(self) -> None:
+        self.fuse: set[str] = set()
+        self.flags: set[str] = set()
+        self.values: dict[str, str] = {}
+        self.repeated: dict[str, list[str]] = {name: [] for name in _OWN_REPEATED}
+
+
+def split_options(text: str) -> list[str]:
+    """``a,b=c\\,d`` as ``["a", "b=c,d"]``; empty parts are dropped."""
+    parts, part, plain = [], "", False
+    for character in text:
+        if plain:
+            part, plain = part + character, False
+        elif character == "\\":
+            plain = True
+        elif character == ",":
+            parts.append(part)
+            part = ""
+        else:
+            part += character
+    return [option for option in (*parts, part) if option]
+
+
+def sort_options(lists: Iterable[str]) -> MountOptions:
+    """Sort the options of all the lists; later ones win. Raises MountOptionError."""
+    found = MountOptions()
+    options = [option for text in lists for option in split_options(text)]
+    if "remount" in options:
+        raise MountOptionError("remount is not possible: unmount, then mount with the new options")
+    for option in options:
+        key, has_value, value = option.partition("=")
+        own = key.replace("_", "-")
+        if option == "ro":
+            found.flags.add("read-only")
+        elif option == "rw":
+            found.flags.discard("read-only")
+        elif option in _KERNEL_FLAGS:
+            found.fuse.add(option)
+        elif not has_value and key.replace("-", "_") in _FUSE_FLAGS:
+            found.fuse.add(key.replace("-", "_"))
+        elif option in _MEANINGLESS or option.startswith(_MEANINGLESS_PREFIXES):
+            found.fuse.discard("no" + option)
+        elif not has_value and own in _OWN_FLAGS:
+            found.flags.add(own)
+        elif own in _OWN_VALUES or own in _OWN_REPEATED:
+            if not value:
+                raise MountOptionError(f"option {key} needs a value: {key}=...")
+            if own in _OWN_REPEATED:
+                found.repeated[own].append(value)
+            else:
+                found.values[own] = value
+        elif has_value and (own in _OWN_FLAGS or key in _FUSE_FLAGS):
+            raise MountOptionError(f"option {key} takes no value")
+        else:
+            from ..near_misses import did_you_mean
+
+            raise MountOptionError(f"unknown option {key}{did_you_mean(key, _KNOWN)}")
+    return found

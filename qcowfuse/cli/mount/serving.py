@@ -1,0 +1,62 @@
+"""The process that serves: opens and mounts, tells whoever waits for it, and serves to the end.
+
+1. All that a mount needs is imported here or when the image is opened, before the mount exists. A mount that serves
+   imports nothing: the file could lie on that very mount, and memory for it could depend on it.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import sdnotify
+import trio
+
+from ...daemon.ending import Notices
+from ...daemon.mount_client import MountClient
+from ...daemon.mountpoint import check_fuse, open_mount_point
+from ...daemon.outside import Outside
+from ...daemon.process import Starter, leave_session
+from ...daemon.service import serve
+from ...driver.chain import open_image
+from ...printable import printable
+from .. import logs
+from ..exit_codes import ExitCode
+from ..passphrase import KeySource
+from .arguments import Arguments
+
+
+def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, on_ready: Callable[[], None]) -> None:
+    """Serve until unmounted or told to stop. ``starter`` is told when the mount is ready, after ``on_ready``.
+
+    Raises what opening, mounting and closing raise.
+    """
+    notifier = sdnotify.SystemdNotifier()
+    syslog = logs.open_syslog() if starter is not None and arguments.log_file is None else None
+
+    def served() -> None:
+        if starter is not None:
+            leave_session()
+            outside.leave_session()
+
+    def ready(description: str) -> None:
+        on_ready()
+        if starter is not None:
+            if syslog is not None:
+                logs.log_to(syslog)
+            starter.report(ExitCode.OK)
+        notifier.notify(f"READY=1\nSTATUS={printable(description)}")
+
+    def waiting(text: str) -> None:
+        # An unmount by hand is no order to stop within some minutes: the time for that does not run yet.
+        notifier.notify(f"EXTEND_TIMEOUT_USEC=180000000\nSTATUS={printable(text)}")
+
+    def stopping(text: str) -> None:
+        notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
+
+    opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
+    settings = arguments.mount_settings()
+    check_fuse()
+    place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
+    with Outside(MountClient(place, settings.file_name)) as outside:
+        trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))

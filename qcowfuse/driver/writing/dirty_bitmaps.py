@@ -1,0 +1,428 @@
+"""Persistent dirty bitmaps of a running image, kept so that an incremental backup made from them is correct.
+
+1. Before the first write every enabled bitmap (flag auto) that is valid is loaded and marked in_use on disk, durably.
+   From then on whatever happens leaves it in_use, which says "don't trust this", until rule 3 is through.
+2. Bits are set in memory before the bytes that they stand for are written. Nothing is stored by fsync, as in QEMU.
+3. At the end, when everything else is durable: contents and counts of new clusters, flush, tables, flush, directory
+   with in_use cleared, flush. Each step may tear between sectors: an in_use bitmap may have any contents, and every
+   place that its table may name has its count. Clusters that are no longer named are freed last.
+4. Contents and tables are written in place where that is possible: nobody trusts them while in_use is set.
+5. A bitmap that was in_use is not touched, nor is a disabled one, but that its table grows with the disk. One that
+   can't be kept (damaged, too large) is marked in_use and left so. A directory that can't be read keeps nobody from
+   using the disk: its bitmaps are given up by clearing the autoclear bit before the first write, where QEMU refuses
+   to open the image. What is changed in place later is looked at before the first write: a cluster that is a
+   bitmap's without having a count could become the guest's.
+6. Unlike QEMU, which clears the autoclear bit for the time of a change to the directory: marking changes one byte per
+   entry and clearing the mark too, and what changes in between (a table that had to grow) does so while in_use is
+   set, its place and its length in two steps. A crash never costs a bitmap that was not in use.
+
+Source: QEMU block/qcow2-bitmap.c for the meaning of flags, limits and what counts as valid.
+"""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from dataclasses import dataclass, field, replace
+
+import trio
+
+from ...errors import CorruptImageError, FormatError, QcowFuseError
+from ...format.bitmap_directory import (
+    AUTO,
+    IN_USE,
+    TABLE_ENTRY_ALL_ONES,
+    TABLE_ENTRY_OFFSET_MASK,
+    BitmapEntry,
+    bitmap_directory_place,
+    is_valid_table_entry,
+    parse_bitmap_directory,
+    replace_entry,
+)
+from ...format.bitmaps import Contents, DirtyBits, table_entries_needed
+from ...format.entries import parse_table, serialise_table
+from ...format.extensions import EXTENSION_BITMAPS, find_extension
+from ...format.geometry import WORD_SIZE, divide_up
+from ...format.header import Qcow2Header
+from ...printable import printable
+from ...storage.base import Buffer, Storage
+from ..layers.host_run import HostRun
+from .allocation import RefcountAllocator
+from .guarded_clusters import MetadataClusters
+from .write_back import Ordering
+
+log = logging.getLogger(__name__)
+
+MAX_BITMAP_BYTES = 256 << 20
+"""Memory that the bitmaps of one image may come to when a guest writes all over the disk; QEMU's limit is 512 MiB for
+each."""
+MAX_LOADED_BYTES = 64 << 20
+"""Contents of bitmaps that are read from one image."""
+_MAX_RUN_BYTES = 8 << 20
+_MAX_RUN_CLUSTERS = 256
+_CHECKPOINT_EVERY = 256
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A bitmap in memory; ``table`` is as on disk, ``new_table`` as it is to be. ``bits`` is None for a disabled one:
+    what it has stays where it is, only its table may have to grow."""
+
+    entry: BitmapEntry
+    bits: DirtyBits | None
+    table: array[int]
+    new_table: array[int] = field(default_factory=lambda: array("Q"))
+
+
+async def load_kept_bitmaps(
+    storage: Storage,
+    header: Qcow2Header,
+    *,
+    size: int,
+    allocator: RefcountAllocator,
+    metadata: MetadataClusters,
+) -> KeptBitmaps | None:
+    """The bitmaps of an image of ``size`` bytes that is opened for writing; None where it has none that are worth
+    anything, and the autoclear bit has to go. Raises OSError."""
+    place = bitmap_directory_place(header)
+    if place is None:
+        if header.version >= 3 and find_extension(header.extensions, EXTENSION_BITMAPS) is not None:
+            log.info("%s: its persistent bitmaps are out of date already and stay so", storage.name)
+        return None
+    host_offset, n_bytes, n_bitmaps = place
+    cluster_size = 1 << header.cluster_bits
+    kept = KeptBitmaps(
+        storage,
+        size=size,
+        cluster_size=cluster_size,
+        directory_offset=host_offset,
+        allocator=allocator,
+        metadata=metadata,
+    )
+    try:
+        await kept.require_own(host_offset, n_bytes, "bitmap directory")
+        directory = bytes(await storage.pread(host_offset, n_bytes))
+        entries = parse_bitmap_directory(directory, n_bitmaps, cluster_size)
+    except QcowFuseError as error:
+        log.warning(
+            "%s: %s; the disk can be used, but its persistent bitmaps will be given up by the first write",
+            storage.name,
+            error,
+        )
+        return None
+    metadata.add(host_offset, n_bytes)
+    await kept.take_directory(directory, entries)
+    return kept
+
+
+class KeptBitmaps:
+    """See the module docstring; made by :func:`load_kept_bitmaps`."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        size: int,
+        cluster_size: int,
+        directory_offset: int,
+        allocator: RefcountAllocator,
+        metadata: MetadataClusters,
+    ) -> None:
+        self._storage = storage
+        self._size = size
+        self._cluster_size = cluster_size
+        self._directory_offset = directory_offset
+        self._allocator = allocator
+        self._metadata = metadata
+        self._directory = b""
+        self._entries: list[BitmapEntry] = []
+        self._kept: list[_Kept] = []
+        self._tracked: list[DirtyBits] = []
+        self._n_loaded = 0
+        self._unsound: dict[int, QcowFuseError] = {}
+        self._lock = trio.Lock()
+
+    async def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
+        """The directory as it is on disk. The tables of valid bitmaps are looked at and guarded now: later a cluster
+        that is theirs without having a count could have become somebody else's. Raises OSError."""
+        self._directory = directory
+        self._entries = list(entries)
+        for entry in entries:
+            if entry.flags & IN_USE:
+                continue
+            try:
+                await self._guard_table(entry)
+            except QcowFuseError as error:
+                self._unsound[entry.position] = error
+
+    async def _guard_table(self, entry: BitmapEntry) -> None:
+        cluster_size = self._cluster_size
+        needed = table_entries_needed(size=self._size, granularity=entry.granularity, cluster_size=cluster_size)
+        if entry.table_size != needed:
+            raise FormatError("bitmap table", entry.table_offset, f"{entry.table_size} entries, expected {needed}")
+        self._check_room(needed * cluster_size, entry)
+        table_bytes = entry.table_size * WORD_SIZE
+        if entry.table_offset + table_bytes > self._storage.size():
+            raise FormatError("bitmap table", entry.table_offset, "reaches past the end of the file")
+        await self.require_own(entry.table_offset, table_bytes, "bitmap table")
+        self._metadata.add(entry.table_offset, table_bytes)
+
+    @property
+    def has_enabled(self) -> bool:
+        """Whether there are bitmaps that :meth:`mark` has to be told of."""
+        return any(entry.flags & (AUTO | IN_USE) == AUTO for entry in self._entries)
+
+    def mark(self, guest_offset: int, n_bytes: int) -> None:
+        """The bytes are about to change; call it after :meth:`begin`."""
+        for bits in self._tracked:
+            bits.mark(guest_offset, n_bytes)
+
+    async def begin(self, ordering: Ordering) -> None:
+        """Rule 1; may be called again after an error. Raises OSError."""
+        async with self._lock:
+            await self._take(ordering, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
+
+    async def before_growth(self, ordering: Ordering, new_size: int) -> None:
+        """To be called after :meth:`begin` and before the disk's size rises to ``new_size`` bytes in the header:
+        disabled bitmaps are marked and stored again as well, for QEMU refuses an image with a valid bitmap that is
+        too short. Bits of the new part are clear until the guest writes there. Raises OSError."""
+        async with self._lock:
+            await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
+            self._size = max(self._size, new_size)
+            n_bytes = 0
+            for bitmap in list(self._kept):
+                n_more = self._bytes_needed(bitmap.entry, self._size)
+                try:
+                    self._check_room(n_bytes + n_more, bitmap.entry)
+                except FormatError as error:
+                    self._warn(bitmap.entry, error)
+                    self._kept.remove(bitmap)
+                    self._tracked = [bits for bits in self._tracked if bits is not bitmap.bits]
+                else:
+                    n_bytes += n_more
+
+    async def _take(self, ordering: Ordering, chosen: list[BitmapEntry]) -> None:
+        if not chosen:
+            return
+        kept: list[_Kept] = []
+        n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
+        seen = {word & TABLE_ENTRY_OFFSET_MASK for bitmap in self._kept for word in bitmap.table}
+        for entry in chosen:
+            n_more = self._bytes_needed(entry, self._size)
+            try:
+                self._check_room(n_bytes + n_more, entry)
+                kept.append(await self._load(entry, seen))
+            except (QcowFuseError, OSError) as error:
+                self._warn(entry, error)
+            else:
+                n_bytes += n_more
+        directory = bytearray(self._directory)
+        marked = [replace(entry, flags=entry.flags | IN_USE) for entry in chosen]
+        for entry in marked:
+            replace_entry(directory, entry)
+        await self._write(self._directory_offset, directory)
+        await ordering.flush_storage()
+        self._directory = bytes(directory)
+        by_position = {entry.position: entry for entry in marked}
+        self._entries = [by_position.get(entry.position, entry) for entry in self._entries]
+        for bitmap in kept:
+            bitmap.entry = by_position[bitmap.entry.position]
+        self._kept += kept
+        self._tracked += [bitmap.bits for bitmap in kept if bitmap.bits is not None]
+
+    async def _load(self, entry: BitmapEntry, seen: set[int]) -> _Kept:
+        """``seen``: host offsets of clusters that other bitmaps have."""
+        if (error := self._unsound.get(entry.position)) is not None:
+            raise error
+        table = parse_table(await self._storage.pread(entry.table_offset, entry.table_size * WORD_SIZE))
+        for number, word in enumerate(table):
+            if not is_valid_table_entry(word, self._cluster_size):
+                raise FormatError("bitmap table", entry.table_offset, f"entry {number} {word:#018x} is invalid")
+        if not entry.flags & AUTO:
+            return _Kept(entry, None, table)
+        bits = DirtyBits(granularity=entry.granularity, cluster_size=self._cluster_size)
+        n_loaded = self._n_loaded
+        n_clusters = sum(1 for word in table if word & TABLE_ENTRY_OFFSET_MASK)
+        if n_loaded + n_clusters * self._cluster_size > MAX_LOADED_BYTES:
+            detail = f"has {n_clusters} clusters, which takes all bitmaps above {MAX_LOADED_BYTES} bytes in the image"
+            raise FormatError("bitmap", None, detail)
+        for number, word in enumerate(table):
+            host_offset = word & TABLE_ENTRY_OFFSET_MASK
+            if host_offset:
+                bits.load(number, await self._read_cluster(host_offset, seen), size=self._size)
+            elif word & TABLE_ENTRY_ALL_ONES:
+                bits.load(number, None, size=self._size)
+            if number % _CHECKPOINT_EVERY == 0:
+                await trio.lowlevel.checkpoint()
+        self._n_loaded = n_loaded + n_clusters * self._cluster_size
+        return _Kept(entry, bits, table)
+
+    async def _read_cluster(self, host_offset: int, seen: set[int]) -> Buffer:
+        if host_offset >= self._storage.size():
+            raise FormatError("bitmap data", host_offset, "lies past the end of the file")
+        if host_offset in seen:
+            raise FormatError("bitmap data", host_offset, "belongs to more than one part of a bitmap")
+        await self.require_own(host_offset, self._cluster_size, "bitmap data")
+        seen.add(host_offset)
+        data = self._storage.try_pread(host_offset, self._cluster_size)
+        return await self._storage.pread(host_offset, self._cluster_size) if data is None else data
+
+    def _bytes_needed(self, entry: BitmapEntry, size: int) -> int:
+        return self._cluster_size * table_entries_needed(
+            size=size, granularity=entry.granularity, cluster_size=self._cluster_size
+        )
+
+    def _check_room(self, n_bytes: int, entry: BitmapEntry) -> None:
+        """``n_bytes``: of all bitmaps up to ``entry``."""
+        if n_bytes > MAX_BITMAP_BYTES:
+            detail = f"with granules of {entry.granularity} bytes takes all bitmaps above {MAX_BITMAP_BYTES} bytes"
+            raise FormatError("bitmap", None, detail)
+
+    def _warn(self, entry: BitmapEntry, error: Exception) -> None:
+        name = self._storage.name
+        log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, _shown(entry), error)
+
+    async def store(self, ordering: Ordering, size: int) -> None:
+        """Rule 3, for a disk that now has ``size`` bytes. Nothing may write after this has begun. Failures are
+        logged: what could not be stored stays in_use."""
+        taken: list[HostRun] = []
+        freed: list[HostRun] = []
+        stored: list[_Kept] = []
+        try:
+            for bitmap in self._kept:
+                if await self._try_prepare(bitmap, size, taken, freed):
+                    stored.append(bitmap)
+            if not stored:
+                return
+            try:
+                await ordering.flush()  # counts and contents of what the tables will name
+            except OSError:
+                await self._give_back(taken)
+                raise
+            for bitmap in stored:
+                data = serialise_table(bitmap.new_table, 0, len(bitmap.new_table))
+                await self._write(bitmap.entry.table_offset, data)
+            await ordering.flush_storage()
+            await self._write_entries(ordering, stored)
+        except (QcowFuseError, OSError) as error:
+            names = ", ".join(_shown(bitmap.entry) for bitmap in self._kept)
+            log.error("%s: persistent bitmaps (%s) could not be stored: %s", self._storage.name, names, error)
+            return
+        for run in freed:
+            self._metadata.discard(run.host_offset, run.n_clusters * self._cluster_size)
+            ordering.unlink_cluster(run)
+
+    async def _write_entries(self, ordering: Ordering, stored: list[_Kept]) -> None:
+        """Places of the tables, then their lengths, then the flags; what does not change costs nothing."""
+        directory = bytearray(self._directory)
+        by_position = {entry.position: entry for entry in self._entries}
+        for step in range(3):
+            before = bytes(directory)
+            for bitmap in stored:
+                wanted, entry = bitmap.entry, by_position[bitmap.entry.position]
+                entry = replace(
+                    entry,
+                    table_offset=wanted.table_offset,
+                    table_size=wanted.table_size if step >= 1 else entry.table_size,
+                    flags=entry.flags & ~IN_USE if step == 2 else entry.flags,
+                )
+                replace_entry(directory, entry)
+            if directory != before:
+                await self._write(self._directory_offset, directory)
+                await ordering.flush_storage()
+
+    async def _try_prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> bool:
+        mine: list[HostRun] = []
+        unneeded: list[HostRun] = []
+        try:
+            await self._prepare(bitmap, size, mine, unneeded)
+        except (QcowFuseError, OSError) as error:
+            log.error(
+                "%s: bitmap %s could not be stored and stays marked as inconsistent: %s",
+                self._storage.name,
+                _shown(bitmap.entry),
+                error,
+            )
+            await self._give_back(mine)
+            return False
+        taken += mine
+        freed += unneeded
+        return True
+
+    async def _prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> None:
+        """Write the contents and find a place for the table; ``entry`` and ``new_table`` are what is to be stored."""
+        cluster_size = self._cluster_size
+        entry, old = bitmap.entry, bitmap.table
+        needed = self._bytes_needed(entry, size) // cluster_size
+        table = array("Q", bytes(needed * WORD_SIZE))
+        if bitmap.bits is None:
+            table[: len(old)] = old
+        else:
+            await self._write_contents(bitmap.bits, old, table, taken, freed)
+        n_old = divide_up(len(old) * WORD_SIZE, cluster_size)
+        n_new = divide_up(needed * WORD_SIZE, cluster_size)
+        table_offset = entry.table_offset
+        if n_new > n_old:
+            run = await self._allocator.allocate_exactly(n_new)
+            taken.append(run)
+            freed.append(HostRun(table_offset, n_old))
+            table_offset = run.host_offset
+        # Where clusters are taken from here on, nothing but a flush may fail until the table names them.
+        await self._allocator.space.secure(table_offset, needed * WORD_SIZE)
+        bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
+        bitmap.new_table = table
+
+    async def _write_contents(
+        self, bits: DirtyBits, old: array[int], table: array[int], taken: list[HostRun], freed: list[HostRun]
+    ) -> None:
+        """Write the clusters of a bitmap, in place where it has them already, and fill ``table``."""
+        cluster_size = self._cluster_size
+        homeless: list[int] = []
+        for number in range(len(table)):
+            contents = bits.contents(number)
+            host_offset = old[number] & TABLE_ENTRY_OFFSET_MASK if number < len(old) else 0
+            if contents is not Contents.MIXED:
+                table[number] = contents.value
+                if host_offset:
+                    freed.append(HostRun(host_offset, 1))
+            elif host_offset:
+                table[number] = host_offset
+                await self._write(host_offset, bits.chunks[number])
+            else:
+                homeless.append(number)
+        position = 0
+        while position < len(homeless):
+            most = max(1, min(len(homeless) - position, _MAX_RUN_BYTES // cluster_size, _MAX_RUN_CLUSTERS))
+            run = await self._allocator.allocate(most)
+            taken.append(run)
+            numbers = homeless[position : position + run.n_clusters]
+            await self._storage.pwritev(run.host_offset, [bits.chunks[number] for number in numbers])
+            for index, number in enumerate(numbers):
+                table[number] = run.host_offset + index * cluster_size
+            position += run.n_clusters
+
+    async def _give_back(self, runs: list[HostRun]) -> None:
+        """Clusters that nothing on disk names. Should this fail they are leaked, and no more."""
+        with trio.CancelScope(shield=True):
+            for run in runs:
+                try:
+                    await self._allocator.release([run])
+                except (OSError, QcowFuseError) as error:
+                    log.warning("%s: %s", self._storage.name, error)
+
+    async def require_own(self, host_offset: int, n_bytes: int, what: str) -> None:
+        """Raises CorruptImageError unless the bytes are in clusters with a count of 1 that hold no other metadata."""
+        self._metadata.check(host_offset, n_bytes, what)
+        cluster_size = self._cluster_size
+        for cluster in range(host_offset // cluster_size, divide_up(host_offset + n_bytes, cluster_size)):
+            count = await self._allocator.refcount(cluster)
+            if count != 1:
+                raise CorruptImageError(what, cluster * cluster_size, f"its cluster has refcount {count}, expected 1")
+
+    async def _write(self, host_offset: int, data: Buffer) -> None:
+        if not self._storage.try_pwritev(host_offset, (data,)):
+            await self._storage.pwritev(host_offset, (data,))
+
+
+def _shown(entry: BitmapEntry) -> str:
+    return printable(entry.name.partition("\0")[0])

@@ -1,0 +1,73 @@
+"""Space of the file system below metadata that a later flush has to write, so that the flush does not find the disk
+full after the guest was told that its write succeeded.
+
+1. Space is set aside before memory changes, by whoever changes it: for the L2 slice that gets an entry, the L1 entry
+   of a new table, a refcount block whose counts are raised, new blocks with the part of the refcount table that names
+   them, and whatever moves. An image file may have a hole in any of them: whoever made or copied it may skip zeroes.
+2. Lowering a count and overwriting an entry that is not 0 need nothing: what holds a byte other than 0 is no hole.
+3. Where the file system has no fallocate, the bytes are written again as they are. Rounds of write-back are kept
+   out meanwhile (``round_lock``): nothing else writes tables.
+4. A copy-on-write file system may ask for space at any overwriting, and a network one may tell of a full disk at a
+   flush only: there all this helps less, and a flush that failed to write is tried again.
+"""
+
+from __future__ import annotations
+
+import trio
+
+from ...storage.base import Storage, pread
+
+_UNIT_BITS = 9  # no file system has smaller blocks
+_STEP = 64 << 10
+_MAX_KNOWN = 1 << 16
+
+
+class MetadataSpace:
+    """Which metadata of an image file has its space. One object serves all who write an image."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.round_lock = trio.Lock()
+        self._storage = storage
+        self._known: set[int] = set()
+
+    def has(self, host_offset: int, n_bytes: int) -> bool:
+        """Whether the bytes are known to have their space; False may be wrong."""
+        return self._known.issuperset(_units(host_offset, n_bytes))
+
+    def note_written(self, host_offset: int, n_bytes: int) -> None:
+        """The bytes have just been written, all of them, so that they have their space."""
+        if len(self._known) > _MAX_KNOWN:
+            self._known.clear()
+        self._known.update(_units(host_offset, n_bytes))
+
+    def forget(self, host_offset: int, n_bytes: int) -> None:
+        """The bytes may become a hole."""
+        if self._known:
+            self._known.difference_update(_units(host_offset, n_bytes))
+
+    async def secure(self, host_offset: int, n_bytes: int) -> None:
+        """Give the bytes their space, and keep what they hold. Raises OSError (ENOSPC)."""
+        if n_bytes <= 0 or self.has(host_offset, n_bytes):
+            return
+        if not await self._storage.allocate(host_offset, n_bytes):
+            async with self.round_lock:
+                data = await pread(self._storage, host_offset, n_bytes)
+                if not self._storage.try_pwritev(host_offset, (data,)):
+                    await self._storage.pwritev(host_offset, (data,))
+        self.note_written(host_offset, n_bytes)
+
+    async def secure_part(self, start: int, n_bytes: int, *, of: int, of_bytes: int) -> None:
+        """:meth:`secure` for a part of a structure of ``of_bytes`` at ``of``, with what lies around it there up to
+        64 KiB: so it takes few calls."""
+        if self.has(start, n_bytes):
+            return
+        first = (start - of) // _STEP * _STEP + of
+        end = min(-(-(start + n_bytes - of) // _STEP) * _STEP, of_bytes) + of
+        try:
+            await self.secure(first, end - first)
+        except OSError:
+            await self.secure(start, n_bytes)  # the last block may be enough
+
+
+def _units(host_offset: int, n_bytes: int) -> range:
+    return range(host_offset >> _UNIT_BITS, (host_offset + n_bytes - 1 >> _UNIT_BITS) + 1)

@@ -1,0 +1,384 @@
+"""Writing to a QCOW image: one guest range at a time, by its plan.
+
+The way of a write that is not in place:
+
+    load the L2 slice, pin it -> plan (pure) -> claim -> allocate (the count is raised, in memory)
+    -> read head and tail -> ONE vectored write of head + data + tail -> link (no await) -> give up the claim
+
+1. Between the plan and the claim, and inside the link, there is no await: nothing can run in between.
+2. Zeroes around the data are not written where the host clusters were never written: they read as zeroes.
+3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
+   complete".
+4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
+   and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim.
+5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`).
+6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+import trio
+
+from ...errors import QcowFuseError
+from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
+from ...format.entries import ClusterKind
+from ...format.geometry import MAX_CLUSTER_BITS
+from ...format.subclusters import link_extended, plan_write_extended
+from ...storage.base import Buffer
+from ..layers.data_file import DataClusters
+from ..layers.host_run import HostRun
+from ..layers.mapping import Mapping, Missing, lookup_chain
+from ..layers.range_claims import Claims
+from ..layers.table_cache import L2Slice, TableCache
+from ..layers.usage import Usage
+from ..reading.reader import ChainReader
+from .allocation import Allocator
+from .guarded_clusters import MetadataClusters
+from .write_back import Ordering
+
+ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
+
+
+class Writer:
+    """Executes plans on the top layer of a chain."""
+
+    def __init__(
+        self,
+        *,
+        mapping: Mapping,
+        reader: ChainReader,
+        cache: TableCache,
+        allocator: Allocator,
+        metadata: MetadataClusters,
+        ordering: Ordering,
+        usage: Usage,
+        data_clusters: DataClusters | None = None,
+    ) -> None:
+        self.size = mapping.size
+        self.cluster_size = mapping.geometry.cluster_size
+        self._mapping = mapping
+        self._reader = reader
+        self._cache = cache
+        self._allocator = allocator
+        self._space = allocator.space
+        self._metadata = metadata
+        self._ordering = ordering
+        self._usage = usage
+        self._storage = mapping.storage
+        self._data = mapping.data
+        self._data_clusters = data_clusters
+        self.has_raw_data_file = data_clusters is not None and data_clusters.is_raw
+        self._holes_are_zeroes = mapping.encrypted is None
+        self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
+        self.claims = Claims()
+        self._table_lock = trio.Lock()
+        self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
+        self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
+        self._cluster_bits = mapping.geometry.cluster_bits
+        self._cluster_mask = self.cluster_size - 1
+        self._try_pwritev = mapping.data.try_pwritev
+        # Encrypted clusters and those of a data file take the other way; so does a storage that writes in threads.
+        self._allocates_at_once = data_clusters is None and mapping.encrypted is None
+
+    async def writable_slice(self, guest_offset: int) -> L2Slice:
+        """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
+        mapping = self._mapping
+        l1_index = mapping.l1_index(guest_offset)
+        if not self._owns_table(l1_index):
+            async with self._table_lock:
+                if not self._owns_table(l1_index):
+                    await self._make_table(l1_index)
+        if self._metadata.shared:
+            table = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
+            self._metadata.check_own(table, mapping.geometry.l2_table_size, "L2 table")
+        slice_ = mapping.cached_slice(guest_offset)
+        if slice_ is None:
+            return await mapping.load(guest_offset)
+        slice_.n_pins += 1
+        return slice_
+
+    def _owns_table(self, l1_index: int) -> bool:
+        entry_format = self._mapping.entry_format
+        entry = self._mapping.l1_table[l1_index]
+        return bool(entry & entry_format.l1_offset_mask) and entry & entry_format.copied == entry_format.copied
+
+    async def _make_table(self, l1_index: int) -> None:
+        """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
+        mapping = self._mapping
+        table_size = mapping.geometry.l2_table_size
+        await self._ordering.secure_link(l1_index)
+        self._ordering.check_link(l1_index)
+        old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
+        if old:
+            self._metadata.check_own(old, table_size, "L2 table")
+        run = await self._allocate_table(-(-table_size // self.cluster_size))
+        try:
+            self._metadata.add(run.host_offset, table_size)
+            contents: Buffer = ZEROES[:table_size]
+            if old:
+                contents = await self._storage.pread(old, table_size)
+            if not self._storage.try_pwritev(run.host_offset, [contents]):
+                await self._storage.pwritev(run.host_offset, [contents])
+        except BaseException:
+            self._metadata.discard(run.host_offset, table_size)
+            await self.give_back(run)
+            raise
+        self._space.note_written(run.host_offset, table_size)
+        self._ordering.link_table(l1_index, run.host_offset)
+        if old:
+            self._ordering.unlink_cluster(HostRun(old, 1))
+            self._metadata.discard(old, table_size)
+
+    async def secure(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> None:
+        """Give a slice its space in the file, before entries of it change. Raises OSError (ENOSPC), unless these
+        entries lie where no hole can be: discarding helps where the disk is full."""
+        mapping = self._mapping
+        table = mapping.entry_format.l1_host_offset(mapping.l1_table[slice_.l1_index])
+        start = mapping.slice_host_offset(slice_.slice_number)
+        geometry = mapping.geometry
+        try:
+            await self._space.secure_part(start, geometry.slice_size, of=table, of_bytes=geometry.l2_table_size)
+        except OSError:
+            index, words = mapping.index(guest_offset), mapping.entry_format.words
+            if not slice_.trust(index * words, (index + n_clusters) * words):
+                raise
+        else:
+            slice_.has_space = True
+
+    async def _allocate_table(self, n_clusters: int) -> HostRun:
+        """Contiguous clusters for one table: exactly one, but for version 1 with tables larger than clusters."""
+        run = await self._allocator.allocate(n_clusters)
+        assert run.n_clusters == n_clusters
+        return run
+
+    def try_write_some(self, guest_offset: int, view: memoryview) -> int:
+        """:meth:`write_some` for clusters that are not allocated, by rule 4; 0 where it has to be awaited.
+
+        Raises OSError, CorruptImageError.
+        """
+        mapping = self._mapping
+        if not self._allocates_at_once or self._metadata.shared:
+            return 0
+        slice_ = mapping.cached_slice(guest_offset)
+        if slice_ is None or not slice_.has_space or not self._owns_table(mapping.l1_index(guest_offset)):
+            return 0
+        in_cluster = guest_offset & self._cluster_mask
+        index = mapping.index(guest_offset)
+        start = guest_offset - in_cluster
+        n_bytes = len(view)
+        n_clusters = in_cluster + n_bytes + self._cluster_mask >> self._cluster_bits
+        entries = slice_.entries
+        is_new = self._has_plain_entries and n_clusters <= min(len(entries) - index, MAX_CLUSTERS_PER_ALLOCATION)
+        if is_new and not any(entries[index : index + n_clusters]):
+            # The usual case, where nothing lies below: what the general way finds out, for a tenth of its time.
+            plan = CowPlan(
+                Action.ALLOCATE,
+                n_clusters,
+                0,
+                in_cluster,
+                n_bytes,
+                (n_clusters << self._cluster_bits) - in_cluster - n_bytes,
+            )
+        else:
+            plan = self._plan_write(entries, mapping.entry_format, index, in_cluster, n_bytes)
+            if plan.action is not Action.ALLOCATE:
+                return 0
+            start = guest_offset - plan.head
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            try:
+                extents = lookup_chain(self._reader.layers, start, n_covered)
+            except Missing:
+                return 0
+            if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
+                return 0
+        first = guest_offset >> self._cluster_bits
+        if self.claims.first_conflict(first, first + plan.n_clusters):
+            return 0
+        run = self._allocator.try_allocate(plan.n_clusters)
+        if run is None:
+            return 0
+        try:
+            plan = shortened(plan, run.n_clusters, in_cluster, self._cluster_bits)
+            parts: list[Buffer] = [view[: plan.n_bytes]]
+            host_offset = run.host_offset + (start & self._cluster_mask)
+            if run.is_fresh:
+                host_offset += plan.head
+            else:
+                parts = [part for part in (ZEROES[: plan.head], *parts, ZEROES[: plan.tail]) if len(part)]
+            is_written = self._try_pwritev(host_offset, parts)
+        except BaseException:
+            self._allocator.give_back(run)
+            raise
+        if not is_written:
+            self._allocates_at_once = False
+            self._allocator.give_back(run)
+            return 0
+        self._link(slice_, start, run.host_offset, plan)
+        self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self.size - start))
+        return plan.n_bytes
+
+    async def write_some(self, guest_offset: int, view: memoryview) -> int:
+        """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
+        slice_ = await self.writable_slice(guest_offset)
+        try:
+            plan = self._plan(slice_, guest_offset, len(view))
+            if not slice_.has_space and plan.action is not Action.IN_PLACE:
+                end = min(guest_offset + len(view), self._mapping.slice_end(guest_offset)) + self._cluster_mask
+                n_clusters = (end >> self._cluster_bits) - (guest_offset >> self._cluster_bits)
+                await self.secure(slice_, guest_offset, n_clusters)
+                plan = self._plan(slice_, guest_offset, len(view))
+            if plan.action is not Action.ALLOCATE:
+                if self._data_clusters is None:
+                    self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+                else:
+                    self._data_clusters.check(guest_offset & ~self._cluster_mask, plan.host_offset)
+            if plan.action is Action.IN_PLACE:
+                host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
+                await self._write_data(host_offset, guest_offset, [view[: plan.n_bytes]])
+                return plan.n_bytes
+            first = guest_offset >> self._cluster_bits
+            conflict = self.claims.first_conflict(first, first + plan.n_clusters)
+            if conflict is not None:
+                if conflict.start <= first:
+                    await conflict.released.wait()
+                    return 0
+                plan = shortened(plan, conflict.start - first, guest_offset & self._cluster_mask, self._cluster_bits)
+            claim = self.claims.take(first, first + plan.n_clusters)
+            try:
+                return await self._allocate_and_link(plan, slice_, guest_offset, view)
+            finally:
+                self.claims.release(claim)
+        finally:
+            self._cache.unpin(slice_)
+
+    def _plan(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> CowPlan:
+        index, in_cluster = self._mapping.index(guest_offset), guest_offset & self._cluster_mask
+        return self._plan_write(slice_.entries, self._mapping.entry_format, index, in_cluster, n_bytes)
+
+    async def link_some(self, guest_offset: int, n_bytes: int) -> int:
+        """Link the start of a range of a raw data file as it stands; returns how many bytes that was. Needs no claim:
+        a write that is on its way goes to the same place and makes the same link."""
+        slice_ = await self.writable_slice(guest_offset)
+        try:
+            end = min(guest_offset + n_bytes, self._mapping.slice_end(guest_offset))
+            start = guest_offset & ~self._cluster_mask
+            n_clusters = end - start + self._cluster_mask >> self._cluster_bits
+            if not slice_.has_space:
+                await self.secure(slice_, start, n_clusters)
+            extents = await self._reader.lookup(start, min(n_clusters << self._cluster_bits, self.size - start))
+            plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
+            self._link(slice_, start, start, plan)
+        finally:
+            self._cache.unpin(slice_)
+        self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
+        return end - guest_offset
+
+    async def copy_cluster(self, slice_: L2Slice, start: int) -> None:
+        """Put what the guest sees in a cluster, which the caller has claimed, into a new one of its own."""
+        plan = CowPlan(Action.ALLOCATE, 1, 0, 0, 0, self.cluster_size)
+        await self._allocate_and_link(plan, slice_, start, memoryview(b""))
+
+    async def _allocate_and_link(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
+        start = guest_offset - plan.head
+        run: HostRun | None = None
+        host_offset = plan.host_offset
+        if plan.action is Action.ALLOCATE:
+            if self._data_clusters is None:
+                run = await self._allocator.allocate(plan.n_clusters)
+            else:
+                run = self._data_clusters.take(guest_offset & ~self._cluster_mask, plan.n_clusters)
+            host_offset = run.host_offset
+            if run.n_clusters < plan.n_clusters:
+                plan = shortened(plan, run.n_clusters, guest_offset & self._cluster_mask, self._cluster_bits)
+        try:
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            extents = await self._reader.lookup(start, n_covered)
+            head = await self._old_bytes(start, plan.head)
+            tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
+            buffers: list[Buffer] = [view[: plan.n_bytes]]
+            skipped = 0
+            if head is not None:
+                buffers.insert(0, head)
+            elif run is not None and run.is_fresh and self._holes_are_zeroes:
+                skipped = plan.head
+            else:
+                buffers.insert(0, ZEROES[: plan.head])
+            if tail is not None:
+                buffers.append(tail)
+            elif run is None or not run.is_fresh or not self._holes_are_zeroes:
+                buffers.append(ZEROES[: plan.tail])
+            write_offset = host_offset + (start & self._cluster_mask) + skipped
+            await self._write_data(write_offset, start + skipped, [part for part in buffers if len(part)])
+        except BaseException as error:
+            if self._data_clusters is not None:
+                if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
+                    self._link(slice_, start, host_offset, plan)
+            elif run is not None:
+                await self.give_back(run)
+            raise
+        self._link(slice_, start, host_offset, plan)
+        n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
+        self._usage.add(start, n_holes)
+        return plan.n_bytes
+
+    def _link(self, slice_: L2Slice, start: int, host_offset: int, plan: CowPlan) -> None:
+        """Point the entries of a plan whose bytes begin at guest offset ``start`` at the clusters written."""
+        entries = slice_.entries
+        entry_format = self._mapping.entry_format
+        words = entry_format.words
+        first = self._mapping.index(start) * words
+        end = first + plan.n_clusters * words
+        replaced = entries[first:end:words]
+        if entry_format.is_extended:
+            link_extended(
+                entries,
+                entry_format,
+                self._mapping.index(start),
+                host_offset=host_offset,
+                in_cluster=start & self._cluster_mask,
+                n_bytes=plan.head + plan.n_bytes + plan.tail,
+            )
+        else:
+            for number in range(plan.n_clusters):
+                entries[first + number] = entry_format.data_entry(host_offset + (number << self._cluster_bits))
+        self._cache.mark_dirty(slice_, first, end)
+        for number, old in enumerate(replaced):
+            if old:
+                self.unlink(old, host_offset + (number << self._cluster_bits))
+
+    def unlink(self, old: int, new_offset: int) -> None:
+        """Note the host clusters that an overwritten entry referred to. Version 1 counts nothing: they are lost."""
+        entry_format = self._mapping.entry_format
+        if entry_format.version == 1 or entry_format.has_data_file:
+            return
+        if old & entry_format.compressed:
+            where = entry_format.compressed_cluster(old)
+            first = where.host_offset >> self._cluster_bits
+            last = (where.host_offset + where.n_bytes - 1) >> self._cluster_bits
+            self._ordering.unlink_cluster(HostRun(first << self._cluster_bits, last - first + 1))
+        elif entry_format.host_offset(old) not in (0, new_offset):
+            self._ordering.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
+
+    async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""
+        inside = min(n_bytes, max(self.size - guest_offset, 0))
+        if not inside:
+            return None
+        extents = await self._reader.lookup(guest_offset, inside)
+        if len(extents) == 1 and extents[0].kind == ClusterKind.ZERO:
+            return None
+        old = await self._reader.read(guest_offset, inside)
+        return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
+
+    async def _write_plain(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> None:
+        """Write guest data as it is."""
+        if not self._try_pwritev(host_offset, buffers):
+            await self._data.pwritev(host_offset, buffers)
+
+    async def give_back(self, run: HostRun) -> None:
+        """Clusters that were taken and never linked. Should even this fail they are leaked, and no more."""
+        with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
+            await self._allocator.release([run])

@@ -1,0 +1,233 @@
+"""Reads and writes that need not wait, answered as soon as they have been read from /dev/fuse.
+
+pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then has libfuse take it apart and start a
+coroutine. For a read of 4 KiB from memory that costs several times what the read does. While :meth:`AtOnce.active`
+lasts, that call is diverted: requests are read here, READ and WRITE of the one file are answered by plain calls, and
+then comes the next; whatever else is read is handed to libfuse, as if libfuse had read it.
+
+1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
+   that does not fit, an image that has to wait, any exception) it is handed on: what is an error is decided by
+   :class:`~qcowfuse.fuse.operations.Operations` alone, which does the same again. A write may be done twice.
+2. A buffer of libfuse's is used once libfuse itself has received a request with it, and only if that looked as it
+   must: so memory and layout are known. Until then, and for good on any surprise, requests are libfuse's to receive.
+3. Nothing raised here gets to libfuse: ctypes would swallow it.
+4. No data is kept: the memory that a write is handed in is overwritten by the next request.
+5. The gate counts what is answered here (rule 3 of :mod:`..request_gate`), and spins here when there is no request.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import mmap
+import os
+import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+import pyfuse3
+
+from ...driver.image import Buffer
+from ...system.import_slot import LoadedObject, SlotError, diverted
+from ..request_gate import RequestGate
+
+# linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
+_REQUEST = struct.Struct("<IIQQ12xHxxQQI")
+_HEADER = struct.Struct("<IIQ")
+_HEADER_BYTES = 40
+_WRITE_BYTES = _HEADER_BYTES + 40
+_REPLY = struct.Struct("<IiQ")
+_WRITTEN = struct.Struct("<IiQII")
+_FUSE_READ, _FUSE_WRITE = 15, 16
+_MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
+_MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
+
+_log = logging.getLogger(__name__)
+
+
+class QuickHandlers(Protocol):
+    """What :class:`~qcowfuse.fuse.operations.Operations` can do without waiting."""
+
+    has_declined: bool
+    """Set here when a try was in vain: the request that is handed on then need not be tried again."""
+
+    @property
+    def file_inode(self) -> int:
+        """The inode of the one file."""
+
+    def try_read(self, off: int, size: int) -> Buffer | None:
+        """All the bytes, or None."""
+
+    def try_read_alone(self, off: int, size: int) -> Buffer | None:
+        """The same with more effort, if nobody else waits; to be asked after :meth:`try_read`."""
+
+    def try_write(self, off: int, data: Buffer) -> bool:
+        """Whether all of it was written. ``data`` is only lent."""
+
+
+class _FuseBuf(ctypes.Structure):
+    """The head of libfuse's ``struct fuse_buf``, which has been the same since 3.0."""
+
+    size: int
+    flags: int
+    mem: int | None
+
+    _fields_ = (("size", ctypes.c_size_t), ("flags", ctypes.c_int), ("mem", ctypes.c_void_p))
+
+
+class _Buffer:
+    """A buffer of libfuse's, at ``address``, that requests can be read into."""
+
+    __slots__ = ("address", "fuse_buf", "view", "views")
+
+    def __init__(self, fuse_buf: _FuseBuf, address: int, n_bytes: int) -> None:
+        self.fuse_buf = fuse_buf
+        self.address = address
+        self.view = memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
+        self.views = (self.view,)
+
+
+_RECEIVE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+
+
+class AtOnce:
+    """``with hook.active():`` around ``pyfuse3.main``. ``refusal`` is None, or says why libfuse receives all."""
+
+    def __init__(self, handlers: QuickHandlers, gate: RequestGate) -> None:
+        self.refusal: str | None = None
+        self.n_answered = 0
+        self._handlers = handlers
+        self._gate = gate
+        self._fd = -1
+        self._buffers: dict[int, _Buffer] = {}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Divert inside of the block. Raises nothing of its own."""
+        try:
+            library = ctypes.CDLL(pyfuse3.__file__)
+            name, slot = LoadedObject(library).slot_of(["fuse_session_receive_buf"])
+            # pyfuse3 holds the interpreter's lock while it receives, and so must all that stands in between.
+            self._receive_by_libfuse: Callable[[int, int], int] = _RECEIVE((name, library))
+            self._fd_of: Callable[[int], int] = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
+                ("fuse_session_fd", library)
+            )
+            self._usable_size = ctypes.CDLL(None).malloc_usable_size
+            self._usable_size.argtypes, self._usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
+            callback = _RECEIVE(self._receive)
+            target = ctypes.cast(callback, ctypes.c_void_p).value
+            assert target is not None
+            diversion = diverted(slot, target)
+            diversion.__enter__()
+        except (SlotError, OSError, AttributeError, ValueError, LookupError) as exc:
+            self._refuse(str(exc))
+            yield
+            return
+        try:
+            yield
+        finally:
+            diversion.__exit__(None, None, None)
+            _log.debug("%d requests were answered at once", self.n_answered)
+
+    def _refuse(self, reason: str) -> None:
+        self.refusal = reason
+        _log.info("requests go the long way, small ones are slower: %s", reason)
+
+    def _receive(self, session: int, fuse_buf: int) -> int:
+        """Stands in for ``fuse_session_receive_buf``: bytes of a request, 0 at the end, or minus an error number."""
+        buffer = self._buffers.get(fuse_buf)
+        if buffer is not None and buffer.fuse_buf.mem == buffer.address:
+            try:
+                return self._receive_into(buffer)
+            except OSError as exc:
+                # Such as ENODEV, the end of the connection. libfuse will get the same, and knows what to do.
+                if exc.errno not in (errno.ENODEV, errno.EINTR, errno.ENOENT):
+                    _log.info("reading a request failed: %s", exc)
+            except Exception:
+                _log.exception("bug in qcowfuse: receiving a request failed unexpectedly")
+        n_bytes = self._receive_by_libfuse(session, fuse_buf)
+        if n_bytes == -errno.EAGAIN:
+            return -errno.EINTR
+        if n_bytes > 0 and self.refusal is None:
+            try:
+                self._learn(session, fuse_buf, n_bytes)
+            except (SlotError, OSError, ValueError) as exc:
+                self._buffers.clear()
+                self._refuse(str(exc))
+        return n_bytes
+
+    def _learn(self, session: int, address: int, n_bytes: int) -> None:
+        """Make the buffer that libfuse has just received with one of ours (rule 2). Raises SlotError, OSError."""
+        fuse_buf = _FuseBuf.from_address(address)
+        if fuse_buf.size != n_bytes or fuse_buf.flags or not fuse_buf.mem:
+            raise SlotError("libfuse's buffer is of an unknown kind")
+        n_usable = self._usable_size(fuse_buf.mem) & -mmap.PAGESIZE
+        if not _MIN_BUFFER <= n_usable <= _MAX_BUFFER or n_bytes < _HEADER_BYTES:
+            raise SlotError("libfuse's buffer is of an odd size")
+        if _HEADER.unpack(ctypes.string_at(fuse_buf.mem, _HEADER.size))[0] != n_bytes:
+            raise SlotError("libfuse's buffer holds no request")
+        if self._fd < 0:
+            fd = self._fd_of(session)
+            os.set_blocking(fd, False)  # libfuse copes: see EAGAIN above
+            self._fd = fd
+        self._buffers[address] = _Buffer(fuse_buf, fuse_buf.mem, n_usable)
+
+    def _receive_into(self, buffer: _Buffer) -> int:
+        fd, view, gate = self._fd, buffer.view, self._gate
+        handlers = self._handlers
+        try_read, try_write, file_inode = handlers.try_read, handlers.try_write, handlers.file_inode
+        n_answered, n_allowed = 0, gate.n_left_in_burst()
+        try:
+            while n_answered < n_allowed:
+                try:
+                    n_bytes = os.readv(fd, buffer.views)
+                except BlockingIOError:
+                    if gate.spin(fd):
+                        continue
+                    return -errno.EINTR
+                n_stated, opcode, unique, inode, n_extra, _, off, size = _REQUEST.unpack_from(view)
+                if inode == file_inode and n_stated == n_bytes and not n_extra:
+                    try:
+                        if opcode == _FUSE_READ:
+                            data = try_read(off, size)
+                            if data is None and gate.is_idle():
+                                data = handlers.try_read_alone(off, size)
+                            if data is None:
+                                handlers.has_declined = True
+                            else:
+                                _reply(fd, unique, (_REPLY.pack(_REPLY.size + len(data), 0, unique), data))
+                                # Free before the next is made: the same memory, in the processor's cache still.
+                                del data
+                                n_answered += 1
+                                continue
+                        elif opcode == _FUSE_WRITE and n_bytes == _WRITE_BYTES + size and size:
+                            if try_write(off, view[_WRITE_BYTES:n_bytes]):
+                                _reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
+                                n_answered += 1
+                                continue
+                            handlers.has_declined = True
+                    except Exception as exc:
+                        _log.debug("not answered at once: %r", exc)
+                buffer.fuse_buf.size = n_bytes
+                buffer.fuse_buf.flags = 0
+                return n_bytes
+            return -errno.EINTR
+        finally:
+            gate.count(n_answered)
+            self.n_answered += n_answered
+
+
+def _reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> None:
+    """Answer; whatever becomes of it, the request is answered then (rule 1)."""
+    try:
+        os.writev(fd, parts)
+    except OSError as exc:
+        if exc.errno in (errno.ENOENT, errno.ENODEV):
+            return  # whoever asked was interrupted, or the connection is at its end
+        _log.error("a reply was refused: %s", exc)
+        try:
+            os.write(fd, _REPLY.pack(_REPLY.size, -errno.EIO, unique))
+        except OSError as again:
+            _log.error("and so was the error: %s", again)

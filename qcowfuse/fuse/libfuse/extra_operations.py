@@ -1,0 +1,109 @@
+"""fallocate and lseek, which pyfuse3 has no handlers for: between libfuse's callbacks and :class:`Operations`.
+
+1. A callback only starts a task; the task answers the request, whatever happens to it. A request that is never
+   answered would hang its client for good.
+2. Nothing is raised into libfuse: ctypes would swallow it.
+3. The kernel tells of signals that a caller gets, and libfuse takes note of it; the kernel waits for the answer all
+   the same, of a caller that is killed, too. A handler that may take long can ask while it is at work.
+4. ENOSYS is never answered: the kernel would turn the operation off for the life of the mount.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import pyfuse3
+import trio
+
+_log = logging.getLogger(__name__)
+
+_FALLOCATE = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_void_p,  # request
+    ctypes.c_uint64,  # inode
+    ctypes.c_int,  # mode
+    ctypes.c_int64,  # offset
+    ctypes.c_int64,  # length
+    ctypes.c_void_p,  # file info
+)
+_LSEEK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+
+
+class ExtraHandlers(Protocol):
+    """What :class:`~qcowfuse.fuse.operations.Operations` adds to pyfuse3's. Only FUSEError leaves a handler."""
+
+    async def fallocate(self, mode: int, off: int, length: int) -> None:
+        """fallocate(2) of the one file."""
+
+    async def lseek(self, off: int, whence: int, is_interrupted: Callable[[], bool]) -> int:
+        """lseek(2) with SEEK_DATA or SEEK_HOLE. ``is_interrupted``: whether the caller got a signal, and should have
+        an answer soon."""
+
+
+class ExtraOperations:
+    """Callbacks for libfuse's table of operations. ``nursery`` is set before the first request is read and must be
+    closed before ``pyfuse3.close``."""
+
+    def __init__(self, handlers: ExtraHandlers) -> None:
+        self.nursery: trio.Nursery | None = None
+        self._handlers = handlers
+        self._callbacks: list[object] = []
+        self._reply_error: Callable[[int, int], int] | None = None
+        self._reply_lseek: Callable[[int, int], int] | None = None
+        self._is_interrupted: Callable[[int], int] | None = None
+
+    def callbacks(self, library: ctypes.CDLL) -> dict[str, int]:
+        """Addresses by operation. Raises AttributeError where this libfuse cannot answer them."""
+        reply_error, reply_lseek = library.fuse_reply_err, library.fuse_reply_lseek
+        reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
+        interrupted = library.fuse_req_interrupted
+        interrupted.argtypes = (ctypes.c_void_p,)
+        self._reply_error, self._reply_lseek, self._is_interrupted = reply_error, reply_lseek, interrupted
+        wanted: dict[str, Any] = {"fallocate": _FALLOCATE(self._on_fallocate), "lseek": _LSEEK(self._on_lseek)}
+        self._callbacks = list(wanted.values())
+        return {name: ctypes.cast(callback, ctypes.c_void_p).value or 0 for name, callback in wanted.items()}
+
+    def _on_fallocate(self, request: int, inode: int, mode: int, off: int, length: int, info: int) -> None:
+        self._start(request, lambda: self._handlers.fallocate(mode, off, length))
+
+    def _on_lseek(self, request: int, inode: int, off: int, whence: int, info: int) -> None:
+        def is_interrupted() -> bool:
+            assert self._is_interrupted is not None
+            return bool(self._is_interrupted(request))
+
+        self._start(request, lambda: self._handlers.lseek(off, whence, is_interrupted))
+
+    def _start(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
+        try:
+            if self.nursery is None:
+                raise RuntimeError("no nursery yet")
+            self.nursery.start_soon(self._answer, request, handler)
+        except Exception:
+            _log.exception("a request could not be started")
+            self._reply(request, None, errno.EIO)
+
+    async def _answer(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
+        value: int | None = None
+        error = errno.EIO
+        try:
+            value = await handler()
+            error = 0
+        except pyfuse3.FUSEError as exc:
+            error = exc.errno
+        except Exception:
+            _log.exception("bug in qcowfuse: a handler failed unexpectedly")
+        finally:
+            self._reply(request, value, errno.EIO if error == errno.ENOSYS else error)
+
+    def _reply(self, request: int, value: int | None, error: int) -> None:
+        assert self._reply_error is not None
+        assert self._reply_lseek is not None
+        if error or value is None:
+            self._reply_error(request, error)
+        else:
+            self._reply_lseek(request, value)

@@ -1,0 +1,85 @@
+"""Sets one flag in libfuse's reply to INIT that libfuse itself knows nothing of (before 3.18 or so).
+
+Without FUSE_HANDLE_KILLPRIV_V2 the kernel asks for the attribute ``security.capability`` before every single
+write, since a write must take such privileges away: two requests instead of one, and a page-cache write is
+then as slow as a direct one. The flag says that the file system sees to that by itself. It is true without
+further work: the served file never has set-id bits or capabilities.
+
+1. The first ``writev`` of libfuse after its init callback is the reply. It is diverted for that one call, and
+   changed only when it is what it should be: header, no error, protocol 7.
+2. On any surprise nothing is changed, and the mount works without.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from contextlib import ExitStack
+
+from ...system.import_slot import LoadedObject, diverted
+
+HANDLE_KILLPRIV_V2 = 1 << 28
+MIN_PROTOCOL_MINOR = 33
+"""Of the kernel, not of libfuse: a kernel that is older has another use for the flag, or none."""
+
+_HEADER_BYTES = 16
+_MIN_REPLY_BYTES = 24
+
+_log = logging.getLogger(__name__)
+
+
+class _IoVector(ctypes.Structure):
+    _fields_ = (("base", ctypes.c_void_p), ("n_bytes", ctypes.c_size_t))
+
+
+class _ReplyHeader(ctypes.Structure):
+    _fields_ = (("n_bytes", ctypes.c_uint32), ("error", ctypes.c_int32), ("unique", ctypes.c_uint64))
+
+
+class _InitReply(ctypes.Structure):
+    _fields_ = tuple((name, ctypes.c_uint32) for name in ("major", "minor", "max_readahead", "flags"))
+
+
+_VectorPointer = ctypes.POINTER(_IoVector)
+_WRITEV = ctypes.CFUNCTYPE(ctypes.c_ssize_t, ctypes.c_int, _VectorPointer, ctypes.c_int, use_errno=True)
+
+
+class InitReplyFlag:
+    """Call :meth:`arm` inside libfuse's init callback. Keep the object as long as the session lives."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        """``library`` is any object that leads to libfuse. Raises SlotError, AttributeError, OSError."""
+        function = ctypes.cast(library.fuse_reply_err, ctypes.c_void_p).value
+        assert function is not None
+        _, self._slot = LoadedObject.holding(function).slot_of(["writev"])
+        self._real = _WRITEV(("writev", ctypes.CDLL(None)))
+        self._callback = _WRITEV(self._writev)
+        self._diversion = ExitStack()
+        self.was_set = False
+
+    def arm(self) -> None:
+        """Divert the next ``writev``. Raises SlotError."""
+        target = ctypes.cast(self._callback, ctypes.c_void_p).value
+        assert target is not None
+        self._diversion.enter_context(diverted(self._slot, target))
+
+    def _writev(self, fd: int, vectors: ctypes._Pointer[_IoVector], n_vectors: int) -> int:
+        try:
+            self._diversion.close()
+            self.was_set = _set_flag(vectors, n_vectors)
+        except Exception:
+            _log.exception("the reply to INIT could not be changed")
+        return int(self._real(fd, vectors, n_vectors))
+
+
+def _set_flag(vectors: ctypes._Pointer[_IoVector], n_vectors: int) -> bool:
+    if n_vectors != 2 or vectors[0].n_bytes != _HEADER_BYTES or vectors[1].n_bytes < _MIN_REPLY_BYTES:
+        return False
+    header = _ReplyHeader.from_address(vectors[0].base)
+    reply = _InitReply.from_address(vectors[1].base)
+    if header.error or header.n_bytes != _HEADER_BYTES + vectors[1].n_bytes:
+        return False
+    if reply.major != 7:
+        return False
+    reply.flags |= HANDLE_KILLPRIV_V2
+    return True

@@ -1,0 +1,483 @@
+"""The FUSE operations of exactly one file: the virtual disk.
+
+1. Only FUSEError (and cancellation) leaves a handler: anything else would end the mount. What to answer is in
+   :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
+2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
+3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
+4. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
+   write-back cache the kernel keeps the times. For a root inode it then never moves them by itself: a file that
+   is mounted over a file shows the time that utimens gave it last.)
+5. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
+   is open for writing somewhere: before it tells of the release it has written everything. So holes are where
+   the image has them while there is no writer; while there is one, all of the file counts as data. When the disk
+   is growable, not even its end is known then: the answer is that of a file system which does not know holes.
+   (The kernel could be asked, but not now: it holds the inode locked while it waits for the answer.)
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import NoReturn
+
+import pyfuse3
+from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
+
+from ..driver.image import Buffer, Image
+from .errnos import errno_of
+from .request_gate import RequestGate
+from .seeking import Seeker, never
+from .sizes import Sizes
+
+XATTR_PREFIX = b"user.qcowfuse."
+FILE_INODE_IN_DIRECTORY = 2
+
+# The name of the file never changes; its attributes do: blocks get allocated.
+_ENTRY_TIMEOUT = 3600.0
+_ATTRIBUTES_TIMEOUT = 1.0
+_MAX_BLOCK_SIZE = 1 << 20
+_MIN_BLOCK_SIZE = 4096
+
+# linux/falloc.h
+FALLOC_KEEP_SIZE = 0x01
+FALLOC_PUNCH_HOLE = 0x02
+FALLOC_ZERO_RANGE = 0x10
+_WRITER = 1 << 32
+"""Set in the handle of a file that is open for writing."""
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Ownership:
+    """Who owns the served file (and folder), and the permission bits of the file."""
+
+    uid: int
+    gid: int
+    mode: int
+
+
+@dataclass(slots=True)
+class _Times:
+    atime_ns: int
+    mtime_ns: int
+    ctime_ns: int
+
+
+class Operations(pyfuse3.Operations):
+    """One file that holds ``image``. ``file_name`` is its name in a folder, None when the file is the root itself.
+
+    ``mtime_ns`` is the time that the file shows until it is written. ``on_release`` and ``on_discard`` must not
+    block.
+    """
+
+    supports_dot_lookup = False
+
+    def __init__(
+        self,
+        image: Image,
+        *,
+        file_name: bytes | None,
+        ownership: Ownership,
+        folder_mode: int = 0o700,
+        mtime_ns: int,
+        gate: RequestGate | None = None,
+        growable: bool = False,
+        on_release: Callable[[], None] = lambda: None,
+        on_discard: Callable[[], None] = lambda: None,
+    ) -> None:
+        super().__init__()
+        self.enable_writeback_cache = False
+        self.has_declined = False
+        self.gate = RequestGate() if gate is None else gate
+        self.n_open = 0
+        self.daemon_statistics: dict[str, int] = {}
+        self._n_writers = 0
+        self._image = image
+        self._seeker = Seeker(image)
+        self._size = image.size
+        self.try_read = image.try_read
+        self.try_read_alone = image.try_read_alone
+        self._try_write_in_place = image.try_write
+        self._try_write_new = image.try_write_new
+        self._name = file_name
+        self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
+        self.sizes = Sizes(
+            image,
+            self._file_inode,
+            growable=growable,
+            slow=self._slow,
+            note_write=self._note_write,
+            on_change=self._note_size,
+            trusts_kernel=lambda: self.enable_writeback_cache,
+        )
+        self._ownership = ownership
+        self._folder_ownership = replace(ownership, mode=folder_mode)
+        self._times = _Times(mtime_ns, mtime_ns, mtime_ns)
+        self._folder_times = replace(self._times)
+        self._n_writes = 0
+        self._n_flushed = 0
+        self._on_release = on_release
+        self._on_discard = on_discard
+        self._last_error = ""
+
+    # ---- the hot path ----
+
+    @property
+    def file_inode(self) -> int:
+        """The inode of the one file."""
+        return self._file_inode
+
+    def try_write(self, off: int, data: Buffer) -> bool:
+        """Whether all of ``data`` was written at once; if not, :meth:`write` must be asked, and a part of it may have
+        been written. Raises what the image raises; ``data`` is not kept."""
+        n_bytes = len(data)
+        if off + n_bytes > self._size or not (self._try_write_in_place(off, data) or self._try_write_new(off, data)):
+            return False
+        self._note_write()
+        return True
+
+    def _note_size(self, n_bytes: int) -> None:
+        self._size = n_bytes
+
+    def _note_write(self) -> None:
+        self._n_writes += 1
+        self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+
+    async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
+        """The bytes at ``off``, less at the end of the disk."""
+        try:
+            if off + size > self._size:
+                size = self._size - off
+                if size <= 0:
+                    return b""
+            if self.has_declined:
+                self.has_declined = False
+            else:
+                data = self.try_read(off, size)
+                if data is not None:
+                    return data
+            alone = self.gate.is_idle()
+            with self._slow():
+                return await self._image.read(off, size, alone=alone)
+        except Exception as exc:
+            self._fail("read", exc)
+
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        """Write ``buf``."""
+        try:
+            if off + len(buf) > self._size:
+                return await self.sizes.write_past_end(off, buf)
+            if self.has_declined:
+                self.has_declined = False
+            elif self._try_write_in_place(off, buf):
+                self._note_write()
+                return len(buf)
+            await self._write_slowly(off, buf)
+        except Exception as exc:
+            self._fail("write", exc)
+        return len(buf)
+
+    async def _write_slowly(self, off: int, data: Buffer) -> None:
+        try:
+            with self._slow():
+                await self._image.write(off, data)
+        finally:
+            self._note_write()
+
+    # ---- holes (called through ExtraOperations) ----
+
+    async def fallocate(self, mode: int, off: int, length: int) -> None:
+        """Punch holes, zero ranges and set space aside, at any offset and length inside of the disk; past its end
+        when it is growable."""
+        try:
+            if self._image.read_only:
+                raise FUSEError(errno.EROFS)
+            kind = mode & ~FALLOC_KEEP_SIZE
+            if kind not in (0, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
+                raise FUSEError(errno.EOPNOTSUPP)
+            if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
+                if not self.sizes.is_growable:
+                    raise FUSEError(errno.ENOSPC)
+                await self.sizes.grow_to(off + length)
+            length = min(length, self._size - off)
+            if length <= 0:
+                return
+            try:
+                with self._slow():
+                    if kind:
+                        await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)
+                    else:
+                        await self._image.allocate(off, length)
+            except BaseException:
+                # The kernel changes neither pages nor size after a failure, and a part may be done.
+                self.sizes.is_wrong(forgets=True)
+                raise
+            finally:
+                self._note_write()
+            self._on_discard()
+        except Exception as exc:
+            self._fail("fallocate", exc)
+
+    async def lseek(self, off: int, whence: int, is_interrupted: Callable[[], bool] = never) -> int:
+        """The next data, or the next hole; the end of the file is a hole. With ``is_interrupted``, see
+        :mod:`.seeking`."""
+        try:
+            if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
+                raise FUSEError(errno.EINVAL)
+            if self._n_writers and self.enable_writeback_cache:
+                if self.sizes.is_growable:
+                    raise FUSEError(errno.EINVAL)
+                if not 0 <= off < self._size:
+                    raise FUSEError(errno.ENXIO)
+                return off if whence == os.SEEK_DATA else self._size
+            if not 0 <= off < self._size:
+                raise FUSEError(errno.ENXIO)
+            with self._slow():
+                found = await self._seeker.seek(off, self._size, whence, is_interrupted)
+            if found is None:
+                raise FUSEError(errno.ENXIO)
+            return found
+        except Exception as exc:
+            self._fail("lseek", exc)
+
+    # ---- durability ----
+
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        """Make everything written durable. There is nothing that ``datasync`` could leave out."""
+        await self._flush_image("fsync")
+
+    async def flush(self, fh: int) -> None:
+        """Every close of a descriptor: durable as well, where anything was written since the last time."""
+        if self._n_flushed < self._n_writes:
+            await self._flush_image("flush")
+        if fh & _WRITER:
+            await self.sizes.wait_until_mended()
+
+    async def _flush_image(self, operation: str) -> None:
+        n_writes = self._n_writes
+        try:
+            with self._slow():
+                await self._image.flush()
+        except Exception as exc:
+            self._fail(operation, exc)
+        self._n_flushed = max(self._n_flushed, n_writes)
+
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        """There is nothing in the folder to make durable."""
+
+    # ---- names ----
+
+    async def lookup(self, parent_inode: int, name: bytes, ctx: RequestContext) -> EntryAttributes:
+        """The one name in the folder."""
+        if parent_inode == pyfuse3.ROOT_INODE and self._name is not None:
+            if name == self._name:
+                return self._file_attributes()
+            if name in (b".", b".."):
+                return self._folder_attributes()
+        raise FUSEError(errno.ENOENT if self._name is not None else errno.ENOTDIR)
+
+    async def opendir(self, inode: int, ctx: RequestContext) -> int:
+        """Open the folder."""
+        if self._name is None or inode != pyfuse3.ROOT_INODE:
+            raise FUSEError(errno.ENOTDIR)
+        return inode
+
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        """The folder holds one name."""
+        if start_id == 0 and self._name is not None:
+            pyfuse3.readdir_reply(token, self._name, self._file_attributes(), 1)
+
+    async def releasedir(self, fh: int) -> None:
+        """Close the folder."""
+
+    # ---- attributes ----
+
+    async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:
+        """The attributes of file or folder."""
+        if self.sizes.is_in_doubt:
+            await self.sizes.settle(ctx.pid)
+        return self._attributes_of(inode)
+
+    async def setattr(
+        self, inode: int, attr: EntryAttributes, fields: SetattrFields, fh: int | None, ctx: RequestContext
+    ) -> EntryAttributes:
+        """Owner, mode, times, size. Who may do what has been checked by the kernel."""
+        is_file = inode == self._file_inode
+        shown = self._size
+        if fields.update_size:
+            if not is_file:
+                raise FUSEError(errno.EISDIR)
+            try:
+                shown = await self.sizes.truncate(attr.st_size, ctx.pid)
+            except Exception as exc:
+                self._fail("truncate", exc)
+        ownership = self._ownership if is_file else self._folder_ownership
+        times = self._times if is_file else self._folder_times
+        if fields.update_mode:
+            ownership.mode = stat.S_IMODE(attr.st_mode) & 0o777
+        if fields.update_uid:
+            ownership.uid = attr.st_uid
+        if fields.update_gid:
+            ownership.gid = attr.st_gid
+        now = time.time_ns()
+        if fields.update_atime:
+            times.atime_ns = attr.st_atime_ns
+        if fields.update_mtime:
+            times.mtime_ns = attr.st_mtime_ns
+        times.ctime_ns = attr.st_ctime_ns if fields.update_ctime else now
+        entry = self._attributes_of(inode)
+        if is_file and shown < self._size:
+            entry.st_size = shown
+            entry.attr_timeout = 0
+            self._on_discard()
+        return entry
+
+    def _attributes_of(self, inode: int) -> EntryAttributes:
+        if inode == self._file_inode:
+            return self._file_attributes()
+        if inode == pyfuse3.ROOT_INODE:
+            return self._folder_attributes()
+        raise FUSEError(errno.ESTALE)
+
+    def _file_attributes(self) -> EntryAttributes:
+        entry = _entry(self._file_inode, self._ownership, self._times)
+        entry.st_mode = stat.S_IFREG | self._ownership.mode
+        entry.st_nlink = 1
+        entry.st_size = self._size
+        entry.st_blksize = min(max(self._image.cluster_size, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
+        try:
+            entry.st_blocks = -(-self._image.allocated_bytes() // 512)
+        except Exception as exc:
+            self._fail("getattr", exc)
+        return entry
+
+    def _folder_attributes(self) -> EntryAttributes:
+        entry = _entry(pyfuse3.ROOT_INODE, self._folder_ownership, self._folder_times)
+        entry.st_mode = stat.S_IFDIR | self._folder_ownership.mode
+        entry.st_nlink = 2
+        entry.st_size = 0
+        return entry
+
+    async def access(self, inode: int, mode: int, ctx: RequestContext) -> bool:
+        """The kernel checks permissions (default_permissions), so this only knows about read-only."""
+        return not (mode & os.W_OK and self._image.read_only)
+
+    async def statfs(self, ctx: RequestContext) -> StatvfsData:
+        """The disk as a file system of clusters: a loop device takes its discard granularity from the block size."""
+        try:
+            n_free = self._image.free_host_bytes() // self._image.cluster_size
+        except Exception as exc:
+            self._fail("statfs", exc)
+        stats = StatvfsData()
+        stats.f_bsize = stats.f_frsize = self._image.cluster_size
+        stats.f_blocks = -(-self._size // self._image.cluster_size)
+        stats.f_bfree = stats.f_bavail = min(n_free, stats.f_blocks)
+        stats.f_files = 1
+        stats.f_namemax = 255
+        return stats
+
+    # ---- statistics as extended attributes ----
+
+    async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
+        """``user.qcowfuse.<counter>`` for each counter."""
+        if inode != self._file_inode:
+            return []
+        return [XATTR_PREFIX + name.encode() for name in self._statistics()]
+
+    async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
+        """A counter in decimal."""
+        if inode == self._file_inode and name.startswith(XATTR_PREFIX):
+            value = self._statistics().get(name.removeprefix(XATTR_PREFIX).decode("ascii", "replace"))
+            if value is not None:
+                return b"%d" % value
+        raise FUSEError(pyfuse3.ENOATTR)
+
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: RequestContext) -> None:
+        """Nothing can be set."""
+        raise FUSEError(errno.EROFS if name.startswith(XATTR_PREFIX) else errno.EOPNOTSUPP)
+
+    async def removexattr(self, inode: int, name: bytes, ctx: RequestContext) -> None:
+        """Nothing can be removed."""
+        raise FUSEError(errno.EROFS if name.startswith(XATTR_PREFIX) else pyfuse3.ENOATTR)
+
+    def _statistics(self) -> dict[str, int]:
+        try:
+            return self._image.statistics() | self.daemon_statistics
+        except Exception as exc:
+            self._fail("statistics", exc)
+
+    # ---- open and close ----
+
+    async def open(self, inode: int, flags: int, ctx: RequestContext) -> FileInfo:
+        """Open the file."""
+        if inode != self._file_inode:
+            raise FUSEError(errno.EISDIR)
+        if flags & os.O_ACCMODE != os.O_RDONLY and self._image.read_only:
+            raise FUSEError(errno.EROFS)
+        self.n_open += 1
+        if flags & os.O_ACCMODE == os.O_RDONLY:
+            return FileInfo(fh=inode, keep_cache=True)
+        self._n_writers += 1
+        return FileInfo(fh=inode | _WRITER, keep_cache=True)
+
+    async def release(self, fh: int) -> None:
+        """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
+        self.n_open -= 1
+        if fh & _WRITER:
+            self._n_writers -= 1
+        self._on_release()
+
+    # ---- what a folder of one fixed file does not do ----
+
+    async def _refuse(self, *args: object) -> NoReturn:
+        raise FUSEError(errno.EROFS if self._image.read_only else errno.EPERM)
+
+    create = mknod = mkdir = symlink = link = unlink = rmdir = rename = _refuse  # type: ignore[assignment]
+
+    async def readlink(self, inode: int, ctx: RequestContext) -> bytes:
+        """There are no links."""
+        raise FUSEError(errno.EINVAL)
+
+    # ---- errors ----
+
+    @contextmanager
+    def _slow(self) -> Iterator[None]:
+        self.gate.n_slow += 1
+        try:
+            yield
+        finally:
+            self.gate.n_slow -= 1
+
+    def _fail(self, operation: str, exc: Exception) -> NoReturn:
+        if isinstance(exc, FUSEError):
+            raise exc
+        number = errno_of(exc)
+        message = f"{operation} failed: {exc}"
+        if message != self._last_error:  # a failing disk says the same a thousand times
+            self._last_error = message
+            if number is None:
+                _log.error("bug in qcowfuse: %s failed unexpectedly", operation, exc_info=exc)
+            else:
+                _log.error("%s", message)
+        raise FUSEError(errno.EIO if number is None else number) from None
+
+
+def _entry(inode: int, ownership: Ownership, times: _Times) -> EntryAttributes:
+    entry = EntryAttributes()
+    entry.st_ino = inode
+    entry.generation = 0
+    entry.entry_timeout = _ENTRY_TIMEOUT
+    entry.attr_timeout = _ATTRIBUTES_TIMEOUT
+    entry.st_uid = ownership.uid
+    entry.st_gid = ownership.gid
+    entry.st_atime_ns = times.atime_ns
+    entry.st_mtime_ns = times.mtime_ns
+    entry.st_ctime_ns = times.ctime_ns
+    return entry

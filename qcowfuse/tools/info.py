@@ -1,0 +1,183 @@
+"""Looking at an image without serving it: what its header, its snapshot table and its bitmap directory say.
+
+1. Everything is read-only, and opens the one file, never its backing file.
+2. The answers have the fields of ``qemu-img info``.
+3. With ``force_share`` no lock is taken, so an image in use can be looked at; what is seen may then be torn.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from ..driver.files import open_storage
+from ..driver.layers.encryption import load_luks_header
+from ..driver.options import OpenOptions
+from ..format.bitmap_directory import AUTO as AUTO
+from ..format.bitmap_directory import IN_USE as IN_USE
+from ..format.bitmap_directory import BitmapEntry, bitmap_directory_place, parse_bitmap_directory
+from ..format.extensions import EXTENSION_DATA_FILE, find_extension
+from ..format.geometry import round_up
+from ..format.header import (
+    AUTOCLEAR_RAW_DATA_FILE,
+    COMPATIBLE_LAZY_REFCOUNTS,
+    COMPRESSION_ZSTD,
+    CRYPT_AES,
+    CRYPT_LUKS,
+    CRYPT_NONE,
+    INCOMPATIBLE_DATA_FILE,
+    INCOMPATIBLE_EXTENDED_L2,
+    Qcow1Header,
+    Qcow2Header,
+    header_length_needed,
+    parse_header,
+    probe_format,
+    refuse_unsupported,
+)
+from ..format.luks import LuksHeader as LuksHeader
+from ..format.snapshots import Snapshot as Snapshot
+from ..storage.base import Storage
+from ..tables.snapshot_table import load_snapshots as load_snapshots
+
+_SECTOR = 512
+
+
+@dataclass(frozen=True, slots=True)
+class ImageInfo:
+    """What an image says about itself; sizes in bytes, None where the format has no such thing."""
+
+    path: str
+    format_name: str
+    virtual_size: int
+    cluster_size: int
+    file_length: int
+    actual_size: int
+    is_block_device: bool
+    dirty: bool
+    encryption: str | None
+    backing_file: str | None
+    backing_format: str | None
+    full_backing_file: str | None
+    version: int
+    compression: str | None = None
+    lazy_refcounts: bool | None = None
+    refcount_bits: int | None = None
+    corrupt: bool | None = None
+    extended_l2: bool | None = None
+    data_file: str | None = None
+    data_file_raw: bool | None = None
+    snapshots: tuple[Snapshot, ...] = ()
+    bitmaps: tuple[BitmapEntry, ...] = ()
+    luks: LuksHeader | None = None
+
+
+async def read_header(
+    storage: Storage, *, for_check: bool = False, for_info: bool = False
+) -> Qcow1Header | Qcow2Header:
+    """The header of an open image; ``for_check``: one without refcount table will do, ``for_info``: one whose data
+    cannot be found.
+
+    Raises FormatError, UnsupportedFeatureError (unknown features and methods of encryption), OSError.
+    """
+    start = await storage.pread(0, min(512, storage.size()))
+    wanted = min(header_length_needed(bytes(start)), storage.size())
+    header = parse_header(
+        bytes(await storage.pread(0, wanted)), storage.size(), for_check=for_check, for_info=for_info
+    )
+    refuse_unsupported(header)
+    return header
+
+
+async def is_version_1(path: str, *, force_share: bool = False) -> bool:
+    """Whether the image is of version 1. Raises FormatError, also for a header of version 1 that makes no sense,
+    ImageLockedError, OSError."""
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
+    try:
+        if probe_format(bytes(await storage.pread(0, min(8, storage.size())))) != "qcow":
+            return False
+        await read_header(storage)
+        return True
+    finally:
+        await storage.aclose()
+
+
+async def load_bitmaps(storage: Storage, header: Qcow2Header) -> tuple[BitmapEntry, ...]:
+    """The persistent bitmaps that are valid. Raises FormatError, OSError."""
+    place = bitmap_directory_place(header)
+    if place is None:
+        return ()
+    host_offset, n_bytes, n_bitmaps = place
+    data = bytes(await storage.pread(host_offset, n_bytes))
+    return parse_bitmap_directory(data, n_bitmaps, 1 << header.cluster_bits)
+
+
+async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
+    """What the image at ``path`` says about itself.
+
+    Raises FormatError, UnsupportedFeatureError (features that nobody here knows), ImageLockedError, OSError.
+    """
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
+    try:
+        header = await read_header(storage, for_info=True)
+        info = _describe(path, storage, header)
+        if isinstance(header, Qcow2Header):
+            snapshots, _ = await load_snapshots(storage, header)
+            if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
+                snapshots = ()  # to QEMU an external data file knows none, whatever the table says
+            if header.crypt_method == CRYPT_LUKS:
+                luks, _ = await load_luks_header(storage, header)
+                info = replace(info, luks=luks)
+            info = replace(info, snapshots=snapshots, bitmaps=await load_bitmaps(storage, header))
+        return info
+    finally:
+        await storage.aclose()
+
+
+def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) -> ImageInfo:
+    encryption = None
+    if header.crypt_method != CRYPT_NONE:
+        encryption = "aes" if header.crypt_method == CRYPT_AES else "luks"
+    info = ImageInfo(
+        path=path,
+        format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
+        virtual_size=header.virtual_size if isinstance(header, Qcow1Header) else round_up(header.size, _SECTOR),
+        cluster_size=1 << header.cluster_bits,
+        file_length=storage.size(),
+        actual_size=storage.allocated_bytes(),
+        is_block_device=os.path.exists(path) and not os.path.isfile(path),
+        dirty=False,
+        encryption=encryption,
+        backing_file=header.backing_file,
+        backing_format=None if isinstance(header, Qcow1Header) else header.backing_format,
+        full_backing_file=None if header.backing_file is None else _full_name(path, header.backing_file),
+        version=1,
+    )
+    if isinstance(header, Qcow1Header):
+        return info
+    info = replace(
+        info,
+        version=header.version,
+        virtual_size=header.virtual_size,
+        dirty=header.dirty,
+        compression="zstd" if header.compression_type == COMPRESSION_ZSTD else "zlib",
+        refcount_bits=1 << header.refcount_order,
+    )
+    if header.version < 3:
+        return info
+    data_file = find_extension(header.extensions, EXTENSION_DATA_FILE)
+    has_data_file = bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
+    return replace(
+        info,
+        lazy_refcounts=bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS),
+        corrupt=header.corrupt,
+        extended_l2=bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2),
+        data_file=None if data_file is None else os.fsdecode(data_file.partition(b"\0")[0]),
+        data_file_raw=bool(header.autoclear_features & AUTOCLEAR_RAW_DATA_FILE) if has_data_file else None,
+    )
+
+
+def _full_name(path: str, backing_file: str) -> str:
+    protocol, colon, _ = backing_file.partition(":")
+    if colon and "/" not in protocol:
+        return backing_file
+    return os.path.join(os.path.dirname(path), backing_file)
