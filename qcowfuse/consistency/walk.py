@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from contextlib import aclosing
 from itertools import accumulate
 
 import trio
@@ -27,9 +28,9 @@ import trio
 from ..errors import FormatError
 from ..format.bitmap_directory import (
     TABLE_ENTRY_OFFSET_MASK,
+    BitmapEntry,
     bitmap_directory_place,
     is_valid_table_entry,
-    parse_bitmap_directory,
 )
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, parse_table, serialise_table
 from ..format.extensions import EXTENSION_LUKS_HEADER, find_extension
@@ -38,6 +39,7 @@ from ..format.header import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MA
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
 from ..storage.base import Buffer, Storage
+from ..tables.bitmap_listing import each_bitmap
 from .counted_refcounts import PagesOfTables, PlainTable, ReferenceCounts, StoredRefcounts, counts_limit
 from .result import CheckResult, Progress, Report
 from .snapshots import SnapshotTable
@@ -394,18 +396,21 @@ class Walk:
         if place is None:
             return
         self.count(place[0], place[1], "bitmap directory")
-        directory = bytes(await self.storage.pread(place[0], place[1]))
-        for bitmap in parse_bitmap_directory(directory, place[2], self.cluster_size):
-            n_bytes = bitmap.table_size * 8
-            self.count(bitmap.table_offset, n_bytes, f"table of bitmap {bitmap.name}")
-            end = min(bitmap.table_offset + n_bytes, self._file_size)
-            for chunk in range(bitmap.table_offset, end, _TABLE_CHUNK):
-                await self.handled(_TABLE_CHUNK // 8)
-                for entry in parse_table(await self.read(chunk, min(_TABLE_CHUNK, end - chunk) // 8 * 8)):
-                    if not is_valid_table_entry(entry, self.cluster_size):
-                        self.corrupt(f"entry {entry:#018x} in the table of bitmap {bitmap.name} is invalid")
-                    elif host_offset := entry & TABLE_ENTRY_OFFSET_MASK:
-                        self.count(host_offset, self.cluster_size, f"cluster of bitmap {bitmap.name}")
+        async with aclosing(each_bitmap(self.storage, self.header)) as bitmaps:
+            async for bitmap in bitmaps:
+                await self._count_bitmap(bitmap)
+
+    async def _count_bitmap(self, bitmap: BitmapEntry) -> None:
+        n_bytes = bitmap.table_size * 8
+        self.count(bitmap.table_offset, n_bytes, f"table of bitmap {bitmap.name}")
+        end = min(bitmap.table_offset + n_bytes, self._file_size)
+        for chunk in range(bitmap.table_offset, end, _TABLE_CHUNK):
+            await self.handled(_TABLE_CHUNK // 8)
+            for entry in parse_table(await self.read(chunk, min(_TABLE_CHUNK, end - chunk) // 8 * 8)):
+                if not is_valid_table_entry(entry, self.cluster_size):
+                    self.corrupt(f"entry {entry:#018x} in the table of bitmap {bitmap.name} is invalid")
+                elif host_offset := entry & TABLE_ENTRY_OFFSET_MASK:
+                    self.count(host_offset, self.cluster_size, f"cluster of bitmap {bitmap.name}")
 
     def _count_refcount_blocks(self) -> None:
         for number, entry in enumerate(self.stored.table):

@@ -29,6 +29,8 @@ TABLE_ENTRY_ALL_ONES = 1
 _EXTENSION = struct.Struct(">IIQQ")
 _ENTRY = struct.Struct(">QIIBBHI")
 _CHANGING = struct.Struct(">QII")
+MAX_BITMAP_ENTRY = _ENTRY.size + _MAX_NAME + 7
+"""Bytes of the longest entry."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,43 +55,57 @@ def bitmap_directory_place(header: Qcow2Header) -> tuple[int, int, int] | None:
     return host_offset, n_bytes, n_bitmaps
 
 
+def parse_bitmap_entry(
+    data: bytes, data_start: int, position: int, n_bytes: int, cluster_size: int
+) -> tuple[BitmapEntry, int]:
+    """The entry at byte ``position`` of a directory of ``n_bytes``, and where the next one begins. ``data`` has the
+    directory from byte ``data_start`` on, :data:`MAX_BITMAP_ENTRY` bytes from ``position`` on if there are so many.
+    Raises FormatError for one that QEMU would not load."""
+    if n_bytes - position < _ENTRY.size:
+        raise _error(position, "cut short")
+    in_data = position - data_start
+    table_offset, table_size, flags, kind, granularity_bits, name_size, n_extra = _ENTRY.unpack_from(data, in_data)
+    start = position + _ENTRY.size + n_extra
+    end = start + name_size
+    if end > n_bytes:
+        raise _error(position, f"reaches to byte {end:#x} of {n_bytes:#x}")
+    bad = (
+        not table_size
+        or not table_offset
+        or table_offset % cluster_size
+        or table_size > _MAX_TABLE_SIZE
+        or not 1 <= name_size <= _MAX_NAME
+        or not _MIN_GRANULARITY_BITS <= granularity_bits <= _MAX_GRANULARITY_BITS
+        or flags & ~_KNOWN_FLAGS
+        or kind != _TYPE_DIRTY_TRACKING
+        or n_extra
+    )
+    if bad:
+        raise _error(
+            position,
+            f"table of {table_size} entries at {table_offset:#x}, flags {flags:#x}, type {kind}, granularity "
+            f"2^{granularity_bits}, name of {name_size} bytes, {n_extra} extra bytes: not a valid bitmap",
+        )
+    name = bytes(data[start - data_start : end - data_start]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
+    entry = BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits, position)
+    return entry, position + -(-(end - position) // 8) * 8
+
+
 def parse_bitmap_directory(data: bytes, n_bitmaps: int, cluster_size: int) -> tuple[BitmapEntry, ...]:
     """The entries of a whole directory. Raises FormatError for one that QEMU would not load."""
     entries: list[BitmapEntry] = []
     position = 0
     while position < len(data):
-        if len(data) - position < _ENTRY.size:
-            raise _error(position, "cut short")
-        table_offset, table_size, flags, kind, granularity_bits, name_size, n_extra = _ENTRY.unpack_from(
-            data, position
-        )
-        start = position + _ENTRY.size + n_extra
-        end = start + name_size
-        if end > len(data):
-            raise _error(position, f"reaches to byte {end:#x} of {len(data):#x}")
-        bad = (
-            not table_size
-            or not table_offset
-            or table_offset % cluster_size
-            or table_size > _MAX_TABLE_SIZE
-            or not 1 <= name_size <= _MAX_NAME
-            or not _MIN_GRANULARITY_BITS <= granularity_bits <= _MAX_GRANULARITY_BITS
-            or flags & ~_KNOWN_FLAGS
-            or kind != _TYPE_DIRTY_TRACKING
-            or n_extra
-        )
-        if bad:
-            raise _error(
-                position,
-                f"table of {table_size} entries at {table_offset:#x}, flags {flags:#x}, type {kind}, granularity "
-                f"2^{granularity_bits}, name of {name_size} bytes, {n_extra} extra bytes: not a valid bitmap",
-            )
-        name = bytes(data[start:end]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        entries.append(BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits, position))
-        position += -(-(end - position) // 8) * 8
-    if len(entries) != n_bitmaps:
-        raise _error(position, f"{len(entries)} bitmaps, expected {n_bitmaps}")
+        entry, position = parse_bitmap_entry(data, 0, position, len(data), cluster_size)
+        entries.append(entry)
+    require_bitmaps(len(entries), n_bitmaps, position)
     return tuple(entries)
+
+
+def require_bitmaps(n_found: int, n_bitmaps: int, position: int) -> None:
+    """Raises FormatError where a directory that was read up to byte ``position`` has another number of bitmaps."""
+    if n_found != n_bitmaps:
+        raise _error(position, f"{n_found} bitmaps, expected {n_bitmaps}")
 
 
 def replace_entry(directory: bytearray, entry: BitmapEntry) -> None:

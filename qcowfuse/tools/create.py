@@ -59,7 +59,7 @@ from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from ..storage.opened import length_of_path
 from .create_encryption import Encryption, LuksArea, check_passphrase, make_area
-from .info import describe_image
+from .info import describing
 from .new_file import CreateError as CreateError
 from .new_file import NewFile, Progress, open_new_file
 from .new_file import Preallocation as Preallocation
@@ -197,7 +197,8 @@ async def _backing_size(path: str, name: str, format_name: str | None) -> int:
             raise BackingChainError(path, "the image would be its own backing file")
         if format_name == "raw":
             return await trio.to_thread.run_sync(length_of_path, backing_path)
-        return (await describe_image(backing_path, force_share=True)).virtual_size
+        async with describing(backing_path, force_share=True) as described:
+            return described.info.virtual_size
     except OSError as error:
         raise BackingChainError(path, f"cannot open its backing file {backing_path}: {error.strerror}") from error
 

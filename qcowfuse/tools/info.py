@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
 from ..driver.files import open_storage
@@ -15,7 +17,7 @@ from ..driver.layers.encryption import load_luks_header
 from ..driver.options import OpenOptions
 from ..format.bitmap_directory import AUTO as AUTO
 from ..format.bitmap_directory import IN_USE as IN_USE
-from ..format.bitmap_directory import BitmapEntry, bitmap_directory_place, parse_bitmap_directory
+from ..format.bitmap_directory import BitmapEntry as BitmapEntry
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
 from ..format.geometry import round_up
 from ..format.header import (
@@ -37,7 +39,8 @@ from ..format.header import (
 from ..format.luks import LuksHeader as LuksHeader
 from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
-from ..tables.snapshot_table import load_snapshots as load_snapshots
+from ..tables.bitmap_listing import each_bitmap
+from ..tables.snapshot_table import each_snapshot
 
 _SECTOR = 512
 
@@ -66,8 +69,8 @@ class ImageInfo:
     extended_l2: bool | None = None
     data_file: str | None = None
     data_file_raw: bool | None = None
-    snapshots: tuple[Snapshot, ...] = ()
-    bitmaps: tuple[BitmapEntry, ...] = ()
+    n_snapshots: int = 0
+    n_bitmaps: int = 0
     luks: LuksHeader | None = None
 
 
@@ -101,18 +104,32 @@ async def is_version_1(path: str, *, force_share: bool = False) -> bool:
         await storage.aclose()
 
 
-async def load_bitmaps(storage: Storage, header: Qcow2Header) -> tuple[BitmapEntry, ...]:
-    """The persistent bitmaps that are valid. Raises FormatError, OSError."""
-    place = bitmap_directory_place(header)
-    if place is None:
-        return ()
-    host_offset, n_bytes, n_bitmaps = place
-    data = bytes(await storage.pread(host_offset, n_bytes))
-    return parse_bitmap_directory(data, n_bitmaps, 1 << header.cluster_bits)
+@dataclass(frozen=True, slots=True)
+class Description:
+    """``info`` with what there may be very many of, which is read entry by entry."""
+
+    info: ImageInfo
+    storage: Storage
+    header: Qcow1Header | Qcow2Header
+
+    async def snapshots(self) -> AsyncGenerator[Snapshot]:
+        """The snapshots. To be closed by ``aclosing`` unless it is run to its end. Raises FormatError, OSError."""
+        if self.info.n_snapshots and isinstance(self.header, Qcow2Header):
+            async with aclosing(each_snapshot(self.storage, self.header)) as entries:
+                async for snapshot, _ in entries:
+                    yield snapshot
+
+    async def bitmaps(self) -> AsyncGenerator[BitmapEntry]:
+        """The persistent bitmaps that are valid; to be closed as the snapshots. Raises FormatError, OSError."""
+        if self.info.n_bitmaps and isinstance(self.header, Qcow2Header):
+            async with aclosing(each_bitmap(self.storage, self.header)) as bitmaps:
+                async for bitmap in bitmaps:
+                    yield bitmap
 
 
-async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
-    """What the image at ``path`` says about itself.
+@asynccontextmanager
+async def describing(path: str, *, force_share: bool = False) -> AsyncIterator[Description]:
+    """What the image at ``path`` says about itself, all of which has been read once and is sound.
 
     Raises FormatError, UnsupportedFeatureError (features that nobody here knows), ImageLockedError, OSError.
     """
@@ -121,14 +138,18 @@ async def describe_image(path: str, *, force_share: bool = False) -> ImageInfo:
         header = await read_header(storage, for_info=True)
         info = _describe(path, storage, header)
         if isinstance(header, Qcow2Header):
-            snapshots, _ = await load_snapshots(storage, header)
+            n_snapshots = n_bitmaps = 0
+            async for _ in each_snapshot(storage, header):
+                n_snapshots += 1
             if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
-                snapshots = ()  # to QEMU an external data file knows none, whatever the table says
+                n_snapshots = 0  # to QEMU an external data file knows none, whatever the table says
             if header.crypt_method == CRYPT_LUKS:
                 luks, _ = await load_luks_header(storage, header)
                 info = replace(info, luks=luks)
-            info = replace(info, snapshots=snapshots, bitmaps=await load_bitmaps(storage, header))
-        return info
+            async for _ in each_bitmap(storage, header):
+                n_bitmaps += 1
+            info = replace(info, n_snapshots=n_snapshots, n_bitmaps=n_bitmaps)
+        yield Description(info, storage, header)
     finally:
         await storage.aclose()
 

@@ -32,8 +32,8 @@ from __future__ import annotations
 import re
 import time
 from array import array
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing, asynccontextmanager, suppress
 
 import trio
 
@@ -53,12 +53,19 @@ from ..format.header import (
     MAX_L1_SIZE,
     MAX_SNAPSHOTS,
     SWITCH_FIELDS,
+    Qcow1Header,
     Qcow2Header,
 )
 from ..format.header_bytes import serialise_switch
 from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snapshots
 from ..storage.base import Storage
-from ..tables.snapshot_table import find_snapshot, load_l1_table, load_snapshot_l1_table, load_snapshots
+from ..tables.snapshot_table import (
+    each_snapshot,
+    find_snapshot,
+    load_l1_table,
+    load_snapshot_l1_table,
+    load_snapshots,
+)
 from .info import read_header
 from .shadow_refcounts import ShadowRefcounts, load_refcount_table
 
@@ -69,14 +76,30 @@ Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all, now and then."""
 
 
-async def list_snapshots(path: str, *, force_share: bool = False) -> tuple[Snapshot, ...]:
-    """The snapshots of an image; none for version 1. Raises FormatError, ImageLockedError, OSError."""
+@asynccontextmanager
+async def listing_snapshots(
+    path: str, *, force_share: bool = False
+) -> AsyncIterator[tuple[int, AsyncGenerator[Snapshot]]]:
+    """How many snapshots an image has, none for version 1, and each of them; their table has been read once and is
+    sound. Raises FormatError, ImageLockedError, OSError."""
     storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
         header = await read_header(storage)
-        return (await load_snapshots(storage, header))[0] if isinstance(header, Qcow2Header) else ()
+        n_snapshots = 0
+        if isinstance(header, Qcow2Header):
+            async for _ in each_snapshot(storage, header):
+                n_snapshots += 1
+        async with aclosing(_listed(storage, header)) as snapshots:
+            yield n_snapshots, snapshots
     finally:
         await storage.aclose()
+
+
+async def _listed(storage: Storage, header: Qcow1Header | Qcow2Header) -> AsyncGenerator[Snapshot]:
+    if isinstance(header, Qcow2Header):
+        async with aclosing(each_snapshot(storage, header)) as entries:
+            async for snapshot, _ in entries:
+                yield snapshot
 
 
 async def create_snapshot(

@@ -119,7 +119,7 @@ def with_names_of_snapshots(path: Path) -> Path:
 
 
 def test_names_of_snapshots_are_not_kept(tmp_path: Path, idle: int) -> None:
-    """check, and an image that is opened for writing."""
+    """check, info and the list, and an image that is opened for writing."""
     image = with_names_of_snapshots(tmp_path / "a.qcow2")
     done = run_img(tmp_path, "check", image)
     assert done.code == 2
@@ -127,6 +127,33 @@ def test_names_of_snapshots_are_not_kept(tmp_path: Path, idle: int) -> None:
     assert done.peak - idle < LIMIT_KIB // 4
     done = run_img(tmp_path, "resize", image, "1M")
     assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB // 4
+    for command in (["info", "--output=json"], ["info"], ["snapshot", "-l"], ["snapshot", "-l", "--output=json"]):
+        done = run_img(tmp_path, *command, image)
+        assert done.code == 0, done.stderr
+        assert done.stdout.count(b"n" * 65000) == 1000
+        assert done.peak - idle < LIMIT_KIB // 4
+
+
+def test_names_of_bitmaps_are_not_kept(tmp_path: Path, idle: int) -> None:
+    """A directory of 40 MiB; such a one is given up by the first write, which a warning says."""
+    name = "\U0001f600".encode() + b"n" * 900
+    fixed = struct.pack(">QIIBBHI", L1_OFFSET + (1 << CLUSTER_BITS), 1, 0, 1, 16, len(name), 0)
+    entry = fixed + name + bytes(-(len(fixed) + len(name)) % 8)
+    extension = struct.pack(">IIQQ", 43000, 0, 43000 * len(entry), 2 * L1_OFFSET)
+    start = header(autoclear=1, extensions=((0x23852875, extension),))
+    image = write_sparse(tmp_path / "a.qcow2", {0: start, 2 * L1_OFFSET: entry * 43000})
+    for command in (["info", "--output=json"], ["info"]):
+        done = run_img(tmp_path, *command, image)
+        assert done.code == 0, done.stderr
+        assert done.stdout.count(b"n" * 900) == 43000
+        assert done.peak - idle < LIMIT_KIB // 4
+    done = run_img(tmp_path, "check", image)
+    assert done.code == 2
+    assert done.peak - idle < LIMIT_KIB // 4
+    done = run_img(tmp_path, "resize", image, "1M")
+    assert done.code == 0, done.stderr
+    assert "more than 4194304; the disk can be used, but its persistent bitmaps will be given up" in done.stderr
     assert done.peak - idle < LIMIT_KIB // 4
 
 

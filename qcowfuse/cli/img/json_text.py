@@ -1,4 +1,4 @@
-"""Names from images and file systems as the Unicode text that JSON must be, in the way of QEMU.
+"""Names from images and file systems as the Unicode text that JSON must be, in the way of QEMU, and JSON bit by bit.
 
 Source: QEMU's mod_utf8_codepoint() and json_writer: what is no UTF-8 becomes U+FFFD, one for a lead byte with all
 continuation bytes that it wants and has, and one for any other byte.
@@ -6,6 +6,9 @@ continuation bytes that it wants and has, and one for any other byte.
 
 from __future__ import annotations
 
+import json
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 _SMALLEST = (0x80, 0x800, 0x10000, 0x200000, 0x4000000)
@@ -22,6 +25,28 @@ def as_unicode(value: Any) -> Any:
     if isinstance(value, list):
         return [as_unicode(item) for item in value]
     return value
+
+
+async def write_json(value: Any, write: Callable[[str], object], indent: str = "") -> None:
+    """Write ``value`` as qemu-img lays JSON out. Where it, or an item of a dictionary in it, is an asynchronous
+    generator, that is a list of which one entry is in memory at a time."""
+    if isinstance(value, dict):
+        begin = "{\n"
+        for name, item in value.items():
+            write(f"{begin}{indent}    {json.dumps(name)}: ")
+            await write_json(item, write, indent + "    ")
+            begin = ",\n"
+        write("{}" if begin == "{\n" else f"\n{indent}}}")
+    elif isinstance(value, AsyncGenerator):
+        begin = "[\n"
+        async with aclosing(value) as items:
+            async for item in items:
+                write(f"{begin}{indent}    ")
+                await write_json(item, write, indent + "    ")
+                begin = ",\n"
+        write("[]" if begin == "[\n" else f"\n{indent}]")
+    else:
+        write(json.dumps(as_unicode(value), indent=4).replace("\n", f"\n{indent}"))
 
 
 def _text_of(raw: bytes) -> str:

@@ -23,8 +23,8 @@ from ...printable import printable
 from ...tools.check import check_image
 from ...tools.create import create_image
 from ...tools.extent_map import map_image
-from ...tools.info import describe_image, is_version_1
-from ...tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, list_snapshots
+from ...tools.info import describing, is_version_1
+from ...tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, listing_snapshots
 from .. import logs
 from ..failures import describe_known, is_interrupt
 from ..image_names import add_name_options, options_of_names
@@ -33,6 +33,7 @@ from ..passphrase import KeySource, ask, read_key_file
 from ..stopping import StoppedError, run_until_stopped
 from . import output
 from .create_options import parse_create_options, parse_size
+from .json_text import write_json
 from .progress import ProgressLine
 
 MAX_LEAKS = 20
@@ -222,11 +223,12 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 def _info(given: argparse.Namespace) -> int:
     async def run() -> int:
-        info = await describe_image(given.image, force_share=given.force_share)
-        if given.output == "json":
-            print(output.to_text(output.info_json(info)))
-        else:
-            _print_lines(list(output.info_lines(info)))
+        async with describing(given.image, force_share=given.force_share) as described:
+            if given.output == "json":
+                await write_json(output.info_json(described), sys.stdout.write)
+                print()
+            else:
+                await output.write_info(described, print)
         return ImgExit.OK
 
     return run_until_stopped(run)
@@ -301,12 +303,15 @@ def _snapshot(given: argparse.Namespace) -> int:
 
     async def run() -> int:
         if given.create is None and given.apply is None and given.delete is None:
-            snapshots = await list_snapshots(image, force_share=given.force_share)
-            if given.output == "json":
-                print(output.to_text([output.snapshot_json(snapshot) for snapshot in snapshots]))
-            elif snapshots:
-                print("Snapshot list:")
-                _print_lines(list(output.snapshot_lines(snapshots)))
+            async with listing_snapshots(image, force_share=given.force_share) as (n_snapshots, snapshots):
+                if given.output == "json":
+                    await write_json(output.snapshots_json(snapshots), sys.stdout.write)
+                    print()
+                elif n_snapshots:
+                    print("Snapshot list:")
+                    print(output.SNAPSHOT_HEADING)
+                    async for snapshot in snapshots:
+                        print(output.snapshot_line(snapshot))
             return ImgExit.OK
         if given.force_share:
             raise ImageUsageError(f"{image}: -U goes with -l alone: nobody else may have an image open that changes")

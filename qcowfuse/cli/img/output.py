@@ -6,21 +6,23 @@ Names from inside an image may hold anything: JSON escapes what it must, text sh
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
+from contextlib import aclosing
 from datetime import datetime
 from typing import Any
 
 from ...consistency.result import CheckResult
 from ...printable import printable
 from ...tools.extent_map import MapEntry
-from ...tools.info import AUTO, IN_USE, ImageInfo, LuksHeader, Snapshot
+from ...tools.info import AUTO, IN_USE, BitmapEntry, Description, LuksHeader, Snapshot
 from .json_text import as_unicode
 
 Json = dict[str, Any]
 
 
-def info_json(info: ImageInfo) -> Json:
-    """The object that ``qemu-img info --output=json`` prints."""
+def info_json(described: Description) -> Json:
+    """For :func:`~qcowfuse.cli.json_text.write_json`: the object that ``qemu-img info --output=json`` prints."""
+    info = described.info
     protocol = "host_device" if info.is_block_device else "file"
     child: Json = {
         "children": [],
@@ -47,14 +49,15 @@ def info_json(info: ImageInfo) -> Json:
         found["full-backing-filename"] = info.full_backing_file
         if info.backing_format is not None:
             found["backing-filename-format"] = info.backing_format
-    if info.snapshots:
-        found["snapshots"] = [snapshot_json(snapshot) for snapshot in info.snapshots]
+    if info.n_snapshots:
+        found["snapshots"] = snapshots_json(described.snapshots())
     if info.format_name == "qcow2":
-        found["format-specific"] = {"type": "qcow2", "data": _specific(info)}
+        found["format-specific"] = {"type": "qcow2", "data": _specific(described)}
     return found
 
 
-def _specific(info: ImageInfo) -> Json:
+def _specific(described: Description) -> Json:
+    info = described.info
     data: Json = {
         "compat": "1.1" if info.version >= 3 else "0.10",
         "compression-type": info.compression,
@@ -64,15 +67,8 @@ def _specific(info: ImageInfo) -> Json:
         data["lazy-refcounts"] = info.lazy_refcounts
         data["corrupt"] = info.corrupt
         data["extended-l2"] = info.extended_l2
-    if info.bitmaps:
-        data["bitmaps"] = [
-            {
-                "flags": [name for bit, name in ((IN_USE, "in-use"), (AUTO, "auto")) if bitmap.flags & bit],
-                "name": bitmap.name,
-                "granularity": bitmap.granularity,
-            }
-            for bitmap in info.bitmaps
-        ]
+    if info.n_bitmaps:
+        data["bitmaps"] = _bitmaps_json(described.bitmaps())
     if info.data_file is not None:
         data["data-file"] = info.data_file
     if info.data_file_raw is not None:
@@ -82,8 +78,24 @@ def _specific(info: ImageInfo) -> Json:
     return data
 
 
-def snapshot_json(snapshot: Snapshot) -> Json:
-    """One of the ``snapshots`` that ``qemu-img info --output=json`` prints."""
+async def _bitmaps_json(bitmaps: AsyncGenerator[BitmapEntry]) -> AsyncGenerator[Json]:
+    async with aclosing(bitmaps):
+        async for bitmap in bitmaps:
+            yield {
+                "flags": [name for bit, name in ((IN_USE, "in-use"), (AUTO, "auto")) if bitmap.flags & bit],
+                "name": bitmap.name,
+                "granularity": bitmap.granularity,
+            }
+
+
+async def snapshots_json(snapshots: AsyncGenerator[Snapshot]) -> AsyncGenerator[Json]:
+    """For :func:`~qcowfuse.cli.json_text.write_json`: the ``snapshots`` of ``qemu-img info --output=json``."""
+    async with aclosing(snapshots):
+        async for snapshot in snapshots:
+            yield _snapshot_json(snapshot)
+
+
+def _snapshot_json(snapshot: Snapshot) -> Json:
     found: Json = {
         "id": snapshot.snapshot_id,
         "name": snapshot.name,
@@ -169,50 +181,58 @@ def size_text(n_bytes: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def info_lines(info: ImageInfo) -> Iterable[str]:
-    """The text of ``info``."""
-    yield f"image: {printable(info.path)}"
-    yield f"file format: {info.format_name}"
-    yield f"virtual size: {size_text(info.virtual_size)} ({info.virtual_size} bytes)"
-    yield f"disk size: {size_text(info.actual_size)}"
+async def write_info(described: Description, write: Callable[[str], object]) -> None:
+    """The text of ``info``, of which ``write`` gets line by line."""
+    info = described.info
+    write(f"image: {printable(info.path)}")
+    write(f"file format: {info.format_name}")
+    write(f"virtual size: {size_text(info.virtual_size)} ({info.virtual_size} bytes)")
+    write(f"disk size: {size_text(info.actual_size)}")
     if info.encryption is not None:
-        yield f"encrypted: {info.encryption}"
-    yield f"cluster_size: {info.cluster_size}"
+        write(f"encrypted: {info.encryption}")
+    write(f"cluster_size: {info.cluster_size}")
     if info.dirty:
-        yield "cleanly shut down: no"
+        write("cleanly shut down: no")
     if info.backing_file is not None:
         actual = "" if info.full_backing_file == info.backing_file else f" (actual path: {info.full_backing_file})"
-        yield printable(f"backing file: {info.backing_file}{actual}")
+        write(printable(f"backing file: {info.backing_file}{actual}"))
         if info.backing_format is not None:
-            yield f"backing file format: {printable(info.backing_format)}"
-    if info.snapshots:
-        yield "Snapshot list:"
-        yield from snapshot_lines(info.snapshots)
+            write(f"backing file format: {printable(info.backing_format)}")
+    if info.n_snapshots:
+        write("Snapshot list:")
+        write(SNAPSHOT_HEADING)
+        async with aclosing(described.snapshots()) as snapshots:
+            async for snapshot in snapshots:
+                write(snapshot_line(snapshot))
     if info.format_name == "qcow2":
-        yield "Format specific information:"
-        yield from _nested_lines(_specific(info), 1)
-    yield f"file length: {size_text(info.file_length)} ({info.file_length} bytes)"
+        write("Format specific information:")
+        await _write_nested(_specific(described), 1, write)
+    write(f"file length: {size_text(info.file_length)} ({info.file_length} bytes)")
 
 
-def _nested_lines(data: Mapping[str, Any], depth: int) -> Iterable[str]:
+async def _write_nested(data: Mapping[str, Any], depth: int, write: Callable[[str], object]) -> None:
     indent = "    " * depth
     for name, value in data.items():
         label = name.replace("-", " ")
         if isinstance(value, bool):
-            yield f"{indent}{label}: {str(value).lower()}"
+            write(f"{indent}{label}: {str(value).lower()}")
         elif isinstance(value, dict):
-            yield f"{indent}{label}:"
-            yield from _nested_lines(value, depth + 1)
+            write(f"{indent}{label}:")
+            await _write_nested(value, depth + 1, write)
         elif isinstance(value, list):
-            yield f"{indent}{label}:"
-            text_of = _bitmap_text if name == "bitmaps" else _slot_text
+            write(f"{indent}{label}:")
             for number, item in enumerate(value):
-                yield printable(f"{indent}    {text_of(number, item)}")
+                write(printable(f"{indent}    {_slot_text(number, item)}"))
+        elif isinstance(value, AsyncGenerator):
+            write(f"{indent}{label}:")
+            async with aclosing(value) as items:
+                async for item in items:
+                    write(printable(f"{indent}    {_bitmap_text(item)}"))
         else:
-            yield f"{indent}{label}: {printable(str(value))}"
+            write(f"{indent}{label}: {printable(str(value))}")
 
 
-def _bitmap_text(_number: int, bitmap: Json) -> str:
+def _bitmap_text(bitmap: Json) -> str:
     flags = ", ".join(bitmap["flags"]) or "none"
     return f"{bitmap['name']}: granularity {bitmap['granularity']}, flags {flags}"
 
@@ -223,18 +243,19 @@ def _slot_text(number: int, slot: Json) -> str:
     return f"{number}: in use, key offset {slot['key-offset']}, {slot['iters']} iterations, {slot['stripes']} stripes"
 
 
-def snapshot_lines(snapshots: Iterable[Snapshot]) -> Iterable[str]:
-    """A table of snapshots with its heading."""
-    yield f"{'ID':<8}{'TAG':<16}{'VM_SIZE':>10}{'DATE':>21}{'VM_CLOCK':>16}"
-    for snapshot in snapshots:
-        try:
-            date = datetime.fromtimestamp(snapshot.date_sec).strftime("%Y-%m-%d %H:%M:%S")
-        except (OverflowError, OSError, ValueError):
-            date = "?"
-        seconds, milliseconds = divmod(snapshot.vm_clock_nsec // 1_000_000, 1000)
-        clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
-        name, snapshot_id = printable(snapshot.name), printable(snapshot.snapshot_id)
-        yield f"{snapshot_id:<7} {name:<15} {size_text(snapshot.vm_state_size):>9} {date:>20} {clock:>15}"
+SNAPSHOT_HEADING = f"{'ID':<8}{'TAG':<16}{'VM_SIZE':>10}{'DATE':>21}{'VM_CLOCK':>16}"
+
+
+def snapshot_line(snapshot: Snapshot) -> str:
+    """A line below :data:`SNAPSHOT_HEADING`."""
+    try:
+        date = datetime.fromtimestamp(snapshot.date_sec).strftime("%Y-%m-%d %H:%M:%S")
+    except (OverflowError, OSError, ValueError):
+        date = "?"
+    seconds, milliseconds = divmod(snapshot.vm_clock_nsec // 1_000_000, 1000)
+    clock = f"{seconds // 3600:04}:{seconds // 60 % 60:02}:{seconds % 60:02}.{milliseconds:03}"
+    name, snapshot_id = printable(snapshot.name), printable(snapshot.snapshot_id)
+    return f"{snapshot_id:<7} {name:<15} {size_text(snapshot.vm_state_size):>9} {date:>20} {clock:>15}"
 
 
 MAP_HEADING = f"{'Offset':<15} {'Length':<15} {'Kind':<12} {'Mapped to':<15} File"

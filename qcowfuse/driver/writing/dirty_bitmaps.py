@@ -58,6 +58,8 @@ MAX_BITMAP_BYTES = 256 << 20
 each."""
 MAX_LOADED_BYTES = 64 << 20
 """Contents of bitmaps that are read from one image."""
+MAX_DIRECTORY_BYTES = 4 << 20
+"""Of a directory whose bitmaps are kept right: it is in memory as a whole. QEMU's limit is 64 MiB."""
 _MAX_RUN_BYTES = 8 << 20
 _MAX_RUN_CLUSTERS = 256
 _CHECKPOINT_EVERY = 256
@@ -100,6 +102,8 @@ async def load_kept_bitmaps(
         metadata=metadata,
     )
     try:
+        if n_bytes > MAX_DIRECTORY_BYTES:
+            raise FormatError("bitmap directory", host_offset, f"{n_bytes} bytes, more than {MAX_DIRECTORY_BYTES}")
         await kept.require_own(host_offset, n_bytes, "bitmap directory")
         directory = bytes(await storage.pread(host_offset, n_bytes))
         entries = parse_bitmap_directory(directory, n_bitmaps, cluster_size)

@@ -27,11 +27,12 @@ from contextlib import aclosing, suppress
 import trio
 
 from ...errors import FormatError, QcowFuseError
-from ...format.bitmap_directory import TABLE_ENTRY_OFFSET_MASK, bitmap_directory_place, parse_bitmap_directory
+from ...format.bitmap_directory import TABLE_ENTRY_OFFSET_MASK
 from ...format.entries import OFFSET_MASK, EntryFormat, Table, parse_table
 from ...format.header import Qcow2Header
 from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, entries_per_block, parse_refcounts
-from ...storage.base import Buffer, Storage, pread
+from ...storage.base import Buffer, Storage
+from ...tables.bitmap_listing import each_bitmap
 from ...tables.snapshot_table import each_snapshot, load_snapshot_l1_table
 from .allocation import RefcountAllocator
 from .guarded_clusters import sorted_array
@@ -218,18 +219,15 @@ class UnguardedClusters:
             await self._look_at_bitmaps()
 
     async def _look_at_bitmaps(self) -> None:
-        place = bitmap_directory_place(self._header)
-        if place is None:
-            return
-        directory = bytes(await pread(self._storage, place[0], place[1]))
-        for bitmap in parse_bitmap_directory(directory, place[2], 1 << self._bits):
-            start, end = bitmap.table_offset, bitmap.table_offset + 8 * bitmap.table_size
-            end = min(end, self._storage.size())
-            self._note(range(start, end, 1 << self._bits))
-            for chunk in range(start, end, _CHUNK):
-                table = parse_table(await self._read(chunk, min(_CHUNK, end - chunk) // 8 * 8))
-                self._note(entry & TABLE_ENTRY_OFFSET_MASK for entry in table if entry)
-                await self._pause(len(table))
+        async with aclosing(each_bitmap(self._storage, self._header)) as bitmaps:
+            async for bitmap in bitmaps:
+                start, end = bitmap.table_offset, bitmap.table_offset + 8 * bitmap.table_size
+                end = min(end, self._storage.size())
+                self._note(range(start, end, 1 << self._bits))
+                for chunk in range(start, end, _CHUNK):
+                    table = parse_table(await self._read(chunk, min(_CHUNK, end - chunk) // 8 * 8))
+                    self._note(entry & TABLE_ENTRY_OFFSET_MASK for entry in table if entry)
+                    await self._pause(len(table))
 
     def _tables_of(self, l1_table: Table) -> array[int]:
         """Where its L2 tables lie; what is impossible, or behind the end, is left to whoever needs it."""

@@ -28,7 +28,7 @@ from qcowfuse.format.header import Qcow2Header, parse_header
 from qcowfuse.storage.base import Storage
 from qcowfuse.tools import extent_map, info
 from qcowfuse.tools.check import is_preallocated
-from qcowfuse.tools.info import describe_image, read_header
+from qcowfuse.tools.info import describing, read_header
 from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 
 from ..battery import read, write
@@ -370,7 +370,11 @@ class _Session:
 
     async def off_info(self, _: str) -> None:
         with patch.object(info, "open_storage", self.opener):
-            await describe_image(TOP)
+            async with describing(TOP) as described:
+                async for _snapshot in described.snapshots():
+                    pass
+                async for _bitmap in described.bitmaps():
+                    pass
 
     async def off_map(self, _: str) -> None:
         with patch.object(extent_map, "open_image", partial(open_image, opener=self.opener)):
