@@ -19,7 +19,7 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
-from ..fuse.libfuse.direct_requests import AtOnce
+from ..fuse.libfuse.direct_requests import DirectRequests
 from ..fuse.libfuse.extra_operations import ExtraOperations
 from ..fuse.libfuse.request_wait import PollFirstTrio
 from ..fuse.libfuse.session_hook import SessionHook
@@ -137,7 +137,7 @@ class MountSession:
     async def answer_requests(self) -> None:
         """Answer until the connection is closed; sets :attr:`ended`."""
         try:
-            with AtOnce(self._operations, self._gate).active():
+            with DirectRequests(self._operations, self._gate).active():
                 await pyfuse3.main(MIN_TASKS, MAX_TASKS)
         except Exception as exc:
             _log.critical("serving failed, the mount is dead now", exc_info=exc)

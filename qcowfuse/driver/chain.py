@@ -63,13 +63,13 @@ from .qcow_image import QcowImage
 from .reading.decompression import CompressedSource
 from .reading.reader import ChainReader
 from .writing.allocation import Allocator, RefcountAllocator
-from .writing.feature_bits import HeaderBits
+from .writing.feature_bits import FeatureBits
 from .writing.guarded_clusters import MetadataClusters
 from .writing.host_clusters import load_host_clusters
 
 if TYPE_CHECKING:
     from .layers.encryption import EncryptedData
-    from .writing.dirty_bitmaps import KeptBitmaps
+    from .writing.dirty_bitmaps import DirtyBitmaps
     from .writing.unguarded import UnguardedClusters
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
@@ -287,7 +287,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     cache.budget = _cache_budget(top_mapping.geometry, options.l2_cache_size)
     metadata = MetadataClusters(header.cluster_bits)
     allocator: Allocator | None = None
-    bitmaps: KeptBitmaps | None = None
+    bitmaps: DirtyBitmaps | None = None
     unguarded: UnguardedClusters | None = None
     data_clusters: DataClusters | None = None
     if not options.read_only:
@@ -315,7 +315,7 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
         data_clusters=data_clusters,
         metadata=metadata,
         l1_table_offset=header.l1_table_offset,
-        header_bits=_header_bits_of(top, header, kept_autoclear=0 if bitmaps is None else AUTOCLEAR_BITMAPS),
+        feature_bits=_feature_bits_of(top, header, kept_autoclear=0 if bitmaps is None else AUTOCLEAR_BITMAPS),
         bitmaps=bitmaps,
         unguarded=unguarded,
         discard=options.discard,
@@ -398,10 +398,10 @@ def _geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
     )
 
 
-def _header_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_autoclear: int) -> HeaderBits | None:
+def _feature_bits_of(layer: _Opened, header: Qcow1Header | Qcow2Header, *, kept_autoclear: int) -> FeatureBits | None:
     if isinstance(header, Qcow1Header) or header.version < 3:
         return None
-    return HeaderBits(
+    return FeatureBits(
         layer.storage,
         incompatible=header.incompatible_features,
         autoclear=header.autoclear_features,

@@ -45,8 +45,8 @@ class Image(Protocol):
         """After :meth:`try_read` has declined, and while nobody else waits for an answer: the bytes, if they can be
         computed here, which may take some 100 us; else None. Raises FormatError, OSError."""
 
-    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
-        """The bytes. ``alone``: nobody else waits for an answer now, so it may be computed on the spot.
+    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
+        """The bytes. ``may_block_loop``: nobody else waits for an answer now, so it may be computed on the spot.
 
         Raises OutOfRangeError, CorruptImageError, OSError.
         """
@@ -54,7 +54,7 @@ class Image(Protocol):
     def try_write(self, guest_offset: int, data: Buffer) -> bool:
         """True when the data was written in place at once; False: await :meth:`write`."""
 
-    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
         """True when all of the data was written at once, into new clusters where that was needed; False: await
         :meth:`write`, a part of the data may have been written. Raises OSError."""
 

@@ -4,7 +4,8 @@ One class serves all versions: they differ in values (:class:`~qcowfuse.format.e
 host clusters are found (:class:`~qcowfuse.driver.writing.allocation.Allocator`) and in the header bits; the way of a
 request is the same.
 
-1. The ``try_`` calls answer only what needs no waiting, and of them only ``try_write_new`` changes metadata: it takes
+1. The ``try_`` calls answer only what needs no waiting, and of them only ``try_allocate_write`` changes metadata: it
+takes
    and links new clusters in one step.
 2. Metadata that is found impossible freezes the image: no write after that, the corrupt bit set on disk where
    the version has one; what was written before is still flushed.
@@ -27,23 +28,23 @@ from .counters import counters_of
 from .layers.data_file import DataClusters
 from .layers.holes import HoleFinder
 from .layers.mapping import Layer, Mapping
-from .layers.range_claims import Generations
+from .layers.range_claims import InFlightEpochs
 from .layers.table_cache import LAYER_BITS, TableCache
 from .layers.usage import Usage
 from .options import DetectZeroes
 from .reading.reader import ChainReader
 from .writing.allocation import Allocator
-from .writing.feature_bits import HeaderBits
+from .writing.feature_bits import FeatureBits
 from .writing.growing import Grower
 from .writing.guarded_clusters import MetadataClusters
 from .writing.reserving import Reserver
-from .writing.write_back import Ordering
+from .writing.write_back import WriteBack
 from .writing.writer import Writer
 from .writing.zero_detection import is_zero
 from .writing.zeroing import Zeroer
 
 if TYPE_CHECKING:
-    from .writing.dirty_bitmaps import KeptBitmaps
+    from .writing.dirty_bitmaps import DirtyBitmaps
     from .writing.unguarded import UnguardedClusters
 
 log = logging.getLogger(__name__)
@@ -67,8 +68,8 @@ class QcowImage:
         allocator: Allocator | None,
         metadata: MetadataClusters,
         l1_table_offset: int,
-        header_bits: HeaderBits | None,
-        bitmaps: KeptBitmaps | None = None,
+        feature_bits: FeatureBits | None,
+        bitmaps: DirtyBitmaps | None = None,
         unguarded: UnguardedClusters | None = None,
         data_clusters: DataClusters | None = None,
         discard: bool = True,
@@ -92,16 +93,16 @@ class QcowImage:
         self._closed = False
         self._allocator = allocator
         self._begin_lock = trio.Lock()
-        self._header_bits = header_bits
+        self._feature_bits = feature_bits
         self._writable = allocator is not None
         self._begun = False
-        self._ordering: Ordering | None = None
+        self._write_back: WriteBack | None = None
         self._writer: Writer | None = None
         self._zeroer: Zeroer | None = None
         self._reserver: Reserver | None = None
         self._grower: Grower | None = None
         if allocator is not None:
-            self._ordering = Ordering(
+            self._write_back = WriteBack(
                 storage=self._storage,
                 mapping=mapping,
                 l1_table_offset=l1_table_offset,
@@ -110,14 +111,14 @@ class QcowImage:
                 metadata=metadata,
                 punches=discard,
             )
-            cache.write_back = self._ordering.write_back
+            cache.write_back = self._write_back.clean_tables
             self._writer = Writer(
                 mapping=mapping,
                 reader=reader,
                 cache=cache,
                 allocator=allocator,
                 metadata=metadata,
-                ordering=self._ordering,
+                write_back=self._write_back,
                 usage=self._usage,
                 data_clusters=data_clusters,
             )
@@ -126,7 +127,7 @@ class QcowImage:
                 reader=reader,
                 cache=cache,
                 writer=self._writer,
-                ordering=self._ordering,
+                write_back=self._write_back,
                 usage=self._usage,
                 data_clusters=data_clusters,
             )
@@ -138,7 +139,7 @@ class QcowImage:
                 allocator=allocator,
                 metadata=metadata,
                 usage=self._usage,
-                changing=self._writing,
+                changing=self._guarded_write,
                 data_clusters=data_clusters,
             )
             self._grower = Grower(
@@ -149,7 +150,7 @@ class QcowImage:
                 zeroer=self._zeroer,
                 allocator=allocator,
                 metadata=metadata,
-                ordering=self._ordering,
+                write_back=self._write_back,
                 usage=self._usage,
                 cache=cache,
                 cache_budget=cache_budget,
@@ -193,7 +194,7 @@ class QcowImage:
         return (
             not self._writable
             or self._frozen is not None
-            or (self._ordering is not None and self._ordering.failure is not None)
+            or (self._write_back is not None and self._write_back.failure is not None)
         )
 
     @property
@@ -234,14 +235,14 @@ class QcowImage:
             return None
         return self._reader.try_single(guest_offset, n_bytes)
 
-    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
+    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
         if not n_bytes:
             return b""
-        generations = None if self._ordering is None else self._ordering.generations
-        generation = 0 if generations is None else generations.enter()
-        # What _looking() does, without what a context manager costs: that counts where the disk is fast.
+        epochs = None if self._write_back is None else self._write_back.epochs
+        epoch = 0 if epochs is None else epochs.enter()
+        # What _guarded_read() does, without what a context manager costs: that counts where the disk is fast.
         try:
             host_offset = self._plain_offset(guest_offset, n_bytes)
             if host_offset:
@@ -249,14 +250,14 @@ class QcowImage:
                 return await self._pread(host_offset, n_bytes) if data is None else data
             wanted = self._reader.find_single(guest_offset, n_bytes)
             if wanted is not None:
-                return await self._reader.read_single(wanted, guest_offset, n_bytes, alone=alone)
-            return await self._reader.read(guest_offset, n_bytes, alone=alone)
+                return await self._reader.read_single(wanted, guest_offset, n_bytes, may_block_loop=may_block_loop)
+            return await self._reader.read(guest_offset, n_bytes, may_block_loop=may_block_loop)
         except CorruptImageError as error:
             await self._freeze(error)
             raise
         finally:
-            if generations is not None:
-                generations.leave(generation)
+            if epochs is not None:
+                epochs.leave(epoch)
 
     def _plain_offset(self, guest_offset: int, n_bytes: int) -> int:
         """Where a range inside of one cluster lies, if it is as _try_read likes it; else 0."""
@@ -317,8 +318,8 @@ class QcowImage:
             expected += self.cluster_size
             if expected >= end:
                 break
-        ordering = self._ordering
-        if self._frozen is not None or ordering is None or ordering.failure is not None:
+        write_back = self._write_back
+        if self._frozen is not None or write_back is None or write_back.failure is not None:
             return False
         if not self._try_pwritev(guest_offset, (data,)):
             return False
@@ -361,8 +362,8 @@ class QcowImage:
             ):
                 return False
             covered += cluster_size
-        ordering = self._ordering
-        if self._frozen is not None or ordering is None or ordering.failure is not None:
+        write_back = self._write_back
+        if self._frozen is not None or write_back is None or write_back.failure is not None:
             return False
         if not self._try_pwritev(host_offset + in_cluster, (data,)):
             return False
@@ -372,7 +373,7 @@ class QcowImage:
             cache.touch(slice_)
         return True
 
-    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
         """See Image."""
         n_bytes = len(data)
         if not 0 <= guest_offset <= self.size - n_bytes or (self._detect_zeroes and is_zero(data)):
@@ -390,7 +391,7 @@ class QcowImage:
         position = self._write_at_once(guest_offset, view)
         if position == len(view) > 0:
             return
-        async with self._writing() as writer:
+        async with self._guarded_write() as writer:
             if self._bitmaps is not None:
                 self._bitmaps.mark(guest_offset, len(view))
             while position < len(view):
@@ -399,8 +400,8 @@ class QcowImage:
 
     def _write_at_once(self, guest_offset: int, view: memoryview) -> int:
         """Write what needs no waiting, from the start; returns how many bytes that was. Raises OSError."""
-        writer, ordering = self._writer, self._ordering
-        if not self._begun or self._frozen is not None or writer is None or ordering is None or ordering.failure:
+        writer, write_back = self._writer, self._write_back
+        if not self._begun or self._frozen is not None or writer is None or write_back is None or write_back.failure:
             return 0
         if self._bitmaps is not None:
             self._bitmaps.mark(guest_offset, len(view))
@@ -427,12 +428,12 @@ class QcowImage:
             self._require_writable()
         while guest_offset < end:
             # Each step is an operation in flight of its own: what the first ones free need not wait for the last.
-            async with self._writing():
+            async with self._guarded_write():
                 if self._bitmaps is not None:
                     self._bitmaps.mark(guest_offset, end - guest_offset)
                 assert self._zeroer is not None
                 guest_offset += await self._zeroer.zero_some(guest_offset, end - guest_offset, unmap=unmap)
-            if self._ordering is not None and self._ordering.n_unlinked >= _MAX_UNLINKED:
+            if self._write_back is not None and self._write_back.n_unlinked >= _MAX_UNLINKED:
                 await self.flush()
             if guest_offset < end:
                 await trio.lowlevel.checkpoint()
@@ -446,22 +447,22 @@ class QcowImage:
 
     async def grow(self, size: int) -> None:
         """See Image."""
-        async with self._writing():
+        async with self._guarded_write():
             assert self._grower is not None
             await self._grower.grow(size, self._has_grown)
 
     async def _before_growth(self, size: int) -> None:
-        if self._bitmaps is not None and self._ordering is not None:
-            await self._bitmaps.before_growth(self._ordering, size)
+        if self._bitmaps is not None and self._write_back is not None:
+            await self._bitmaps.before_growth(self._write_back, size)
 
     def _has_grown(self, size: int) -> None:
         self.size = size
 
     @asynccontextmanager
-    async def _writing(self) -> AsyncIterator[Writer]:
+    async def _guarded_write(self) -> AsyncIterator[Writer]:
         """What surrounds every change: header bits first, an operation in flight, corruption freezes."""
-        ordering, writer = self._require_writable()
-        generation = ordering.generations.enter()
+        write_back, writer = self._require_writable()
+        epoch = write_back.epochs.enter()
         try:
             if not self._begun:
                 await self._begin_writing()
@@ -470,33 +471,33 @@ class QcowImage:
             await self._freeze(error)
             raise
         finally:
-            ordering.generations.leave(generation)
+            write_back.epochs.leave(epoch)
 
     @asynccontextmanager
-    async def _looking(self) -> AsyncIterator[None]:
+    async def _guarded_read(self) -> AsyncIterator[None]:
         """What surrounds whatever reads host clusters: an operation in flight, corruption freezes."""
-        generations = None if self._ordering is None else self._ordering.generations
-        generation = 0 if generations is None else generations.enter()
+        epochs = None if self._write_back is None else self._write_back.epochs
+        epoch = 0 if epochs is None else epochs.enter()
         try:
             yield
         except CorruptImageError as error:
             await self._freeze(error)
             raise
         finally:
-            if generations is not None:
-                generations.leave(generation)
+            if epochs is not None:
+                epochs.leave(epoch)
 
     async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
         """See Image."""
         self._check_range(guest_offset, n_bytes)
-        async with self._looking():
+        async with self._guarded_read():
             return await self._holes.find(guest_offset, n_bytes, keep=keep)
 
     async def flush(self) -> None:
         """See Image."""
-        if self._ordering is not None:
+        if self._write_back is not None:
             try:
-                await self._ordering.flush()
+                await self._write_back.flush()
             except CorruptImageError as error:
                 await self._freeze(error)
                 raise
@@ -508,7 +509,7 @@ class QcowImage:
     async def count_allocated(self) -> None:
         """Find out what :meth:`allocated_bytes` is; until this has ended it is an estimate. Reads every L2 table
         once, past the cache. Raises OSError, FormatError."""
-        await self._usage.count(Generations() if self._ordering is None else self._ordering.generations)
+        await self._usage.count(InFlightEpochs() if self._write_back is None else self._write_back.epochs)
 
     def free_host_bytes(self) -> int:
         """See Image."""
@@ -516,7 +517,7 @@ class QcowImage:
 
     def statistics(self) -> dict[str, int]:
         """See Image."""
-        has_failed = self._ordering is not None and self._ordering.failure is not None
+        has_failed = self._write_back is not None and self._write_back.failure is not None
         states = {"read_only": self.read_only, "flush_failed": has_failed, "corrupt": self._frozen is not None}
         return counters_of(self._cache, self._reader.decoded, self._storages, states)
 
@@ -529,15 +530,15 @@ class QcowImage:
             await self._unguarded.aclose()
         begun, self._begun = self._begun, False  # nothing is written after the bitmaps are stored
         try:
-            if self._ordering is not None and begun:
-                await self._ordering.flush()
+            if self._write_back is not None and begun:
+                await self._write_back.flush()
                 if self._bitmaps is not None and self._frozen is None:
-                    await self._bitmaps.store(self._ordering, self.size)
-                    if self._ordering.failure is None and self._ordering.is_dirty:
-                        await self._ordering.flush()
+                    await self._bitmaps.store(self._write_back, self.size)
+                    if self._write_back.failure is None and self._write_back.is_dirty:
+                        await self._write_back.flush()
                 for _ in range(2):  # what that one has unlinked, and the counts of it
-                    if self._ordering.failure is None and self._ordering.is_dirty:
-                        await self._ordering.flush()
+                    if self._write_back.failure is None and self._write_back.is_dirty:
+                        await self._write_back.flush()
         finally:
             with trio.CancelScope(shield=True):
                 await self._reader.aclose()
@@ -549,16 +550,16 @@ class QcowImage:
             detail = _SHORT_READ.format(n_bytes=n_bytes, guest_offset=guest_offset, size=self.size)
             raise OutOfRangeError(detail)
 
-    def _require_writable(self) -> tuple[Ordering, Writer]:
-        if self._ordering is None or self._writer is None:
+    def _require_writable(self) -> tuple[WriteBack, Writer]:
+        if self._write_back is None or self._writer is None:
             raise ReadOnlyImageError(f"{self.path}: opened read-only")
         if self._closed:
             raise ReadOnlyImageError(f"{self.path}: is being closed")
         if self._frozen is not None:
             raise ReadOnlyImageError(f"{self.path}: read-only since: {self._frozen}")
-        if self._ordering.failure is not None:
-            raise ReadOnlyImageError(f"{self.path}: read-only since a flush failed: {self._ordering.failure}")
-        return self._ordering, self._writer
+        if self._write_back.failure is not None:
+            raise ReadOnlyImageError(f"{self.path}: read-only since a flush failed: {self._write_back.failure}")
+        return self._write_back, self._writer
 
     async def _begin_writing(self) -> None:
         """R5: header bits that the first write makes untrue are cleared before it, durably; so do bitmaps say that
@@ -568,10 +569,10 @@ class QcowImage:
                 return
             if self._unguarded is not None:
                 await self._unguarded.begin()
-            if self._header_bits is not None and self._ordering is not None:
-                await self._header_bits.before_first_write(self._ordering.flush_storage)
-            if self._bitmaps is not None and self._ordering is not None:
-                await self._bitmaps.begin(self._ordering)
+            if self._feature_bits is not None and self._write_back is not None:
+                await self._feature_bits.before_first_write(self._write_back.flush_storage)
+            if self._bitmaps is not None and self._write_back is not None:
+                await self._bitmaps.begin(self._write_back)
             self._begun = True
 
     async def _freeze(self, error: CorruptImageError) -> None:
@@ -579,6 +580,6 @@ class QcowImage:
             return
         self._frozen = error
         log.error("%s: %s; the image is read-only from now on", self.path, error)
-        if self._header_bits is not None and self._ordering is not None:
+        if self._feature_bits is not None and self._write_back is not None:
             with suppress(OSError):
-                await self._header_bits.mark_corrupt(self._ordering.flush_storage)
+                await self._feature_bits.mark_corrupt(self._write_back.flush_storage)

@@ -105,7 +105,7 @@ class Operations(pyfuse3.Operations):
         self.try_read = image.try_read
         self.try_read_alone = image.try_read_alone
         self._try_write_in_place = image.try_write
-        self._try_write_new = image.try_write_new
+        self._try_write_new = image.try_allocate_write
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
         self.sizes = Sizes(
@@ -163,9 +163,9 @@ class Operations(pyfuse3.Operations):
                 data = self.try_read(off, size)
                 if data is not None:
                     return data
-            alone = self.gate.is_idle()
+            may_block_loop = self.gate.is_idle()
             with self._slow():
-                return await self._image.read(off, size, alone=alone)
+                return await self._image.read(off, size, may_block_loop=may_block_loop)
         except Exception as exc:
             self._fail("read", exc)
 

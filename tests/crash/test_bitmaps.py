@@ -12,7 +12,7 @@ import pytest
 import trio
 
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing.dirty_bitmaps import KeptBitmaps
+from qcowfuse.driver.writing.dirty_bitmaps import DirtyBitmaps
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.format.bitmaps import DirtyBits
 from qcowfuse.storage.base import Storage
@@ -249,9 +249,9 @@ async def test_every_operation_may_fail(
 
 async def test_the_harness_catches_a_mark_that_is_not_durable(monkeypatch: pytest.MonkeyPatch) -> None:
     """Marking bitmaps as in use without a flush before the first write is seen."""
-    original = KeptBitmaps.begin
+    original = DirtyBitmaps.begin
 
-    async def begin(self: KeptBitmaps, ordering: object) -> None:
+    async def begin(self: DirtyBitmaps, write_back: object) -> None:
         class WithoutFlush:
             async def flush_storage(self) -> None:
                 await trio.lowlevel.checkpoint()
@@ -259,7 +259,7 @@ async def test_the_harness_catches_a_mark_that_is_not_durable(monkeypatch: pytes
         await original(self, WithoutFlush())  # type: ignore[arg-type]
 
     built = await image_with_bitmaps("full")
-    monkeypatch.setattr(KeptBitmaps, "begin", begin)
+    monkeypatch.setattr(DirtyBitmaps, "begin", begin)
     problems = await check_all_cuts(await record_workload(built, mixed), 200)
     assert any("misses" in problem for problem in problems)
 
@@ -276,7 +276,7 @@ async def test_the_harness_catches_a_flag_that_is_cleared_too_early(monkeypatch:
     """Storing the contents of bitmaps without a flush before the directory says that they are valid is seen."""
     built = await image_with_bitmaps("v3")
 
-    async def store(self: KeptBitmaps, ordering: object, size: int) -> None:
+    async def store(self: DirtyBitmaps, write_back: object, size: int) -> None:
         class Late:
             def __init__(self, inner: object) -> None:
                 self.inner = inner
@@ -284,9 +284,9 @@ async def test_the_harness_catches_a_flag_that_is_cleared_too_early(monkeypatch:
             def __getattr__(self, name: str) -> object:
                 return trio.lowlevel.checkpoint if name == "flush_storage" else getattr(self.inner, name)
 
-        await original_store(self, Late(ordering), size)  # type: ignore[arg-type]
+        await original_store(self, Late(write_back), size)  # type: ignore[arg-type]
 
-    original_store = KeptBitmaps.store
-    monkeypatch.setattr(KeptBitmaps, "store", store)
+    original_store = DirtyBitmaps.store
+    monkeypatch.setattr(DirtyBitmaps, "store", store)
     problems = await check_all_cuts(await record_workload(built, all_of_it), 200)
     assert any("misses" in problem for problem in problems)

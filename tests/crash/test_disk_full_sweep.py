@@ -85,7 +85,7 @@ class Run:
         try:
             if kind != "write":
                 await self.image.write_zeroes(offset, len(data), unmap=kind == "discard")
-            elif not self.image.try_write(offset, data) and not self.image.try_write_new(offset, data):
+            elif not self.image.try_write(offset, data) and not self.image.try_allocate_write(offset, data):
                 await self.image.write(offset, data)
         except OSError as error:
             self.note_full(kind, error)

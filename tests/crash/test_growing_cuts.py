@@ -105,14 +105,14 @@ async def test_a_power_cut_while_the_disk_grows_with_a_tiny_cache(spec: str, mon
 
 async def test_the_harness_catches_a_header_that_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A header written before what it points at, and before the zeroes that hide a backing file, is seen."""
-    original = write_back.Ordering._write_all
+    original = write_back.WriteBack._write_all
 
-    async def write_all(self: write_back.Ordering, writes: list[write_back.MetadataWrite]) -> None:
+    async def write_all(self: write_back.WriteBack, writes: list[write_back.MetadataWrite]) -> None:
         if self._size_fields is not None:
             await original(self, [self._size_fields(len(self._l1_table), self._l1_place)])
         await original(self, writes)
 
-    monkeypatch.setattr(write_back.Ordering, "_write_all", write_all)
+    monkeypatch.setattr(write_back.WriteBack, "_write_all", write_all)
     recorded = await record_workload(build_image(SPECS["v3-long-backing"]), growing_guest)
     summary = await check_cuts(recorded, n_states=100, n_qemu=0)
     assert summary.problems

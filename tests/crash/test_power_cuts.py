@@ -257,9 +257,9 @@ async def _broken(monkeypatch: pytest.MonkeyPatch, spec: str = "v3") -> list[str
 
 async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the flush between counts and links a power cut is seen to do damage."""
-    original = write_back.Ordering._run
+    original = write_back.WriteBack._run
 
-    async def run(self: write_back.Ordering, *, final: bool) -> None:
+    async def run(self: write_back.WriteBack, *, final: bool) -> None:
         calls = 0
         flush = self.flush_storage
 
@@ -274,63 +274,63 @@ async def test_the_harness_catches_a_missing_flush(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(self, "flush_storage", flush)
         await flush()
 
-    monkeypatch.setattr(write_back.Ordering, "_run", run)
+    monkeypatch.setattr(write_back.WriteBack, "_run", run)
     assert any("references" in problem or "neither" in problem for problem in await _broken(monkeypatch))
 
 
 @pytest.mark.parametrize("spec", ["data-file", "extended-data-file"])
 async def test_the_harness_catches_links_before_the_data_file(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without the flush of the data file before the links a power cut is seen to lose what was promised."""
-    original = write_back.Ordering.flush_storage
+    original = write_back.WriteBack.flush_storage
     n_data_flushes = 0
 
-    async def flush_late(self: write_back.Ordering, data: Storage | None = None) -> None:
+    async def flush_late(self: write_back.WriteBack, data: Storage | None = None) -> None:
         nonlocal n_data_flushes
         n_data_flushes += data is not None
         await original(self)
         if data is not None and n_data_flushes % 2:
             await original(self, data)
 
-    monkeypatch.setattr(write_back.Ordering, "flush_storage", flush_late)
+    monkeypatch.setattr(write_back.WriteBack, "flush_storage", flush_late)
     assert any("neither" in problem for problem in await _broken(monkeypatch, spec))
 
 
 async def test_the_harness_catches_links_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing refcounts after the links is seen."""
-    original = write_back.Ordering._write_all
+    original = write_back.WriteBack._write_all
     kept: list[write_back.MetadataWrite] = []
 
-    async def write_counts_late(self: write_back.Ordering, refcounts: write_back.DirtyRefcounts) -> None:
+    async def write_counts_late(self: write_back.WriteBack, refcounts: write_back.DirtyRefcounts) -> None:
         kept.extend(refcounts.blocks + refcounts.moved_table + refcounts.table)
 
-    async def write_all(self: write_back.Ordering, writes: list[write_back.MetadataWrite]) -> None:
+    async def write_all(self: write_back.WriteBack, writes: list[write_back.MetadataWrite]) -> None:
         await original(self, writes)
         if writes:
             await original(self, kept)
             kept.clear()
 
-    monkeypatch.setattr(write_back.Ordering, "_write_refcounts", write_counts_late)
-    monkeypatch.setattr(write_back.Ordering, "_write_all", write_all)
+    monkeypatch.setattr(write_back.WriteBack, "_write_refcounts", write_counts_late)
+    monkeypatch.setattr(write_back.WriteBack, "_write_all", write_all)
     assert any("refcount" in problem for problem in await _broken(monkeypatch))
 
 
 async def test_the_harness_catches_a_broken_promise(monkeypatch: pytest.MonkeyPatch) -> None:
     """An fsync that ends without the last flush is seen."""
-    original = write_back.Ordering._run
+    original = write_back.WriteBack._run
 
-    async def run(self: write_back.Ordering, *, final: bool) -> None:
+    async def run(self: write_back.WriteBack, *, final: bool) -> None:
         await original(self, final=False)
 
-    monkeypatch.setattr(write_back.Ordering, "_run", run)
-    monkeypatch.setattr(write_back.Ordering, "is_dirty", False)
+    monkeypatch.setattr(write_back.WriteBack, "_run", run)
+    monkeypatch.setattr(write_back.WriteBack, "is_dirty", False)
     assert any("neither" in problem for problem in await _broken(monkeypatch))
 
 
 async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cluster that is given back before its unlink is durable is seen."""
-    release = write_back.Ordering.unlink_cluster
+    release = write_back.WriteBack.unlink_cluster
 
-    def free_at_once(self: write_back.Ordering, run: write_back.HostRun) -> None:
+    def free_at_once(self: write_back.WriteBack, run: write_back.HostRun) -> None:
         allocator = self._allocator
         cluster = run.host_offset >> allocator._cluster_bits  # type: ignore[attr-defined]
         try:
@@ -338,5 +338,5 @@ async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.
         except Exception:
             release(self, run)
 
-    monkeypatch.setattr(write_back.Ordering, "unlink_cluster", free_at_once)
+    monkeypatch.setattr(write_back.WriteBack, "unlink_cluster", free_at_once)
     assert await _broken(monkeypatch, "snapshot")

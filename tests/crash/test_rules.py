@@ -36,8 +36,8 @@ from types import ModuleType
 
 import pytest
 
-from qcowfuse.driver.writing.feature_bits import HeaderBits
-from qcowfuse.driver.writing.write_back import Ordering
+from qcowfuse.driver.writing.feature_bits import FeatureBits
+from qcowfuse.driver.writing.write_back import WriteBack
 from qcowfuse.driver.writing.writer import Writer
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image
 from tests.support.mutation import break_line
@@ -68,12 +68,12 @@ _FIRST_FLUSH = """            await self.flush_storage(data)
 """
 BREAKAGES = {
     "R1 counts after links": Breakage(
-        Ordering,
+        WriteBack,
         "_run",
         "await self._write_refcounts(refcounts)",
         "late = late + refcounts.blocks + refcounts.moved_table + refcounts.table",
     ),
-    "R1 R2 no flush before links": Breakage(Ordering, "_run", _FIRST_FLUSH, "            links_written = True\n"),
+    "R1 R2 no flush before links": Breakage(WriteBack, "_run", _FIRST_FLUSH, "            links_written = True\n"),
     "R2 linked before written": Breakage(
         Writer,
         "_allocate_and_link",
@@ -83,32 +83,32 @@ BREAKAGES = {
         suspend=True,
     ),
     "R3 count falls with the unlink": Breakage(
-        Ordering,
+        WriteBack,
         "_run",
         "    refcounts = self._allocator.take_dirty()\n",
         "    for run in self._unlinked:\n        await self._release(run)\n    self._unlinked = []\n"
         "    refcounts = self._allocator.take_dirty()\n",
     ),
     "R4 L1 entries with the counts": Breakage(
-        Ordering,
+        WriteBack,
         "_run",
         "late += self._serialise_l1(dirty_l1)",
         "early += self._serialise_l1(dirty_l1)",
         specs=(EMPTY, SHARED),
     ),
     "R4 blocks with their pointers": Breakage(
-        Ordering, "_write_refcounts", "        await self.flush_storage()\n", "", specs=(EMPTY, FULL_TABLE)
+        WriteBack, "_write_refcounts", "        await self.flush_storage()\n", "", specs=(EMPTY, FULL_TABLE)
     ),
     "R4 table with its pointer": Breakage(
-        Ordering,
+        WriteBack,
         "_write_refcounts",
         "await self._write_all(refcounts.moved_table)",
         "await self._write_all(refcounts.table)",
         specs=(FULL_TABLE,),
     ),
-    "R5 no flush": Breakage(HeaderBits, "_write", "    await flush()\n", "", specs=(replace(PLAIN, seed=9),)),
+    "R5 no flush": Breakage(FeatureBits, "_write", "    await flush()\n", "", specs=(replace(PLAIN, seed=9),)),
     "fsync without the last flush": Breakage(
-        Ordering, "_run", "        if final:\n            await self.flush_storage(data)", "        pass"
+        WriteBack, "_run", "        if final:\n            await self.flush_storage(data)", "        pass"
     ),
 }
 
@@ -175,12 +175,12 @@ async def test_nothing_is_noticed_where_nothing_is_broken() -> None:
 
 
 ERROR_BREAKAGES = {
-    "counts are forgotten": Breakage(Ordering, "_run", "        self._allocator.put_back()\n", ""),
+    "counts are forgotten": Breakage(WriteBack, "_run", "        self._allocator.put_back()\n", ""),
     "links are forgotten": Breakage(
-        Ordering, "_run", "            self._cache.mark_dirty(slice_, start, end)\n", "            pass\n"
+        WriteBack, "_run", "            self._cache.mark_dirty(slice_, start, end)\n", "            pass\n"
     ),
-    "tables are forgotten": Breakage(Ordering, "_run", "        self._dirty_l1 |= dirty_l1\n", "", specs=(EMPTY,)),
-    "unlinked clusters are forgotten": Breakage(Ordering, "_run", "        self._unlinked += unlinked\n", ""),
+    "tables are forgotten": Breakage(WriteBack, "_run", "        self._dirty_l1 |= dirty_l1\n", "", specs=(EMPTY,)),
+    "unlinked clusters are forgotten": Breakage(WriteBack, "_run", "        self._unlinked += unlinked\n", ""),
     "clusters stay taken": Breakage(Writer, "give_back", "await self._allocator.release([run])", "pass"),
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.driver.writing import unguarded
-from qcowfuse.driver.writing.write_back import Ordering
+from qcowfuse.driver.writing.write_back import WriteBack
 from tests.support.images import ImageSpec
 from tests.support.mounting import REPOSITORY, environment
 from tests.support.mutation import break_line
@@ -81,7 +81,7 @@ def test_a_failure_is_shrunk_and_replayed(monkeypatch: pytest.MonkeyPatch, tmp_p
     while len(scenario.steps) < 20:
         scenario = random_scenario(chooser, spec, n_steps=40, may_fail=False, aligned=True)
     with monkeypatch.context() as patch:
-        break_line(patch, Ordering, "_run", "await self._write_refcounts(refcounts)", "pass")
+        break_line(patch, WriteBack, "_run", "await self._write_refcounts(refcounts)", "pass")
         shortest = shrink_scenario(scenario, n_states=60)
         assert check_scenario(shortest, n_states=60).failed
     assert len(shortest.steps) <= 2
@@ -100,7 +100,7 @@ def test_a_failure_is_shrunk_and_replayed(monkeypatch: pytest.MonkeyPatch, tmp_p
 
 def test_an_error_that_nobody_hears_of_is_a_problem(monkeypatch: pytest.MonkeyPatch) -> None:
     """Scenarios notice an error that is swallowed."""
-    break_line(monkeypatch, Ordering, "flush_storage", "        self.fail(error)\n        raise\n", "        pass\n")
+    break_line(monkeypatch, WriteBack, "flush_storage", "        self.fail(error)\n        raise\n", "        pass\n")
     steps = (("write", 0, 4096, 1), ("flush",))
     problems = [
         check_scenario(Scenario(ImageSpec(size=64 * KIB), steps, fault=Fault(number, errno.EIO)), n_states=0).problems

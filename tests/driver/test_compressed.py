@@ -164,8 +164,10 @@ async def test_two_sequential_readers_at_once() -> None:
 
 
 @pytest.mark.parametrize("n_threads", [2, 4])
-@pytest.mark.parametrize("alone", [False, True], ids=["in a thread", "on the spot"])
-async def test_random_small_reads_decode_only_the_start(alone: bool, n_threads: int, decodings: list[bytes]) -> None:
+@pytest.mark.parametrize("may_block_loop", [False, True], ids=["in a thread", "on the spot"])
+async def test_random_small_reads_decode_only_the_start(
+    may_block_loop: bool, n_threads: int, decodings: list[bytes]
+) -> None:
     """A read that follows no other has its cluster decoded as far as it reads; one further on is right."""
     async with opened() as (image, reader, contents):
         reader.decoded._n_threads = n_threads
@@ -174,7 +176,7 @@ async def test_random_small_reads_decode_only_the_start(alone: bool, n_threads: 
                 guest_offset = number * CLUSTER + in_cluster
                 found = image.try_read(guest_offset, KIB)
                 if found is None:
-                    found = await image.read(guest_offset, KIB, alone=alone)
+                    found = await image.read(guest_offset, KIB, may_block_loop=may_block_loop)
                 assert bytes(found) == contents[guest_offset : guest_offset + KIB]
                 if in_cluster == 20 * KIB:
                     assert last_used(reader) == 21 * KIB
@@ -207,7 +209,7 @@ async def test_a_read_without_company_is_computed_at_once() -> None:
 async def test_a_read_that_was_tried_alone_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The awaited read that follows a vain try is the same read: it is still a random one."""
     async with opened() as (image, reader, contents):
-        monkeypatch.setattr(reader.decoded, "try_decode", lambda wanted, *, alone: None)
+        monkeypatch.setattr(reader.decoded, "try_decode", lambda wanted, *, may_block_loop: None)
         guest_offset = 70 * CLUSTER + 20 * KIB
         assert image.try_read_alone(guest_offset, KIB) is None
         monkeypatch.undo()
@@ -362,9 +364,9 @@ async def test_single_clusters_are_decoded_where_that_is_quickest(spec: ImageSpe
     await image._reader.lookup(6 * CLUSTER, CLUSTER)
     for _ in range(2):
         assert image.try_read(6 * CLUSTER, KIB) is None
-        for alone in (False, True):
+        for may_block_loop in (False, True):
             with pytest.raises(FormatError, match="compressed cluster"):
-                await image.read(6 * CLUSTER, KIB, alone=alone)
+                await image.read(6 * CLUSTER, KIB, may_block_loop=may_block_loop)
     assert image.try_read(7 * CLUSTER, KIB) == built.contents[7 * CLUSTER : 7 * CLUSTER + KIB]
     await image.aclose()
 

@@ -283,8 +283,8 @@ async def test_what_is_linked_during_a_flush_belongs_to_the_next() -> None:
             assert image.try_read(stage * 1024, 1024) is None  # everything is awaited here
             assert await image.read(stage * 1024, 1024) == b"%d" % stage * 1024
             hold.release()
-    assert image._ordering is not None
-    assert image._ordering.is_dirty
+    assert image._write_back is not None
+    assert image._write_back.is_dirty
     await image.flush()
     oracle = await read_image(image, 0, image.size)
     again = await open_memory_image({TOP: bytes(memory.data)}, read_only=True)

@@ -80,7 +80,7 @@ async def test_a_request_that_was_declined_first_counts_once() -> None:
         assert image.statistics()["l2_cache.hits"] - hits == 1
         hits = image.statistics()["l2_cache.hits"]
         assert not image.try_write(offset, b"w" * 200)
-        assert not image.try_write_new(offset, b"w" * 200)
+        assert not image.try_allocate_write(offset, b"w" * 200)
         await image.write(offset, b"w" * 200)
         assert image.statistics()["l2_cache.hits"] - hits == 1
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import pytest
 
 from qcowfuse.fuse.libfuse import direct_requests
-from qcowfuse.fuse.libfuse.direct_requests import AtOnce, _Buffer, _FuseBuf
+from qcowfuse.fuse.libfuse.direct_requests import DirectRequests, _Buffer, _FuseBuf
 from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
 from qcowfuse.fuse.request_gate import RequestGate
 from qcowfuse.system.import_slot import SlotError
@@ -38,7 +38,7 @@ def write_request(off: int, data: bytes, *, n_stated: int | None = None, **extra
 
 
 class Kernel:
-    """The kernel's side of the connection, and an :class:`AtOnce` on the other."""
+    """The kernel's side of the connection, and an :class:`DirectRequests` on the other."""
 
     def __init__(self, image: MemoryImage, *, burst: int = 32) -> None:
         self.socket, self._ours = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -48,7 +48,7 @@ class Kernel:
             image, file_name=b"disk.raw", ownership=Ownership(5, 6, 0o600), mtime_ns=0, gate=self.gate
         )
         self.operations = operations
-        self.at_once = AtOnce(operations, self.gate)
+        self.at_once = DirectRequests(operations, self.gate)
         self.at_once._fd = self._ours.fileno()
         self._memory = ctypes.create_string_buffer(N_BUFFER)
         self.fuse_buf = _FuseBuf(flags=5, mem=ctypes.addressof(self._memory))
@@ -341,7 +341,7 @@ def test_without_a_slot_nothing_is_diverted(monkeypatch: pytest.MonkeyPatch, ima
         raise SlotError("not today")
 
     monkeypatch.setattr(direct_requests, "LoadedObject", no_object)
-    hook = AtOnce(Kernel(image).operations, RequestGate())
+    hook = DirectRequests(Kernel(image).operations, RequestGate())
     with hook.active():
         pass
     assert hook.refusal == "not today"
@@ -349,6 +349,6 @@ def test_without_a_slot_nothing_is_diverted(monkeypatch: pytest.MonkeyPatch, ima
 
 def test_the_slot_is_found_and_given_back(image: MemoryImage) -> None:
     """pyfuse3 as installed can be diverted."""
-    hook = AtOnce(Kernel(image).operations, RequestGate())
+    hook = DirectRequests(Kernel(image).operations, RequestGate())
     with hook.active():
         assert hook.refusal is None

@@ -372,8 +372,8 @@ async def test_waiting_handlers_are_counted_as_slow() -> None:
     operations = serve(image)
     seen: list[int] = []
 
-    async def read_slowly(guest_offset: int, n_bytes: int, *, alone: bool = False) -> bytes:
-        assert alone
+    async def read_slowly(guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> bytes:
+        assert may_block_loop
         seen.append(operations.gate.n_slow)
         return bytes(n_bytes)
 

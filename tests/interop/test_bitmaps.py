@@ -377,8 +377,8 @@ async def test_bitmaps_grow_with_the_disk(tmp_path: Path, cluster_size: str) -> 
     image = await open_image(str(path))
     ranges = [(MIB, 65536), await write(image, 8 * MIB, b"x" * 5000)]
     assert image._bitmaps is not None
-    assert image._ordering is not None
-    await image._bitmaps.before_growth(image._ordering, new_size)
+    assert image._write_back is not None
+    await image._bitmaps.before_growth(image._write_back, new_size)
     assert flags_of_bytes(path) == {"a": 3, "fine": 3, "disabled": 1}
     _set_size(path, new_size)
     image._bitmaps.mark(4999 * MIB, 1000)

@@ -27,11 +27,11 @@ direct_requests.LoadedObject = refuse
 COLLECTED_BEFORE_SERVING = """
 import gc
 from qcowfuse.fuse.libfuse import direct_requests
-init = direct_requests.AtOnce.__init__
+init = direct_requests.DirectRequests.__init__
 def collect_first(*arguments):
     gc.collect()
     init(*arguments)
-direct_requests.AtOnce.__init__ = collect_first
+direct_requests.DirectRequests.__init__ = collect_first
 """
 
 

@@ -41,7 +41,7 @@ class MemoryImage:
     def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         return None
 
-    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
+    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
         await trio.lowlevel.checkpoint()
         self._check(guest_offset, n_bytes)
         return bytes(self.data[guest_offset : guest_offset + n_bytes])
@@ -54,7 +54,7 @@ class MemoryImage:
             self.data[guest_offset : guest_offset + len(data)] = data
         return self.inline
 
-    def try_write_new(self, guest_offset: int, data: Buffer) -> bool:
+    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
         self._check(guest_offset, len(data))
         return False
 

@@ -3,8 +3,8 @@
 1. A claim is taken without waiting, after a look at the mapping in the same step, and given up after the link
    or the failure. Who meets a claim waits for it and looks at the mapping again: there is no queue to order.
 2. Claims are ranges of guest clusters ``start`` to ``end`` (exclusive) and never overlap.
-3. A host cluster that was unlinked while generation g was current is not handed out again before every
-   operation of generation g or older has ended (:class:`Generations`).
+3. A host cluster that was unlinked while epoch g was current is not handed out again before every
+   operation of epoch g or older has ended (:class:`InFlightEpochs`).
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class Claims:
         claim.released.set()
 
 
-class Generations:
-    """Counts operations in flight by the generation they began in."""
+class InFlightEpochs:
+    """Counts operations in flight by the epoch they began in."""
 
     def __init__(self) -> None:
         self.current = 0
@@ -58,24 +58,24 @@ class Generations:
 
     def enter(self) -> int:
         """An operation begins; returns what :meth:`leave` wants."""
-        generation = self.current
-        self._in_flight[generation] = self._in_flight.get(generation, 0) + 1
-        return generation
+        epoch = self.current
+        self._in_flight[epoch] = self._in_flight.get(epoch, 0) + 1
+        return epoch
 
-    def leave(self, generation: int) -> None:
+    def leave(self, epoch: int) -> None:
         """The operation has ended."""
-        left = self._in_flight[generation] - 1
+        left = self._in_flight[epoch] - 1
         if left:
-            self._in_flight[generation] = left
+            self._in_flight[epoch] = left
         else:
-            del self._in_flight[generation]
+            del self._in_flight[epoch]
 
     def advance(self) -> int:
-        """Start a new generation; returns the one that ended."""
+        """Start a new epoch; returns the one that ended."""
         ended = self.current
         self.current += 1
         return ended
 
-    def all_ended(self, generation: int) -> bool:
-        """Whether no operation of ``generation`` or an older one is in flight."""
-        return all(other > generation for other in self._in_flight)
+    def all_ended(self, epoch: int) -> bool:
+        """Whether no operation of ``epoch`` or an older one is in flight."""
+        return all(other > epoch for other in self._in_flight)

@@ -19,7 +19,7 @@ from ...format.presence import presence_run
 from ...storage.base import Storage
 from .holes import slice_entries
 from .mapping import Layer, Mapping, RawLayer
-from .range_claims import Generations
+from .range_claims import InFlightEpochs
 
 _RUNS_AT_ONCE = 256
 
@@ -55,18 +55,18 @@ class Usage:
         elif guest_offset < self._counting_to:
             self._changed = True
 
-    async def count(self, generations: Generations) -> None:
+    async def count(self, epochs: InFlightEpochs) -> None:
         """Count everything that is not counted yet (after the disk has grown: the new part); nothing while another
         call does. Each look at tables on disk is an operation in flight. Raises OSError, FormatError."""
         if self._is_counting:
             return
         self._is_counting = True
         try:
-            await self._count(generations)
+            await self._count(epochs)
         finally:
             self._is_counting = False
 
-    async def _count(self, generations: Generations) -> None:
+    async def _count(self, epochs: InFlightEpochs) -> None:
         top = self._layers[0]
         assert isinstance(top, Mapping)
         while self._counted_to < top.size:
@@ -75,11 +75,11 @@ class Usage:
             await top.load_l1(start)
             self._counting_to = end = max(end, top.empty_until(start, top.size))
             self._changed = False
-            generation = generations.enter()
+            epoch = epochs.enter()
             try:
                 n_bytes = await self._count_range(0, start, end)
             finally:
-                generations.leave(generation)
+                epochs.leave(epoch)
             if not self._changed:
                 self._counted += n_bytes
                 self._counted_to = end

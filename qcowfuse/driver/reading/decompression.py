@@ -71,7 +71,7 @@ class CompressedSource:
         require_decoder(compression_type)
 
 
-class Wanted(NamedTuple):
+class ClusterRequest(NamedTuple):
     """A cluster, of which the first ``n_bytes`` are wanted."""
 
     layer: int
@@ -80,12 +80,12 @@ class Wanted(NamedTuple):
     n_bytes: int
 
 
-class _Demand:
+class PendingCluster:
     """A single cluster that a read waits for; without an outcome at the end it must be asked for again."""
 
     __slots__ = ("done", "outcome", "wanted")
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: ClusterRequest) -> None:
         self.wanted = wanted
         self.done = trio.Event()
         self.outcome: Decoded | Exception | None = None
@@ -141,8 +141,8 @@ class DecodedClusters:
         self._decoding: dict[Key, trio.Event] = {}
         self._n_threads = len(os.sched_getaffinity(0))
         self._pool: WorkerPool | None = None
-        self._ahead: deque[Wanted] = deque()
-        self._demands: deque[_Demand] = deque()
+        self._ahead: deque[ClusterRequest] = deque()
+        self._demands: deque[PendingCluster] = deque()
         self._runners: dict[trio.CancelScope, trio.Event] = {}
         self._n_ahead_runners = 0
         self._spaces: list[bytearray] = []
@@ -183,13 +183,13 @@ class DecodedClusters:
         self.hits += n_found
         return parts
 
-    def try_decode(self, wanted: Wanted, *, alone: bool) -> Decoded | None:
+    def try_decode(self, wanted: ClusterRequest, *, may_block_loop: bool) -> Decoded | None:
         """At least ``n_bytes`` of a cluster, decoded on the spot; None where that takes too long (unless it is wanted
-        ``alone``), or something to wait for. Raises FormatError for data that does not decode, OSError."""
+        ``may_block_loop``), or something to wait for. Raises FormatError for data that does not decode, OSError."""
         layer, entry, source, n_bytes = wanted
         cluster_size = source.cluster_size
         key = layer, entry
-        if cluster_size > (_INLINE_ALONE_BYTES if alone else _INLINE_BYTES) or key in self._decoding:
+        if cluster_size > (_INLINE_ALONE_BYTES if may_block_loop else _INLINE_BYTES) or key in self._decoding:
             return None
         data = _try_read(wanted)
         if data is None:
@@ -198,13 +198,13 @@ class DecodedClusters:
         cluster = _decode(data, source.compression_type, cluster_size, n_bytes)
         return self._cache.insert((key,), cluster)[0]
 
-    def try_decode_quickly(self, wanted: Wanted) -> Decoded | None:
+    def try_decode_quickly(self, wanted: ClusterRequest) -> Decoded | None:
         """The same where it takes no longer than to hand the work to a thread and back, whoever else waits; or not
         much longer, where this thread and the client keep the only two processors busy."""
         is_quick = wanted.source.compression_type == COMPRESSION_ZSTD or self._n_threads <= 2
-        return self.try_decode(wanted, alone=True) if is_quick else None
+        return self.try_decode(wanted, may_block_loop=True) if is_quick else None
 
-    async def load_single(self, wanted: Wanted) -> Decoded:
+    async def load_single(self, wanted: ClusterRequest) -> Decoded:
         """At least ``n_bytes`` of a cluster that is not in memory; what others want is decoded with it. Raises as
         ``load``."""
         key = wanted[:2]
@@ -221,7 +221,7 @@ class DecodedClusters:
             if cluster is not None:
                 return cluster
 
-    async def load(self, clusters: Iterable[Wanted]) -> dict[Key, Decoded]:
+    async def load(self, clusters: Iterable[ClusterRequest]) -> dict[Key, Decoded]:
         """At least ``n_bytes`` of each cluster; those that nobody decodes yet are decoded together.
 
         Raises FormatError for data that does not decode, OSError.
@@ -229,7 +229,7 @@ class DecodedClusters:
         result: dict[Key, Decoded] = {}
         clusters = list(clusters)
         while True:
-            missing: dict[Key, Wanted] = {}
+            missing: dict[Key, ClusterRequest] = {}
             in_progress: trio.Event | None = None
             for wanted in clusters:
                 key = wanted[:2]
@@ -249,7 +249,7 @@ class DecodedClusters:
             else:
                 return result
 
-    def decode_ahead(self, clusters: Iterable[Wanted]) -> None:
+    def decode_ahead(self, clusters: Iterable[ClusterRequest]) -> None:
         """Have clusters decoded in the background, first come, first served.
 
         Those that are there already cost nothing. Small ones, which no thread would decode, and those for which
@@ -285,7 +285,7 @@ class DecodedClusters:
         if pool is not None:
             pool.release()
 
-    def _is_here(self, wanted: Wanted) -> bool:
+    def _is_here(self, wanted: ClusterRequest) -> bool:
         key = wanted[:2]
         return key in self._decoding or self._cache.has(key, wanted.n_bytes)
 
@@ -294,7 +294,7 @@ class DecodedClusters:
         try:
             with scope:
                 while self._ahead:
-                    batch: dict[Key, Wanted] = {}
+                    batch: dict[Key, ClusterRequest] = {}
                     n_bytes = 0
                     while self._ahead and n_bytes < _RUN_BYTES:
                         wanted = self._ahead.popleft()
@@ -314,9 +314,9 @@ class DecodedClusters:
             self._spaces.append(space)
             self._runners.pop(scope).set()
 
-    async def _demand(self, wanted: Wanted) -> Decoded | None:
+    async def _demand(self, wanted: ClusterRequest) -> Decoded | None:
         """One cluster, decoded together with what other reads want now. None: ask again. Raises as ``load``."""
-        demand = _Demand(wanted)
+        demand = PendingCluster(wanted)
         self._decoding[wanted[:2]] = demand.done
         self._demands.append(demand)
         if not self._is_collecting:
@@ -344,17 +344,17 @@ class DecodedClusters:
             self._give_up(self._demands)
             self._demands.clear()
 
-    def _give_up(self, demands: Iterable[_Demand]) -> None:
+    def _give_up(self, demands: Iterable[PendingCluster]) -> None:
         for demand in demands:
             del self._decoding[demand.wanted[:2]]
             demand.done.set()
 
-    async def _decode_demands(self, batch: Sequence[_Demand]) -> None:
+    async def _decode_demands(self, batch: Sequence[PendingCluster]) -> None:
         """Read and decode single clusters; an error is the outcome of its own cluster."""
         self.misses += len(batch)
         try:
             jobs: dict[int, _Job] = {}
-            wanted_by: dict[Key, _Demand] = {demand.wanted[:2]: demand for demand in batch}
+            wanted_by: dict[Key, PendingCluster] = {demand.wanted[:2]: demand for demand in batch}
             for demand, data in zip(batch, await _read_each([demand.wanted for demand in batch]), strict=True):
                 if isinstance(data, Exception):
                     demand.outcome = data
@@ -375,7 +375,9 @@ class DecodedClusters:
             self._free_threads.release()
             self._give_up(batch)
 
-    async def _decode_all(self, missing: dict[Key, Wanted], *, space: bytearray | None = None) -> dict[Key, Decoded]:
+    async def _decode_all(
+        self, missing: dict[Key, ClusterRequest], *, space: bytearray | None = None
+    ) -> dict[Key, Decoded]:
         """Read and decode clusters that nobody else decodes. What can be decoded is kept even if another can't.
         With ``space`` to read into, one thread does it, and nobody waits."""
         self.misses += len(missing)
@@ -429,7 +431,7 @@ class _Job:
 
     def __init__(self, *, together: bool) -> None:
         self.together = together
-        self.clusters: list[Wanted] = []
+        self.clusters: list[ClusterRequest] = []
         self.packed: list[Buffer] = []
 
     @property
@@ -458,7 +460,7 @@ class _Job:
         return outcomes
 
 
-def _split(clusters: Sequence[Wanted], packed: Sequence[Buffer], run_bytes: int) -> list[_Job]:
+def _split(clusters: Sequence[ClusterRequest], packed: Sequence[Buffer], run_bytes: int) -> list[_Job]:
     """Jobs of at most ``run_bytes`` (but at least one cluster) of one source each, in the same order."""
     jobs: list[_Job] = []
     n_bytes = 0
@@ -473,7 +475,7 @@ def _split(clusters: Sequence[Wanted], packed: Sequence[Buffer], run_bytes: int)
     return jobs
 
 
-async def _read_each(clusters: Sequence[Wanted]) -> list[Buffer | Exception]:
+async def _read_each(clusters: Sequence[ClusterRequest]) -> list[Buffer | Exception]:
     """The packed bytes of each, or what is wrong with it."""
     result: list[Buffer | Exception] = [b""] * len(clusters)
 
@@ -498,7 +500,7 @@ async def _read_each(clusters: Sequence[Wanted]) -> list[Buffer | Exception]:
     return result
 
 
-async def _read_all(clusters: Sequence[Wanted], space: bytearray | None) -> list[Buffer]:
+async def _read_all(clusters: Sequence[ClusterRequest], space: bytearray | None) -> list[Buffer]:
     """The packed bytes of each. What lies back to back in one image file is read at once, into ``space`` if it
     fits: new memory for each would cost as much as reading."""
     places = [wanted.source.entry_format.compressed_cluster(wanted.entry) for wanted in clusters]
@@ -523,7 +525,7 @@ async def _read_all(clusters: Sequence[Wanted], space: bytearray | None) -> list
     return result
 
 
-def _try_read(wanted: Wanted) -> Buffer | None:
+def _try_read(wanted: ClusterRequest) -> Buffer | None:
     where = wanted.source.entry_format.compressed_cluster(wanted.entry)
     return wanted.source.storage.try_pread(where.host_offset, where.n_bytes)
 

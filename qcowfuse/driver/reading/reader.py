@@ -23,7 +23,7 @@ from ..layers.mapping import Layer, Mapping, Missing, lookup_chain
 from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
 from .chain_reader import QuickReader
 from .decoded_cache import Decoded, Key
-from .decompression import CompressedSource, DecodedClusters, SequentialReads, Wanted
+from .decompression import ClusterRequest, CompressedSource, DecodedClusters, SequentialReads
 
 
 class ChainReader:
@@ -91,8 +91,8 @@ class ChainReader:
                 return None
         return buffer
 
-    async def read(self, guest_offset: int, n_bytes: int, *, alone: bool = False) -> Buffer:
-        """The bytes. ``alone``: nobody else waits for an answer now. Raises OSError, FormatError,
+    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
+        """The bytes. ``may_block_loop``: nobody else waits for an answer now. Raises OSError, FormatError,
         CorruptImageError."""
         extents = await self.lookup(guest_offset, n_bytes)
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
@@ -102,7 +102,7 @@ class ChainReader:
             return await storage.pread(extent.value, n_bytes) if data is None else data
         clusters: dict[Key, Decoded] = {}
         if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
-            clusters = await self._load_compressed(extents, guest_offset, n_bytes, alone=alone)
+            clusters = await self._load_compressed(extents, guest_offset, n_bytes, may_block_loop=may_block_loop)
             if all(extent.kind == ClusterKind.COMPRESSED for extent in extents):
                 pieces = _Pieces()
                 for extent in extents:
@@ -135,7 +135,7 @@ class ChainReader:
         """End what goes on in the background; before the storages are closed. Idempotent."""
         await self.decoded.aclose()
 
-    def find_single(self, guest_offset: int, n_bytes: int) -> Wanted | None:
+    def find_single(self, guest_offset: int, n_bytes: int) -> ClusterRequest | None:
         """The one compressed cluster of the top layer that a range lies in; None where it lies elsewhere or that
         takes longer to find out. Counts as a read: :meth:`read_single` must follow."""
         found = self._slice_of(guest_offset, n_bytes)
@@ -154,7 +154,7 @@ class ChainReader:
         else:
             n_wanted = source.cluster_size if self._is_more_wanted(guest_offset, in_cluster) else end
             self._look_ahead(guest_offset, n_bytes)
-        return Wanted(0, entry, source, n_wanted)
+        return ClusterRequest(0, entry, source, n_wanted)
 
     def try_single(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """:meth:`find_single` and :meth:`read_single` in one, where nothing has to be waited for. Raises FormatError,
@@ -162,16 +162,18 @@ class ChainReader:
         wanted = self.find_single(guest_offset, n_bytes)
         if wanted is None:
             return None
-        cluster = self.decoded.try_decode(wanted, alone=True)
+        cluster = self.decoded.try_decode(wanted, may_block_loop=True)
         if cluster is None:
             # It will be asked for again, and that is not another read.
             self._noted = guest_offset, n_bytes, wanted.n_bytes
             return None
         return _part_of(cluster, wanted, guest_offset, n_bytes)
 
-    async def read_single(self, wanted: Wanted, guest_offset: int, n_bytes: int, *, alone: bool) -> Buffer:
+    async def read_single(
+        self, wanted: ClusterRequest, guest_offset: int, n_bytes: int, *, may_block_loop: bool
+    ) -> Buffer:
         """The bytes of a range in the cluster ``wanted``. Otherwise like :meth:`read`."""
-        cluster = self.decoded.try_decode(wanted, alone=alone)
+        cluster = self.decoded.try_decode(wanted, may_block_loop=may_block_loop)
         if cluster is None:
             cluster = await self.decoded.load_single(wanted)
         return _part_of(cluster, wanted, guest_offset, n_bytes)
@@ -203,7 +205,7 @@ class ChainReader:
             if cluster is None:
                 n_wanted = cluster_size if self._is_more_wanted(guest_offset, in_cluster) else end
                 try:
-                    cluster = self.decoded.try_decode_quickly(Wanted(0, entry, source, n_wanted))
+                    cluster = self.decoded.try_decode_quickly(ClusterRequest(0, entry, source, n_wanted))
                 except (OSError, QcowFuseError):
                     return None, True  # read() meets it again
                 if cluster is None:
@@ -244,7 +246,7 @@ class ChainReader:
         return pieces.joined()
 
     async def _load_compressed(
-        self, extents: Sequence[Extent], guest_offset: int, n_bytes: int, *, alone: bool
+        self, extents: Sequence[Extent], guest_offset: int, n_bytes: int, *, may_block_loop: bool
     ) -> dict[Key, Decoded]:
         """The decoded clusters of all compressed extents."""
         if len(extents) > 1:
@@ -256,7 +258,7 @@ class ChainReader:
         if not self._is_more_wanted(guest_offset, in_cluster):
             wanted = wanted._replace(n_bytes=in_cluster + n_bytes)
         self._look_ahead(guest_offset, n_bytes)
-        cluster = self.decoded.try_decode(wanted, alone=alone)
+        cluster = self.decoded.try_decode(wanted, may_block_loop=may_block_loop)
         if cluster is None:
             cluster = await self.decoded.load_single(wanted)
         return {(extent.layer, extent.value): cluster}
@@ -271,7 +273,7 @@ class ChainReader:
         if start < end:
             self.decoded.decode_ahead(self._compressed_in(start, end))
 
-    def _compressed_in(self, start: int, end: int) -> Iterator[Wanted]:
+    def _compressed_in(self, start: int, end: int) -> Iterator[ClusterRequest]:
         """The compressed clusters of a guest range, as far as the tables are in memory."""
         found = self._slice_of(start, end - start)
         source = self._sources[0]
@@ -283,7 +285,7 @@ class ChainReader:
             compressed = source.entry_format.compressed
             if all(entry & compressed for entry in entries):
                 for entry in entries:
-                    yield Wanted(0, entry, source, source.cluster_size)
+                    yield ClusterRequest(0, entry, source, source.cluster_size)
                 return
         try:
             extents = lookup_chain(self.layers, start, end - start)
@@ -292,11 +294,11 @@ class ChainReader:
         for extent in extents:
             yield from self._wanted(extent)
 
-    def _wanted(self, extent: Extent) -> Iterator[Wanted]:
+    def _wanted(self, extent: Extent) -> Iterator[ClusterRequest]:
         if extent.kind == ClusterKind.COMPRESSED:
             source = self._sources[extent.layer]
             assert source is not None
-            yield Wanted(extent.layer, extent.value, source, source.cluster_size)
+            yield ClusterRequest(extent.layer, extent.value, source, source.cluster_size)
 
     def _cluster_mask(self, extent: Extent) -> int:
         source = self._sources[extent.layer]
@@ -362,6 +364,6 @@ class _Pieces:
         self._buffer, self._start, self._end = b"", 0, 0
 
 
-def _part_of(cluster: Decoded, wanted: Wanted, guest_offset: int, n_bytes: int) -> memoryview:
+def _part_of(cluster: Decoded, wanted: ClusterRequest, guest_offset: int, n_bytes: int) -> memoryview:
     start = cluster.start + (guest_offset & wanted.source.cluster_size - 1)
     return memoryview(cluster.buffer)[start : start + n_bytes]

@@ -49,7 +49,7 @@ from ...storage.base import Buffer, Storage
 from ..layers.host_run import HostRun
 from .allocation import RefcountAllocator
 from .guarded_clusters import MetadataClusters
-from .write_back import Ordering
+from .write_back import WriteBack
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ async def load_kept_bitmaps(
     size: int,
     allocator: RefcountAllocator,
     metadata: MetadataClusters,
-) -> KeptBitmaps | None:
+) -> DirtyBitmaps | None:
     """The bitmaps of an image of ``size`` bytes that is opened for writing; None where it has none that are worth
     anything, and the autoclear bit has to go. Raises OSError."""
     place = bitmap_directory_place(header)
@@ -93,7 +93,7 @@ async def load_kept_bitmaps(
         return None
     host_offset, n_bytes, n_bitmaps = place
     cluster_size = 1 << header.cluster_bits
-    kept = KeptBitmaps(
+    kept = DirtyBitmaps(
         storage,
         size=size,
         cluster_size=cluster_size,
@@ -119,7 +119,7 @@ async def load_kept_bitmaps(
     return kept
 
 
-class KeptBitmaps:
+class DirtyBitmaps:
     """See the module docstring; made by :func:`load_kept_bitmaps`."""
 
     def __init__(
@@ -181,17 +181,17 @@ class KeptBitmaps:
         for bits in self._tracked:
             bits.mark(guest_offset, n_bytes)
 
-    async def begin(self, ordering: Ordering) -> None:
+    async def begin(self, write_back: WriteBack) -> None:
         """Rule 1; may be called again after an error. Raises OSError."""
         async with self._lock:
-            await self._take(ordering, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
+            await self._take(write_back, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
 
-    async def before_growth(self, ordering: Ordering, new_size: int) -> None:
+    async def before_growth(self, write_back: WriteBack, new_size: int) -> None:
         """To be called after :meth:`begin` and before the disk's size rises to ``new_size`` bytes in the header:
         disabled bitmaps are marked and stored again as well, for QEMU refuses an image with a valid bitmap that is
         too short. Bits of the new part are clear until the guest writes there. Raises OSError."""
         async with self._lock:
-            await self._take(ordering, [entry for entry in self._entries if not entry.flags & IN_USE])
+            await self._take(write_back, [entry for entry in self._entries if not entry.flags & IN_USE])
             self._size = max(self._size, new_size)
             n_bytes = 0
             for bitmap in list(self._kept):
@@ -205,7 +205,7 @@ class KeptBitmaps:
                 else:
                     n_bytes += n_more
 
-    async def _take(self, ordering: Ordering, chosen: list[BitmapEntry]) -> None:
+    async def _take(self, write_back: WriteBack, chosen: list[BitmapEntry]) -> None:
         if not chosen:
             return
         kept: list[_Kept] = []
@@ -225,7 +225,7 @@ class KeptBitmaps:
         for entry in marked:
             replace_entry(directory, entry)
         await self._write(self._directory_offset, directory)
-        await ordering.flush_storage()
+        await write_back.flush_storage()
         self._directory = bytes(directory)
         by_position = {entry.position: entry for entry in marked}
         self._entries = [by_position.get(entry.position, entry) for entry in self._entries]
@@ -286,7 +286,7 @@ class KeptBitmaps:
         name = self._storage.name
         log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, _shown(entry), error)
 
-    async def store(self, ordering: Ordering, size: int) -> None:
+    async def store(self, write_back: WriteBack, size: int) -> None:
         """Rule 3, for a disk that now has ``size`` bytes. Nothing may write after this has begun. Failures are
         logged: what could not be stored stays in_use."""
         taken: list[HostRun] = []
@@ -299,24 +299,24 @@ class KeptBitmaps:
             if not stored:
                 return
             try:
-                await ordering.flush()  # counts and contents of what the tables will name
+                await write_back.flush()  # counts and contents of what the tables will name
             except OSError:
                 await self._give_back(taken)
                 raise
             for bitmap in stored:
                 data = serialise_table(bitmap.new_table, 0, len(bitmap.new_table))
                 await self._write(bitmap.entry.table_offset, data)
-            await ordering.flush_storage()
-            await self._write_entries(ordering, stored)
+            await write_back.flush_storage()
+            await self._write_entries(write_back, stored)
         except (QcowFuseError, OSError) as error:
             names = ", ".join(_shown(bitmap.entry) for bitmap in self._kept)
             log.error("%s: persistent bitmaps (%s) could not be stored: %s", self._storage.name, names, error)
             return
         for run in freed:
             self._metadata.discard(run.host_offset, run.n_clusters * self._cluster_size)
-            ordering.unlink_cluster(run)
+            write_back.unlink_cluster(run)
 
-    async def _write_entries(self, ordering: Ordering, stored: list[_Kept]) -> None:
+    async def _write_entries(self, write_back: WriteBack, stored: list[_Kept]) -> None:
         """Places of the tables, then their lengths, then the flags; what does not change costs nothing."""
         directory = bytearray(self._directory)
         by_position = {entry.position: entry for entry in self._entries}
@@ -333,7 +333,7 @@ class KeptBitmaps:
                 replace_entry(directory, entry)
             if directory != before:
                 await self._write(self._directory_offset, directory)
-                await ordering.flush_storage()
+                await write_back.flush_storage()
 
     async def _try_prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> bool:
         mine: list[HostRun] = []

@@ -18,7 +18,7 @@ _INCOMPATIBLE_OFFSET = 72
 _AUTOCLEAR_OFFSET = 88
 
 
-class HeaderBits:
+class FeatureBits:
     """Writes feature bits in place; ``incompatible`` and ``autoclear`` are the fields as they were read."""
 
     def __init__(self, storage: Storage, *, incompatible: int, autoclear: int, kept_autoclear: int = 0) -> None:

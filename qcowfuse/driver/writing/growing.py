@@ -33,7 +33,7 @@ from ..layers.usage import Usage
 from ..reading.reader import ChainReader
 from .allocation import Allocator, MetadataWrite
 from .guarded_clusters import MetadataClusters
-from .write_back import Ordering, SizeFields
+from .write_back import SizeFields, WriteBack
 from .writer import Writer
 from .zeroing import Zeroer
 
@@ -56,7 +56,7 @@ class Grower:
         zeroer: Zeroer,
         allocator: Allocator,
         metadata: MetadataClusters,
-        ordering: Ordering,
+        write_back: WriteBack,
         usage: Usage,
         cache: TableCache,
         cache_budget: Callable[[Geometry], int],
@@ -70,7 +70,7 @@ class Grower:
         self._zeroer = zeroer
         self._allocator = allocator
         self._metadata = metadata
-        self._ordering = ordering
+        self._write_back = write_back
         self._usage = usage
         self._cache = cache
         self._cache_budget = cache_budget
@@ -103,7 +103,7 @@ class Grower:
         self._cache.budget = max(self._cache.budget, self._cache_budget(geometry))
         with suppress(OSError, QcowFuseError):  # it stays an estimate
             if is_counted:
-                await self._usage.count(self._ordering.generations)
+                await self._usage.count(self._write_back.epochs)
 
     async def _grow(self, geometry: Geometry, old_size: int) -> None:
         fields = bytes(await self._mapping.storage.pread(SIZE_FIELDS_OFFSET, SIZE_FIELDS_LENGTH))
@@ -116,10 +116,10 @@ class Grower:
                 await self._grow_data_file(old_size, geometry.size)
             if not self._writer.has_raw_data_file:
                 await self._zero(old_size, geometry.size, n_l1_before)
-            await self._ordering.change_header(self._size_fields(fields, geometry.size))
+            await self._write_back.change_header(self._size_fields(fields, geometry.size))
         except BaseException:
             self._resize(old_size)
-            self._ordering.revise_header(self._size_fields(fields, disk_size_in(fields)))
+            self._write_back.revise_header(self._size_fields(fields, disk_size_in(fields)))
             raise
 
     def _resize(self, size: int) -> None:
@@ -138,8 +138,8 @@ class Grower:
     async def _move_l1(self, n_entries: int) -> None:
         """A place for a longer L1 table. Where an earlier failure has left one that never came to disk, that is
         brought to disk first."""
-        if self._ordering.l1_is_moving:
-            await self._ordering.flush()
+        if self._write_back.l1_is_moving:
+            await self._write_back.flush()
         n_clusters = divide_up(n_entries * 8, self._mapping.geometry.cluster_size)
         n_bytes = n_clusters * self._mapping.geometry.cluster_size
         run = await self._allocator.allocate_exactly(n_clusters)
@@ -150,7 +150,7 @@ class Grower:
                 await self._allocator.release([run])
             raise
         self._metadata.add(run.host_offset, n_bytes)
-        self._ordering.move_l1(run.host_offset, self._l1_has_moved)
+        self._write_back.move_l1(run.host_offset, self._l1_has_moved)
 
     async def _grow_data_file(self, old_size: int, size: int) -> None:
         """An external data file is at least as long as the disk; rule 4."""
@@ -165,7 +165,7 @@ class Grower:
         if self._version == 1 or not old.n_clusters:
             return  # version 1 never gives anything back
         self._metadata.discard(old.host_offset, old.n_clusters * self._mapping.geometry.cluster_size)
-        self._ordering.unlink_cluster(old)
+        self._write_back.unlink_cluster(old)
 
     async def _zero(self, old_size: int, size: int, n_l1_before: int) -> None:
         """Zero whatever is not zero from ``old_size`` to ``size``, in an external data file by the entries alone."""

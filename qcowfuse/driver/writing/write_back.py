@@ -52,7 +52,7 @@ from ...format.geometry import WORD_SIZE, divide_up, round_up
 from ...storage.base import Storage
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping
-from ..layers.range_claims import Generations
+from ..layers.range_claims import InFlightEpochs
 from ..layers.table_cache import SECTOR_WORDS, L2Slice, TableCache
 from .allocation import Allocator, DirtyRefcounts, MetadataWrite, merged
 from .guarded_clusters import MetadataClusters
@@ -75,7 +75,7 @@ class _Round:
         self.error: Exception | None = None
 
 
-class Ordering:
+class WriteBack:
     """Write-back and flush of one writable QCOW image."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Ordering:
     ) -> None:
         self._punches = punches
         self.failure: Exception | None = None
-        self.generations = Generations()
+        self.epochs = InFlightEpochs()
         self._storage = storage
         self._data = None if mapping.data is storage else mapping.data
         self._mapping = mapping
@@ -214,7 +214,7 @@ class Ordering:
                 mine.done.set()
             return
 
-    async def write_back(self) -> None:
+    async def clean_tables(self) -> None:
         """Hand all dirty metadata to the kernel in the right order, without the last flush."""
         async with self._lock:
             self.check_usable()
@@ -258,12 +258,12 @@ class Ordering:
             slice_.n_pins += 1
             slice_.mark_clean()
         unlinked: list[HostRun] = []
-        generation = 0
+        epoch = 0
         links_written = False
         self._unlinked += self._allocator.take_unlinked()
         if final and self._unlinked:
             unlinked, self._unlinked = self._unlinked, []
-            generation = self.generations.advance()
+            epoch = self.epochs.advance()
         try:
             await self._write_refcounts(refcounts)
             await self._write_all(early)
@@ -296,7 +296,7 @@ class Ordering:
         if size_fields is not None:
             self._header_changed(size_fields)
         if unlinked:
-            self._released.append((generation, unlinked))
+            self._released.append((epoch, unlinked))
         if final:
             await self._release_unlinked()
 
@@ -369,9 +369,9 @@ class Ordering:
     async def _release_unlinked(self) -> None:
         """Step 7, for every round whose readers have gone."""
         waiting, self._released = self._released, []
-        for generation, runs in waiting:
-            if not self.generations.all_ended(generation):
-                self._released.append((generation, runs))
+        for epoch, runs in waiting:
+            if not self.epochs.all_ended(epoch):
+                self._released.append((epoch, runs))
                 continue
             # Everything is durable already: who gives up waiting now must not leave clusters behind.
             with trio.CancelScope(shield=True):

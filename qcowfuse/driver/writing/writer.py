@@ -37,7 +37,7 @@ from ..layers.usage import Usage
 from ..reading.reader import ChainReader
 from .allocation import Allocator
 from .guarded_clusters import MetadataClusters
-from .write_back import Ordering
+from .write_back import WriteBack
 
 ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
@@ -53,7 +53,7 @@ class Writer:
         cache: TableCache,
         allocator: Allocator,
         metadata: MetadataClusters,
-        ordering: Ordering,
+        write_back: WriteBack,
         usage: Usage,
         data_clusters: DataClusters | None = None,
     ) -> None:
@@ -65,7 +65,7 @@ class Writer:
         self._allocator = allocator
         self._space = allocator.space
         self._metadata = metadata
-        self._ordering = ordering
+        self._write_back = write_back
         self._usage = usage
         self._storage = mapping.storage
         self._data = mapping.data
@@ -109,8 +109,8 @@ class Writer:
         """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
         mapping = self._mapping
         table_size = mapping.geometry.l2_table_size
-        await self._ordering.secure_link(l1_index)
-        self._ordering.check_link(l1_index)
+        await self._write_back.secure_link(l1_index)
+        self._write_back.check_link(l1_index)
         old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
         if old:
             self._metadata.check_own(old, table_size, "L2 table")
@@ -127,9 +127,9 @@ class Writer:
             await self.give_back(run)
             raise
         self._space.note_written(run.host_offset, table_size)
-        self._ordering.link_table(l1_index, run.host_offset)
+        self._write_back.link_table(l1_index, run.host_offset)
         if old:
-            self._ordering.unlink_cluster(HostRun(old, 1))
+            self._write_back.unlink_cluster(HostRun(old, 1))
             self._metadata.discard(old, table_size)
 
     async def secure(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> None:
@@ -358,9 +358,9 @@ class Writer:
             where = entry_format.compressed_cluster(old)
             first = where.host_offset >> self._cluster_bits
             last = (where.host_offset + where.n_bytes - 1) >> self._cluster_bits
-            self._ordering.unlink_cluster(HostRun(first << self._cluster_bits, last - first + 1))
+            self._write_back.unlink_cluster(HostRun(first << self._cluster_bits, last - first + 1))
         elif entry_format.host_offset(old) not in (0, new_offset):
-            self._ordering.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
+            self._write_back.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
 
     async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""

@@ -23,7 +23,7 @@ from ..layers.mapping import Mapping
 from ..layers.table_cache import L2Slice, TableCache
 from ..layers.usage import Usage
 from ..reading.reader import ChainReader
-from .write_back import Ordering
+from .write_back import WriteBack
 from .writer import ZEROES, Writer
 
 MAX_ZEROED_AT_ONCE = 1024
@@ -40,7 +40,7 @@ class Zeroer:
         reader: ChainReader,
         cache: TableCache,
         writer: Writer,
-        ordering: Ordering,
+        write_back: WriteBack,
         usage: Usage,
         data_clusters: DataClusters | None = None,
     ) -> None:
@@ -48,7 +48,7 @@ class Zeroer:
         self._reader = reader
         self._cache = cache
         self._writer = writer
-        self._ordering = ordering
+        self._write_back = write_back
         self._usage = usage
         self._data = mapping.data
         self._data_clusters = data_clusters
@@ -120,7 +120,7 @@ class Zeroer:
             let_go = zero_clusters(slice_.entries, entry_format, index, n_clusters, unmap=unmap)
         self._cache.mark_dirty(slice_, index * entry_format.words, (index + n_clusters) * entry_format.words)
         for host_offset, n_here in runs or ():
-            self._ordering.unlink_cluster(HostRun(host_offset, n_here))
+            self._write_back.unlink_cluster(HostRun(host_offset, n_here))
         for entry in let_go:
             self._writer.unlink(entry, 0)
 

@@ -1,9 +1,10 @@
 """Reads and writes that need not wait, answered as soon as they have been read from /dev/fuse.
 
 pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then has libfuse take it apart and start a
-coroutine. For a read of 4 KiB from memory that costs several times what the read does. While :meth:`AtOnce.active`
-lasts, that call is diverted: requests are read here, READ and WRITE of the one file are answered by plain calls, and
-then comes the next; whatever else is read is handed to libfuse, as if libfuse had read it.
+coroutine. For a read of 4 KiB from memory that costs several times what the read does. While
+:meth:`DirectRequests.active` lasts, that call is diverted: requests are read here, READ and WRITE of the one file are
+answered by plain calls, and then comes the next; whatever else is read is handed to libfuse, as if libfuse had read
+it.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
    that does not fit, an image that has to wait, any exception) it is handed on: what is an error is decided by
@@ -92,7 +93,7 @@ class _Buffer:
 _RECEIVE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
-class AtOnce:
+class DirectRequests:
     """``with hook.active():`` around ``pyfuse3.main``. ``refusal`` is None, or says why libfuse receives all."""
 
     def __init__(self, handlers: QuickHandlers, gate: RequestGate) -> None:
