@@ -2,7 +2,8 @@
 
 The packages, from the lowest to the highest; each imports only from those above it in this list (a test checks it)::
 
-    errors, printable   every exception that a caller may see; the way of text to a terminal or a log
+    errors, buffer,     every exception that a caller may see; what bytes are passed around in;
+    printable           the way of text to a terminal or a log
     format              sans I/O: bytes of an image to values and back
     system              what Linux offers and the standard library lacks
     storage             bytes at offsets, asynchronously; knows nothing of QCOW

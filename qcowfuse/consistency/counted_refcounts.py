@@ -15,8 +15,9 @@ from array import array
 from collections import OrderedDict
 
 from ..errors import FormatError
-from ..format.entries import OFFSET_MASK, parse_table
-from ..format.header import OFFSET_LIMIT, Qcow2Header
+from ..format.entries import OFFSET_MASK
+from ..format.header import Qcow2Header
+from ..format.header_fields import OFFSET_LIMIT
 from ..format.refcounts import (
     REFCOUNT_TABLE_OFFSET_MASK,
     empty_refcounts,
@@ -25,6 +26,7 @@ from ..format.refcounts import (
     parse_refcounts,
 )
 from ..storage.base import Storage
+from ..tables.refcount_table import read_refcount_table
 
 MAX_COUNTS_BYTES = 1 << 30
 """Memory for counts; 32 TiB of data in clusters of 64 KiB with 16 bits each."""
@@ -54,8 +56,7 @@ class StoredRefcounts:
 
     async def load_table(self) -> None:
         """Read the refcount table. Raises OSError."""
-        n_bytes = self._header.refcount_table_clusters << self._header.cluster_bits
-        self.table = parse_table(await self._storage.pread(self._header.refcount_table_offset, n_bytes))
+        self.table = await read_refcount_table(self._storage, self._header)
 
     async def block(self, number: int) -> array[int] | None:
         """The counts of a block, None where there is none (all zero). Raises FormatError for a place that no block

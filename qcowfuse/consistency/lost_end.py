@@ -24,7 +24,8 @@ from collections.abc import Iterable, Iterator
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import OFFSET_MASK, Table, entry_format, parse_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, round_up
-from ..format.header import V1_HEADER_LENGTH, Qcow1Header, Qcow2Header
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_fields import V1_HEADER_LENGTH
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage, pread
 from ..tables.paged_table import PagedTable

@@ -35,7 +35,8 @@ from array import array
 
 from ..errors import FormatError, ImageUsageError, UnsupportedFeatureError
 from ..format.entries import serialise_table
-from ..format.header import (
+from ..format.header import Qcow2Header, unknown_incompatible
+from ..format.header_fields import (
     AUTOCLEAR_FIELD,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
@@ -45,13 +46,11 @@ from ..format.header import (
     MAX_SNAPSHOTS,
     REFCOUNT_TABLE_FIELD,
     SNAPSHOTS_FIELD,
-    Qcow2Header,
-    header_length_needed,
-    parse_header,
-    unknown_incompatible,
 )
+from ..format.header_parsing import parse_header
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, serialise_refcounts
 from ..storage.base import Storage
+from ..tables.header import read_header_area
 from .compare import Comparison, check_storage
 from .counted_refcounts import ReferenceCounts
 from .result import CheckResult, Fix, Progress, Report
@@ -128,10 +127,9 @@ async def repair_dirty(path: str, storage: Storage) -> None:
 async def _load_header(storage: Storage, fix: Fix) -> tuple[Qcow2Header, int]:
     """The header, and how many snapshots it has to lose because there is no table, or none so large: it does not
     count them."""
-    start = bytes(await storage.pread(0, min(512, storage.size())))
-    data = bytes(await storage.pread(0, min(header_length_needed(start), storage.size())))
+    data = await read_header_area(storage)
     n_lost = 0
-    if fix & Fix.ERRORS and len(data) >= SNAPSHOTS_FIELD + 12 and start[4:8] != b"\0\0\0\1":
+    if fix & Fix.ERRORS and len(data) >= SNAPSHOTS_FIELD + 12 and data[4:8] != b"\0\0\0\1":
         n_snapshots, snapshots_offset = struct.unpack_from(">IQ", data, SNAPSHOTS_FIELD)
         n_kept = min(n_snapshots, MAX_SNAPSHOTS) if snapshots_offset else 0
         n_lost = n_snapshots - n_kept

@@ -25,6 +25,7 @@ from itertools import accumulate
 
 import trio
 
+from ..buffer import Buffer
 from ..errors import FormatError
 from ..format.bitmap_directory import (
     TABLE_ENTRY_OFFSET_MASK,
@@ -35,10 +36,11 @@ from ..format.bitmap_directory import (
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, parse_table, serialise_table
 from ..format.extensions import EXTENSION_LUKS_HEADER, find_extension
 from ..format.geometry import SECTOR_SIZE, round_up
-from ..format.header import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAX_L1_SIZE, Qcow2Header
+from ..format.header import Qcow2Header
+from ..format.header_fields import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAX_L1_SIZE
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
-from ..storage.base import Buffer, Storage
+from ..storage.base import Storage, pread
 from ..tables.bitmap_listing import each_bitmap
 from .counted_refcounts import PagesOfTables, PlainTable, ReferenceCounts, StoredRefcounts, counts_limit
 from .result import CheckResult, Progress, Report
@@ -179,8 +181,7 @@ class Walk:
         """Bytes of the image; zeroes past its end."""
         if host_offset >= self._file_size:
             return bytes(n_bytes)
-        data = self.storage.try_pread(host_offset, n_bytes)
-        return await self.storage.pread(host_offset, n_bytes) if data is None else data
+        return await pread(self.storage, host_offset, n_bytes)
 
     def count(self, host_offset: int, n_bytes: int, what: str) -> None:
         """One reference more to each cluster of the range. Raises FormatError when there are too many."""

@@ -15,7 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .mountpoint import FILE_SYSTEM_TYPE, MountEntry, mount_table
+from ..system.mountinfo import MountEntry, mount_table
+from .mountpoint import FILE_SYSTEM_TYPE
 
 _N_USERS_SHOWN = 5
 _OWN_NAMESPACE = Path("/proc/self/ns/mnt")

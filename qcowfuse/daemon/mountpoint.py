@@ -18,11 +18,10 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator
 from contextlib import suppress
-from typing import NamedTuple
 
 from ..errors import MountError
+from ..system.mountinfo import mount_table
 
 FILE_SYSTEM_TYPE = "fuse.qcowfuse"
 READ_AHEAD_KIB = 1024
@@ -33,40 +32,6 @@ _UMOUNT_NOFOLLOW = 8
 
 class MountBusyError(MountError):
     """The mount is in use and cannot be given up now."""
-
-
-class MountEntry(NamedTuple):
-    """A line of the kernel's table of mounts; ``parent_id`` is the ``mount_id`` of the mount below."""
-
-    mount_id: int
-    parent_id: int
-    device: int
-    path: str
-    file_system: str
-    source: str
-
-
-def mount_table(process: str = "self") -> Iterator[MountEntry]:
-    """The mounts of a process's namespace (by default this one's), in the kernel's order. Raises OSError."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
-        for line in lines:
-            left, _, right = line.rstrip("\n").partition(" - ")
-            fields, kind = left.split(" "), right.split(" ")
-            major, minor = fields[2].split(":")
-            yield MountEntry(
-                mount_id=int(fields[0]),
-                parent_id=int(fields[1]),
-                device=os.makedev(int(major), int(minor)),
-                path=_unescape(fields[4]),
-                file_system=kind[0],
-                source=_unescape(kind[1]),
-            )
-
-
-def _unescape(text: str) -> str:
-    for octal in ("040", "011", "012", "134"):
-        text = text.replace(f"\\{octal}", chr(int(octal, 8)))
-    return text
 
 
 class MountPoint:

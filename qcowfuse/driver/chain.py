@@ -29,7 +29,8 @@ from ..errors import BackingChainError, FormatError, ImageUsageError, Unsupporte
 from ..format.entries import Table, entry_format
 from ..format.extensions import EXTENSION_BITMAPS, find_extension
 from ..format.geometry import Geometry
-from ..format.header import (
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_fields import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_RAW_DATA_FILE,
     CRYPT_NONE,
@@ -37,14 +38,10 @@ from ..format.header import (
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_L1_SIZE,
-    Qcow1Header,
-    Qcow2Header,
-    header_length_needed,
-    parse_header,
-    probe_format,
-    refuse_unsupported,
 )
+from ..format.header_parsing import probe_format
 from ..storage.base import Storage, pread
+from ..tables.header import read_header
 from ..tables.paged_table import PagedTable, TableParts
 from ..tables.snapshot_table import check_snapshot_l1_table, find_stored_snapshot, load_any_l1_table, open_l1_table
 from .files import ChainFile, ChainFiles, StorageOpener, plain_name
@@ -224,9 +221,7 @@ async def _open_layer(path: str, storage: Storage, format_name: str, parts: Tabl
         if format_name == "auto":
             return _Opened(path, storage, None, array("Q"))
         raise FormatError("header", 0, f"no QCOW image: starts with {bytes(start[:4]).hex(' ') or 'nothing'}")
-    wanted = min(header_length_needed(bytes(start)), storage.size())
-    header = parse_header(bytes(await pread(storage, 0, wanted)), storage.size())
-    refuse_unsupported(header)
+    header = await read_header(storage)
     return _Opened(path, storage, header, await open_l1_table(storage, header, parts))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..storage.base import Buffer as Buffer  # fuse takes it from here
+from ..buffer import Buffer
 
 
 class Image(Protocol):

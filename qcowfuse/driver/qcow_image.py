@@ -20,10 +20,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..buffer import Buffer
 from ..errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 from ..format.entries import ALL_BITS, COPIED
 from ..format.geometry import Geometry
-from ..storage.base import Buffer, Storage
+from ..storage.base import Storage
 from .counters import counters_of
 from .layers.data_file import DataClusters
 from .layers.holes import HoleFinder

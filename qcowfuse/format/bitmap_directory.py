@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ..errors import FormatError
 from .extensions import EXTENSION_BITMAPS, find_extension
-from .header import AUTOCLEAR_BITMAPS, Qcow2Header
+from .header import Qcow2Header
+from .header_fields import AUTOCLEAR_BITMAPS
 
 IN_USE = 1 << 0
 AUTO = 1 << 1

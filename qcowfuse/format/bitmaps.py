@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from enum import Enum
 
+from ..buffer import Buffer
 from .geometry import divide_up
 
 
@@ -66,7 +67,7 @@ class DirtyBits:
             _set_bits(chunk, first - base, stop)
             first = base + stop
 
-    def load(self, number: int, data: bytes | bytearray | memoryview | None, *, size: int) -> None:
+    def load(self, number: int, data: Buffer | None, *, size: int) -> None:
         """Take over a stored chunk of a disk of ``size`` bytes; None for one that is all ones."""
         n_bits = divide_up(size, 1 << self._shift) - (number << self._chunk_shift)
         if data is None and n_bits > self._chunk_mask:

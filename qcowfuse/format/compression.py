@@ -20,9 +20,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, NamedTuple
 
+from ..buffer import Buffer
 from ..errors import FormatError
 from .geometry import SECTOR_SIZE
-from .header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
+from .header_fields import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
 
 try:
     from isal import isal_zlib as deflate
@@ -44,7 +45,6 @@ _ZSTD_STEP = 16
 _DeflateError: type[Exception] = deflate.error  # type: ignore[assignment]  # the stubs say that it is an instance
 _StreamError: type[Exception] = stream_deflate.error  # type: ignore[assignment]
 
-Buffer = bytes | bytearray | memoryview
 Outcome = bytes | memoryview | FormatError
 """A cluster, or what is wrong with it."""
 

@@ -3,7 +3,7 @@
 1. A plan covers clusters of one L2 slice that are treated alike: all in place, all filled anew.
 2. In place: the host bytes are contiguous and owned alone; nothing but the data is written.
 3. Allocate: head and tail are what the clusters at both ends held around the data; head + data + tail is whole
-   clusters. Zero clusters that own a host cluster are filled where they are (``reuse_host_offset``).
+   clusters. Zero clusters that own a host cluster are filled where they are.
 """
 
 from __future__ import annotations

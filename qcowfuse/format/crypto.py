@@ -18,22 +18,21 @@ from typing import Protocol
 from cryptography.hazmat.decrepit.ciphers.algorithms import CAST5
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 
+from ..buffer import Buffer
 from ..errors import UnsupportedFeatureError
 from .geometry import SECTOR_SIZE
 from .luks import BLOCK_SIZES, CIPHERS, CipherSpec
 
 _LEGACY_KEY_BYTES = 16
 
-SectorBytes = bytes | bytearray | memoryview
-
 
 class SectorCipher(Protocol):
     """Encrypts and decrypts whole sectors."""
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes | bytearray:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes | bytearray:
         """``data``, a multiple of 512 bytes, encrypted."""
 
-    def decrypt(self, data: SectorBytes, first_sector: int) -> bytes | bytearray:
+    def decrypt(self, data: Buffer, first_sector: int) -> bytes | bytearray:
         """``data``, a multiple of 512 bytes, decrypted."""
 
 
@@ -98,7 +97,8 @@ def _algorithm(name: str, key: bytes | bytearray) -> algorithms.AES | CAST5:
     return algorithms.AES(bytes(key)) if name == "aes" else CAST5(bytes(key))
 
 
-def _xor(left: SectorBytes, right: SectorBytes) -> bytes:
+def xor(left: Buffer, right: Buffer) -> bytes:
+    """Both, bit by bit; of the same length."""
     return (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")).to_bytes(len(left), "little")
 
 
@@ -109,11 +109,11 @@ class _EcbSectors:
         cipher = Cipher(_algorithm(name, key), modes.ECB())
         self._encryptor, self._decryptor = cipher.encryptor(), cipher.decryptor()
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         return self._encryptor.update(data)
 
-    def decrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def decrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         return self._decryptor.update(data)
 
@@ -127,7 +127,7 @@ class _CbcSectors:
         self._cipher = Cipher(_algorithm(name, key), modes.CBC(bytes(self._block)))
         self._ivs = generator
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         view, block = memoryview(data), self._block
         update = self._cipher.encryptor().update
@@ -135,19 +135,19 @@ class _CbcSectors:
         chained = bytes(block)
         for number, iv in enumerate(self._ivs(first_sector, len(view) // SECTOR_SIZE)):
             place = number * SECTOR_SIZE
-            parts.append(update(_xor(_xor(view[place : place + block], iv), chained)))
+            parts.append(update(xor(xor(view[place : place + block], iv), chained)))
             parts.append(rest := update(view[place + block : place + SECTOR_SIZE]))
             chained = rest[-block:]
         return b"".join(parts)
 
-    def decrypt(self, data: SectorBytes, first_sector: int) -> bytearray:
+    def decrypt(self, data: Buffer, first_sector: int) -> bytearray:
         """See SectorCipher."""
         view, block = memoryview(data), self._block
         plain = bytearray(self._cipher.decryptor().update(view))
         for number, iv in enumerate(self._ivs(first_sector, len(view) // SECTOR_SIZE)):
             place = number * SECTOR_SIZE
-            first = _xor(plain[place : place + block], iv)
-            plain[place : place + block] = _xor(first, view[place - block : place]) if number else first
+            first = xor(plain[place : place + block], iv)
+            plain[place : place + block] = xor(first, view[place - block : place]) if number else first
         return plain
 
 
@@ -159,7 +159,7 @@ class _CtrSectors:
         self._update = Cipher(_algorithm(name, key), modes.ECB()).encryptor().update
         self._ivs = generator
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         block, mask = self._block, (1 << 8 * self._block) - 1
         counters: list[bytes] = []
@@ -168,7 +168,7 @@ class _CtrSectors:
             counters += [
                 (counter & mask).to_bytes(block, "big") for counter in range(first, first + SECTOR_SIZE // block)
             ]
-        return _xor(data, self._update(b"".join(counters)))
+        return xor(data, self._update(b"".join(counters)))
 
     decrypt = encrypt
 
@@ -181,7 +181,7 @@ class _XtsSectors:
         self._algorithm = algorithms.AES(bytes(key))
         self._ivs = generator
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         algorithm, xts, view, place = self._algorithm, modes.XTS, memoryview(data), 0
         parts: list[bytes] = []
@@ -191,7 +191,7 @@ class _XtsSectors:
             place = end
         return b"".join(parts)
 
-    def decrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def decrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         algorithm, xts, view, place = self._algorithm, modes.XTS, memoryview(data), 0
         parts: list[bytes] = []
@@ -212,15 +212,15 @@ class _XtsByBlocks:
         self._tweaks_of = Cipher(algorithms.AES(bytes(key[half:])), modes.ECB()).encryptor().update
         self._ivs = generator
 
-    def encrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def encrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         return self._crypt(data, first_sector, self._encryptor)
 
-    def decrypt(self, data: SectorBytes, first_sector: int) -> bytes:
+    def decrypt(self, data: Buffer, first_sector: int) -> bytes:
         """See SectorCipher."""
         return self._crypt(data, first_sector, self._decryptor)
 
-    def _crypt(self, data: SectorBytes, first_sector: int, context: CipherContext) -> bytes:
+    def _crypt(self, data: Buffer, first_sector: int, context: CipherContext) -> bytes:
         first_tweaks = self._tweaks_of(b"".join(self._ivs(first_sector, len(data) // SECTOR_SIZE)))
         tweaks: list[bytes] = []
         for place in range(0, len(first_tweaks), 16):
@@ -230,4 +230,4 @@ class _XtsByBlocks:
                 # Times x in GF(2^128), modulo x^128 + x^7 + x^2 + x + 1.
                 tweak = (tweak << 1) ^ ((1 << 128 | 0x87) if tweak >> 127 else 0)
         mask = b"".join(tweaks)
-        return _xor(context.update(_xor(data, mask)), mask)
+        return xor(context.update(xor(data, mask)), mask)

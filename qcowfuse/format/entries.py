@@ -19,6 +19,7 @@ from array import array
 from enum import IntEnum
 from typing import TypeAlias
 
+from ..buffer import Buffer
 from ..errors import CorruptImageError
 from .compression import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
 from .geometry import SECTOR_SIZE
@@ -185,7 +186,7 @@ def entry_format(
     )
 
 
-def parse_table(data: bytes | bytearray | memoryview) -> array[int]:
+def parse_table(data: Buffer) -> array[int]:
     """A table of big-endian 64-bit entries as an array; ``len(data)`` must be a multiple of 8."""
     table = array("Q")
     table.frombytes(data)

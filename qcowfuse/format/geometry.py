@@ -1,23 +1,12 @@
 """Addresses and sizes of a QCOW image: every shift and mask that the rest of the code uses.
 
-1. An address says by its type which side it is on: guest (the virtual disk) or host (the image file).
+1. An address says by its name which side it is on: ``guest_`` (the virtual disk) or ``host_`` (the image file).
 2. Everything here is arithmetic on validated numbers; nothing reads bytes.
 """
 
 from __future__ import annotations
 
-from typing import NewType
-
 from ..errors import FormatError
-
-GuestOffset = NewType("GuestOffset", int)
-"""Bytes from the start of the virtual disk."""
-HostOffset = NewType("HostOffset", int)
-"""Bytes from the start of the image file."""
-GuestCluster = NewType("GuestCluster", int)
-"""Index of a cluster of the virtual disk."""
-HostCluster = NewType("HostCluster", int)
-"""Index of a cluster of the image file."""
 
 SECTOR_SIZE = 512
 MIN_CLUSTER_BITS = 9
@@ -96,11 +85,6 @@ class Geometry:
     def l1_shift(self) -> int:
         """Guest offset to L1 index is a right shift by this."""
         return self.cluster_bits + self.l2_bits
-
-    @property
-    def n_guest_clusters(self) -> int:
-        """Clusters of the virtual disk, the last one possibly cut short."""
-        return divide_up(self.size, self.cluster_size)
 
     @property
     def n_l1_entries(self) -> int:

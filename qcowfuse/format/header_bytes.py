@@ -1,4 +1,4 @@
-"""The bytes of a QCOW header: the inverse of :func:`~qcowfuse.format.header.parse_header`.
+"""The bytes of a QCOW header: the inverse of :func:`~qcowfuse.format.header_parsing.parse_header`.
 
 1. Fields and extensions that nobody here knows come back byte for byte.
 2. Whatever does not fit where the header says is refused, never cut.
@@ -10,7 +10,8 @@ import struct
 
 from ..errors import FormatError
 from .extensions import serialise_extensions
-from .header import MAGIC, V1_STRUCT, V2_STRUCT, V3_STRUCT, Qcow1Header, Qcow2Header
+from .header import Qcow1Header, Qcow2Header
+from .header_fields import MAGIC, V1_STRUCT, V2_STRUCT, V3_STRUCT
 
 _SWITCH_V2 = struct.Struct(">QIIQQIIQ")
 _SWITCH_V3 = struct.Struct(">QQQ")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from uuid import UUID
 
 from ..errors import UnsupportedFeatureError
-from .crypto import make_sector_cipher
+from .crypto import make_sector_cipher, xor
 from .geometry import SECTOR_SIZE, round_up
 from .luks import (
     DIGEST_BYTES,
@@ -36,8 +36,8 @@ def af_merge(material: bytes | bytearray, key_bytes: int, stripes: int, hash_nam
     """The key from its ``stripes`` pieces of ``key_bytes`` each."""
     block = bytes(key_bytes)
     for stripe in range(stripes - 1):
-        block = _diffuse(_xor(block, material[stripe * key_bytes : (stripe + 1) * key_bytes]), hash_name)
-    return _xor(block, material[(stripes - 1) * key_bytes : stripes * key_bytes])
+        block = _diffuse(xor(block, material[stripe * key_bytes : (stripe + 1) * key_bytes]), hash_name)
+    return xor(block, material[(stripes - 1) * key_bytes : stripes * key_bytes])
 
 
 def af_split(key: bytes, stripes: int, hash_name: str, randomness: bytes) -> bytes:
@@ -45,8 +45,8 @@ def af_split(key: bytes, stripes: int, hash_name: str, randomness: bytes) -> byt
     key_bytes = len(key)
     block = bytes(key_bytes)
     for stripe in range(stripes - 1):
-        block = _diffuse(_xor(block, randomness[stripe * key_bytes : (stripe + 1) * key_bytes]), hash_name)
-    return randomness + _xor(block, key)
+        block = _diffuse(xor(block, randomness[stripe * key_bytes : (stripe + 1) * key_bytes]), hash_name)
+    return randomness + xor(block, key)
 
 
 def _diffuse(block: bytes, hash_name: str) -> bytes:
@@ -56,10 +56,6 @@ def _diffuse(block: bytes, hash_name: str) -> bytes:
         piece = block[place : place + digest_size]
         parts.append(hashlib.new(hash_name, number.to_bytes(4, "big") + piece).digest()[: len(piece)])
     return b"".join(parts)
-
-
-def _xor(left: bytes | bytearray, right: bytes | bytearray) -> bytes:
-    return (int.from_bytes(left, "little") ^ int.from_bytes(right, "little")).to_bytes(len(left), "little")
 
 
 def unlock_slot(header: LuksHeader, slot: KeySlot, material: bytes, passphrase: bytes | bytearray) -> bytes | None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import sys
 from array import array
 
+from ..buffer import Buffer
 from ..errors import CorruptImageError
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
@@ -29,7 +30,7 @@ def entries_per_block(cluster_bits: int, refcount_order: int) -> int:
     return 1 << (cluster_bits + 3 - refcount_order)
 
 
-def parse_refcounts(data: bytes | bytearray | memoryview, refcount_order: int) -> array[int]:
+def parse_refcounts(data: Buffer, refcount_order: int) -> array[int]:
     """The counts of a block, one array item each."""
     if refcount_order >= 3:
         counts = array(_TYPECODES[refcount_order])

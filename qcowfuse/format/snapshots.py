@@ -15,9 +15,10 @@ import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from ..buffer import Buffer
 from ..errors import FormatError
 from .geometry import WORD_SIZE
-from .header import MAX_L1_SIZE, MAX_SNAPSHOTS, SNAPSHOT_ENTRY_SIZE
+from .header_fields import MAX_L1_SIZE, MAX_SNAPSHOTS, SNAPSHOT_ENTRY_SIZE
 
 MAX_SNAPSHOT_EXTRA = 1024
 """Bytes of extra data in one entry; QEMU's limit."""
@@ -58,13 +59,8 @@ class Snapshot:
         """Whether the L1 table is beyond the limit that holds for the active one."""
         return self.l1_size * WORD_SIZE > MAX_L1_SIZE
 
-    @property
-    def is_complete(self) -> bool:
-        """Whether the entry has the extra data that version 3 asks for."""
-        return self.n_extra >= EXPECTED_EXTRA
 
-
-def parse_snapshot(data: bytes | bytearray | memoryview, position: int) -> tuple[Snapshot, int]:
+def parse_snapshot(data: Buffer, position: int) -> tuple[Snapshot, int]:
     """The entry at byte ``position`` of ``data``, and where the next one begins.
 
     ``data`` should hold :data:`MAX_SNAPSHOT_ENTRY` bytes from there on, or all there is; raises FormatError for an
@@ -142,7 +138,7 @@ def serialise_snapshots(snapshots: Iterable[Snapshot]) -> bytes:
     return b"".join(parts)
 
 
-def _decode(raw: bytes | bytearray | memoryview) -> str:
+def _decode(raw: Buffer) -> str:
     # C strings to QEMU: what is behind a NUL is not looked at, and lost when the table is written again.
     return bytes(raw).partition(b"\0")[0].decode("utf-8", "surrogateescape")
 

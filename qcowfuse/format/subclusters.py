@@ -24,7 +24,6 @@ SUBCLUSTERS = 32
 SUBCLUSTER_BITS = 5
 ALL_ALLOCATED = (1 << 32) - 1
 ALL_ZERO = ALL_ALLOCATED << 32
-MIN_CLUSTER_BITS = 14
 
 
 def _mask(first: int, end: int) -> int:

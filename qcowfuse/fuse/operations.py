@@ -29,7 +29,8 @@ from typing import NoReturn
 import pyfuse3
 from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, SetattrFields, StatvfsData
 
-from ..driver.image import Buffer, Image
+from ..buffer import Buffer
+from ..driver.image import Image
 from .errnos import errno_of
 from .request_gate import RequestGate
 from .seeking import Seeker, never

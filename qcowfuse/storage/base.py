@@ -15,11 +15,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-Buffer = bytes | bytearray | memoryview
+from ..buffer import Buffer
 
 
 async def pread(storage: Storage, host_offset: int, n_bytes: int) -> Buffer:
-    """:meth:`Storage.pread` without a hop to a thread where the bytes can be had at once; for opening."""
+    """:meth:`Storage.pread` without a hop to a thread where the bytes can be had at once."""
     data = storage.try_pread(host_offset, n_bytes)
     return await storage.pread(host_offset, n_bytes) if data is None else data
 

@@ -31,7 +31,9 @@ from typing import Any, Protocol, TypeVar
 
 import trio
 
-from .base import Buffer, StorageCounters
+from ..buffer import Buffer
+from ..system.mountinfo import mount_table
+from .base import StorageCounters
 from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
 from .space import allocate_range
@@ -158,14 +160,9 @@ def _file_system_of(fd: int) -> str:
             return ""
         with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
             mount_id = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
-        with open("/proc/self/mountinfo", errors="surrogateescape") as mountinfo:
-            for line in mountinfo:
-                mount, _, source = line.partition(" - ")
-                if mount.split(" ", 1)[0] == mount_id:
-                    return source.split(" ", 1)[0]
-    except (OSError, StopIteration, IndexError):
-        pass
-    return ""
+        return next(mount.file_system for mount in mount_table() if mount.mount_id == int(mount_id))
+    except (OSError, StopIteration, IndexError, ValueError):
+        return ""
 
 
 def _takes_nowait(fd: int) -> bool:

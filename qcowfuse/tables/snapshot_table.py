@@ -11,7 +11,8 @@ import trio
 
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import Table, parse_table
-from ..format.header import MAX_L1_SIZE, Qcow1Header, Qcow2Header
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_fields import MAX_L1_SIZE
 from ..storage.base import Storage, pread
 from .paged_table import MAX_HELD, PagedTable, TableParts
 

@@ -24,7 +24,7 @@ from ..driver.options import OpenOptions
 from ..errors import UnsupportedFeatureError
 from ..format.header import Qcow2Header
 from ..storage.base import Storage
-from .info import read_header
+from ..tables.header import read_header
 
 
 async def check_image(

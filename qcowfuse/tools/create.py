@@ -33,7 +33,9 @@ from ..format.extensions import (
     serialise_extensions,
 )
 from ..format.geometry import MAX_CLUSTER_BITS, MIN_CLUSTER_BITS, SECTOR_SIZE, WORD_SIZE, divide_up, round_up
-from ..format.header import (
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_bytes import serialise_header
+from ..format.header_fields import (
     AUTOCLEAR_RAW_DATA_FILE,
     COMPATIBLE_LAZY_REFCOUNTS,
     CRYPT_NONE,
@@ -49,12 +51,9 @@ from ..format.header import (
     V1_HEADER_LENGTH,
     V2_HEADER_LENGTH,
     V3_KNOWN_HEADER_LENGTH,
-    Qcow1Header,
-    Qcow2Header,
 )
-from ..format.header import COMPRESSION_DEFLATE as COMPRESSION_DEFLATE
-from ..format.header import COMPRESSION_ZSTD as COMPRESSION_ZSTD
-from ..format.header_bytes import serialise_header
+from ..format.header_fields import COMPRESSION_DEFLATE as COMPRESSION_DEFLATE
+from ..format.header_fields import COMPRESSION_ZSTD as COMPRESSION_ZSTD
 from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from ..storage.opened import length_of_path

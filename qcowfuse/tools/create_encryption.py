@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UnsupportedFeatureError
-from ..format.header import CRYPT_AES, CRYPT_LUKS
+from ..format.header_fields import CRYPT_AES, CRYPT_LUKS
 from ..format.luks import CIPHER_MODES as CIPHER_MODES  # cli takes these from here
 from ..format.luks import CIPHERS as CIPHERS
 from ..format.luks import HASHES as HASHES

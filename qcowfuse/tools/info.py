@@ -20,7 +20,8 @@ from ..format.bitmap_directory import IN_USE as IN_USE
 from ..format.bitmap_directory import BitmapEntry as BitmapEntry
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
 from ..format.geometry import round_up
-from ..format.header import (
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_fields import (
     AUTOCLEAR_RAW_DATA_FILE,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPRESSION_ZSTD,
@@ -29,17 +30,13 @@ from ..format.header import (
     CRYPT_NONE,
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
-    Qcow1Header,
-    Qcow2Header,
-    header_length_needed,
-    parse_header,
-    probe_format,
-    refuse_unsupported,
 )
+from ..format.header_parsing import probe_format
 from ..format.luks import LuksHeader as LuksHeader
 from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..tables.bitmap_listing import each_bitmap
+from ..tables.header import read_header
 from ..tables.snapshot_table import each_snapshot
 
 _SECTOR = 512
@@ -72,23 +69,6 @@ class ImageInfo:
     n_snapshots: int = 0
     n_bitmaps: int = 0
     luks: LuksHeader | None = None
-
-
-async def read_header(
-    storage: Storage, *, for_check: bool = False, for_info: bool = False
-) -> Qcow1Header | Qcow2Header:
-    """The header of an open image; ``for_check``: one without refcount table will do, ``for_info``: one whose data
-    cannot be found.
-
-    Raises FormatError, UnsupportedFeatureError (unknown features and methods of encryption), OSError.
-    """
-    start = await storage.pread(0, min(512, storage.size()))
-    wanted = min(header_length_needed(bytes(start)), storage.size())
-    header = parse_header(
-        bytes(await storage.pread(0, wanted)), storage.size(), for_check=for_check, for_info=for_info
-    )
-    refuse_unsupported(header)
-    return header
 
 
 async def is_version_1(path: str, *, force_share: bool = False) -> bool:

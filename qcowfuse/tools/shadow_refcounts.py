@@ -27,9 +27,10 @@ from collections.abc import AsyncIterator
 from ..driver.layers.host_run import HostRun
 from ..driver.writing.guarded_clusters import MetadataClusters
 from ..errors import CorruptImageError, ImageUsageError
-from ..format.entries import MAX_HOST_OFFSET, parse_table, serialise_table
+from ..format.entries import MAX_HOST_OFFSET, serialise_table
 from ..format.geometry import WORD_SIZE, divide_up
-from ..format.header import MAX_REFCOUNT_TABLE_SIZE, Qcow2Header
+from ..format.header import Qcow2Header
+from ..format.header_fields import MAX_REFCOUNT_TABLE_SIZE
 from ..format.refcounts import (
     REFCOUNT_TABLE_OFFSET_MASK,
     empty_refcounts,
@@ -38,7 +39,7 @@ from ..format.refcounts import (
     parse_refcounts,
     serialise_refcounts,
 )
-from ..storage.base import Buffer, Storage
+from ..storage.base import Storage, pread
 
 CACHE_BYTES = 64 << 20
 """Counts in memory; without the need to make room nothing is written before all references are counted."""
@@ -180,7 +181,7 @@ class ShadowRefcounts:
             raise CorruptImageError("refcount table", None, f"impossible entry {host_offset:#x}")
         if host_offset >= self._storage.size():
             raise CorruptImageError("refcount block", host_offset, "lies past the end of the image file")
-        return parse_refcounts(await _read(self._storage, host_offset, self._cluster_size), self._order)
+        return parse_refcounts(await pread(self._storage, host_offset, self._cluster_size), self._order)
 
     async def _write_block(self, block_index: int, block: _Block) -> None:
         data = serialise_refcounts(block.counts, self._order, 0, len(block.counts))
@@ -289,14 +290,3 @@ class ShadowRefcounts:
             else:
                 runs.append((cluster, cluster + 1))
         return [HostRun(start << self._cluster_bits, end - start) for start, end in runs]
-
-
-async def load_refcount_table(storage: Storage, header: Qcow2Header) -> array[int]:
-    """The refcount table that the header points at. Raises OSError."""
-    n_bytes = header.refcount_table_clusters << header.cluster_bits
-    return parse_table(await storage.pread(header.refcount_table_offset, n_bytes))
-
-
-async def _read(storage: Storage, host_offset: int, n_bytes: int) -> Buffer:
-    data = storage.try_pread(host_offset, n_bytes)
-    return await storage.pread(host_offset, n_bytes) if data is None else data

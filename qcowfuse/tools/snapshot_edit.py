@@ -46,19 +46,20 @@ from ..format.bitmap_directory import bitmap_directory_place
 from ..format.compression import parse_compressed_entry
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, entry_format, parse_table, serialise_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, divide_up
-from ..format.header import (
+from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header_bytes import serialise_switch
+from ..format.header_fields import (
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     KNOWN_AUTOCLEAR,
     MAX_L1_SIZE,
     MAX_SNAPSHOTS,
     SWITCH_FIELDS,
-    Qcow1Header,
-    Qcow2Header,
 )
-from ..format.header_bytes import serialise_switch
 from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snapshots
-from ..storage.base import Storage
+from ..storage.base import Storage, pread
+from ..tables.header import read_header
+from ..tables.refcount_table import read_refcount_table
 from ..tables.snapshot_table import (
     each_snapshot,
     find_snapshot,
@@ -66,8 +67,7 @@ from ..tables.snapshot_table import (
     load_snapshot_l1_table,
     load_snapshots,
 )
-from .info import read_header
-from .shadow_refcounts import ShadowRefcounts, load_refcount_table
+from .shadow_refcounts import ShadowRefcounts
 
 MAX_NAME = 255
 """Bytes of a new snapshot's name; longer ones QEMU cuts."""
@@ -151,7 +151,7 @@ async def _editing(path: str, opener: StorageOpener, progress: Progress | None) 
         _refuse(path, header)
         snapshots, snapshots_bytes = await load_snapshots(storage, header)
         l1_table = await load_l1_table(storage, header.l1_table_offset, header.l1_size)
-        refcount_table = await load_refcount_table(storage, header)
+        refcount_table = await read_refcount_table(storage, header)
         others = [("snapshot table", header.snapshots_offset, snapshots_bytes)]
         others += [("L1 table of a snapshot", entry.l1_table_offset, entry.l1_size * 8) for entry in snapshots]
         await refuse_lost_end(path, storage, header, l1_table=l1_table, refcount_table=refcount_table, others=others)
@@ -284,8 +284,7 @@ class _Editor:
     async def _read_table(self, host_offset: int) -> array[int]:
         if host_offset >= self._storage.size():
             raise CorruptImageError("L2 table", host_offset, "lies past the end of the image file")
-        data = self._storage.try_pread(host_offset, self._cluster_size)
-        return parse_table(await self._storage.pread(host_offset, self._cluster_size) if data is None else data)
+        return parse_table(await pread(self._storage, host_offset, self._cluster_size))
 
     async def _count_references(self, l1_table: array[int], delta: int) -> None:
         """``delta`` references to each L2 table of ``l1_table``, and for each of them to what it refers to. With 0:

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage import file as file_module
-from qcowfuse.storage.base import Buffer
 from tests.support.checker import check_image_bytes
 from tests.support.images import ImageSpec, build_image, write_chain
 from tests.support.powercut import read_image, read_whole

@@ -12,6 +12,7 @@ import pytest
 import trio
 import trio.testing
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.reading import decoded_cache, decompression
@@ -20,7 +21,7 @@ from qcowfuse.driver.reading.decompression import AHEAD_BYTES, SequentialReads
 from qcowfuse.driver.reading.reader import ChainReader
 from qcowfuse.errors import FormatError
 from qcowfuse.format.compression import Outcome, decompress_cluster, decompress_clusters
-from qcowfuse.storage.base import Buffer, Storage
+from qcowfuse.storage.base import Storage
 from tests.support.faults import FaultyStorage, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage

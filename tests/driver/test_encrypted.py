@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trio
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.cli.img.create_options import parse_create_options
 from qcowfuse.errors import FormatError, QcowFuseError
 from qcowfuse.format.luks import parse_luks_header
-from qcowfuse.storage.base import Buffer
 from qcowfuse.tools.create import create_image
 from tests.support.images import PASSPHRASE, TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 import trio
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.driver.layers.holes import LOOKS_PER_CHECKPOINT
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.format.entries import READS_ZERO, ClusterKind
-from qcowfuse.storage.base import Buffer
 from tests.driver.test_random_operations import SPECS as MANY
 from tests.support.images import BASE, FOLDER, TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import pytest
 import trio
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.consistency.compare import check_storage
 from qcowfuse.consistency.counted_refcounts import ReferenceCounts, is_zero_or_one
 from qcowfuse.consistency.repair import repair_storage
@@ -18,8 +19,8 @@ from qcowfuse.consistency.result import CheckResult, Fix
 from qcowfuse.consistency.walk import ITEMS_PER_CHECKPOINT
 from qcowfuse.errors import ImageUsageError, UnsupportedFeatureError
 from qcowfuse.format.entries import READS_ZERO
-from qcowfuse.format.header import Qcow2Header, parse_header
-from qcowfuse.storage.base import Buffer
+from qcowfuse.format.header import Qcow2Header
+from qcowfuse.format.header_parsing import parse_header
 from tests.driver.test_holes import Turns
 from tests.support import damage
 from tests.support.checker import check_image_bytes

@@ -13,15 +13,9 @@ from hypothesis import strategies as st
 
 from qcowfuse.errors import FormatError
 from qcowfuse.format.extensions import parse_extensions, parse_feature_names
-from qcowfuse.format.header import (
-    Qcow2Header,
-    header_length_needed,
-    parse_header,
-    probe_format,
-    refuse_unsupported,
-    unknown_incompatible,
-)
+from qcowfuse.format.header import Qcow2Header, refuse_unsupported, unknown_incompatible
 from qcowfuse.format.header_bytes import serialise_header
+from qcowfuse.format.header_parsing import header_length_needed, parse_header, probe_format
 from tests.support import qemu
 
 INTERESTING = (0, 1, 7, 8, 9, 21, 22, 63, 64, 72, 104, 105, 112, 511, 512, 1023, 1024, 65535, 65536, 1 << 21)

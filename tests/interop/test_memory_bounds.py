@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.format.header import MAX_L1_SIZE
+from qcowfuse.format.header_fields import MAX_L1_SIZE
 from tests.support.peak_memory import LIMIT_KIB, header, run_img, write_sparse
 
 LUKS_POINTER = 0x0537BE77

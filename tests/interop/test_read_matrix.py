@@ -8,8 +8,8 @@ import pytest
 
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import L2CacheSize
-from qcowfuse.format.header import header_length_needed, parse_header
 from qcowfuse.format.header_bytes import serialise_header
+from qcowfuse.format.header_parsing import header_length_needed, parse_header
 from tests.support import battery, qemu
 from tests.support.matrix import MIB, ImageSpec, all_specs, build
 from tests.support.oracle import first_difference, reference_bytes, reference_window

@@ -12,9 +12,9 @@ from collections.abc import Awaitable, Callable
 import pytest
 import trio
 
+from qcowfuse.buffer import Buffer
 from qcowfuse.driver.image import Image
 from qcowfuse.errors import OutOfRangeError, ReadOnlyImageError
-from qcowfuse.storage.base import Buffer
 
 from .oracle import DiskModel, first_difference
 

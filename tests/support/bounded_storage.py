@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Sequence
 
-from qcowfuse.storage.base import Buffer
+from qcowfuse.buffer import Buffer
 
 from .memory_storage import MemoryStorage
 

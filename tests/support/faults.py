@@ -14,7 +14,8 @@ from typing import Literal, NamedTuple
 
 import trio
 
-from qcowfuse.storage.base import Buffer, Storage
+from qcowfuse.buffer import Buffer
+from qcowfuse.storage.base import Storage
 
 from .recording import SECTOR, ForwardingStorage
 

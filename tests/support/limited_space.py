@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import os
 
-from qcowfuse.storage.base import Buffer
+from qcowfuse.buffer import Buffer
 
 from .memory_storage import MemoryStorage
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import trio
 
-from qcowfuse.storage.base import Buffer, StorageCounters
+from qcowfuse.buffer import Buffer
+from qcowfuse.storage.base import StorageCounters
 
 
 class MemoryStorage:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qcowfuse.storage.base import Buffer
+from qcowfuse.buffer import Buffer
 
 from . import qemu
 

@@ -14,7 +14,8 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from qcowfuse.storage.base import Buffer, Storage, StorageCounters
+from qcowfuse.buffer import Buffer
+from qcowfuse.storage.base import Storage, StorageCounters
 
 from .memory_storage import MemoryStorage
 

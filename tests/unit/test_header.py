@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from qcowfuse.errors import FormatError, UnsupportedFeatureError
 from qcowfuse.format import header as h
+from qcowfuse.format import header_fields as fields
+from qcowfuse.format import header_parsing as parsing
 from qcowfuse.format.extensions import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_BITMAPS,
@@ -50,7 +52,7 @@ V1 = h.Qcow1Header(
 
 
 def parse(data: bytes) -> h.Qcow1Header | h.Qcow2Header:
-    return h.parse_header(data, len(data))
+    return parsing.parse_header(data, len(data))
 
 
 def parse_v3(data: bytes) -> h.Qcow2Header:
@@ -98,7 +100,7 @@ def test_fields_by_hand() -> None:
         autoclear_features=1,
         refcount_order=5,
         header_length=112,
-        compression_type=h.COMPRESSION_ZSTD,
+        compression_type=fields.COMPRESSION_ZSTD,
         backing_file="base",
     )
     assert found.dirty
@@ -118,7 +120,7 @@ def test_version_2_has_no_feature_bits() -> None:
 @pytest.mark.parametrize("data", [b"", b"QFI", b"QFI\xfb\0\0\0", b"\x7fELF\0\0\0\x02", bytes(4096)])
 def test_other_files_are_not_probed(data: bytes) -> None:
     """A file without the magic has no format, and no header."""
-    assert h.probe_format(data) is None
+    assert parsing.probe_format(data) is None
     with pytest.raises(FormatError, match="magic"):
         parse(data)
 
@@ -127,7 +129,7 @@ def test_other_files_are_not_probed(data: bytes) -> None:
 def test_unknown_versions_are_named(version: int) -> None:
     """A QCOW magic with a version that does not exist is an error that names it."""
     data = b"QFI\xfb" + version.to_bytes(4, "big") + bytes(504)
-    for function in (h.probe_format, h.header_length_needed, parse):
+    for function in (parsing.probe_format, parsing.header_length_needed, parse):
         with pytest.raises(FormatError, match=f"version {version}, expected 1, 2 or 3"):
             function(data)
 
@@ -160,9 +162,9 @@ def test_unknown_versions_are_named(version: int) -> None:
         (96, struct.pack(">I", 7), "refcount_order 7"),
         (100, struct.pack(">I", 103), "header_length 103"),
         (100, struct.pack(">I", CLUSTER + 8), "header_length"),
-        (72, struct.pack(">Q", h.INCOMPATIBLE_COMPRESSION), "expected bit 3 clear"),
+        (72, struct.pack(">Q", fields.INCOMPATIBLE_COMPRESSION), "expected bit 3 clear"),
         (104, b"\x01", "expected bit 3 set"),
-        (88, struct.pack(">Q", h.AUTOCLEAR_RAW_DATA_FILE), "raw external data"),
+        (88, struct.pack(">Q", fields.AUTOCLEAR_RAW_DATA_FILE), "raw external data"),
         (112, struct.pack(">II", 1, CLUSTER - 112 - 7), "has length"),
         (112, struct.pack(">II", 1, 0xFFFFFFFF), "has length"),
     ],
@@ -233,20 +235,20 @@ def test_too_few_bytes_of_a_longer_file() -> None:
     """Fewer bytes than the parser asked for are refused unless the file has no more."""
     data = patched(V3, 0, b"")
     with pytest.raises(FormatError, match="expected 65536"):
-        h.parse_header(data[:512], len(data))
+        parsing.parse_header(data[:512], len(data))
 
 
 @pytest.mark.parametrize(("header", "n_bytes"), [(V1, 48), (V2, CLUSTER), (V3._replace(cluster_bits=21), 2 << 20)])
 def test_length_needed(header: h.Qcow1Header | h.Qcow2Header, n_bytes: int) -> None:
     """The parser wants the first cluster of a QCOW2 image and just header and name of version 1."""
-    assert h.header_length_needed(serialise_header(header)[:32]) == n_bytes
+    assert parsing.header_length_needed(serialise_header(header)[:32]) == n_bytes
 
 
 def test_backing_name_of_version_1() -> None:
     """The name of a version 1 image is found where the header says, and is part of what the parser wants."""
     header = V1._replace(backing_file_offset=48, backing_file_size=9, backing_file="base.qcow", l1_table_offset=64)
     data = serialise_header(header)
-    assert h.header_length_needed(data[:32]) == len(data) == 57
+    assert parsing.header_length_needed(data[:32]) == len(data) == 57
     assert parse(data) == header
 
 
@@ -316,7 +318,7 @@ def bitmaps_of(n: int = 1, reserved: int = 0, size: int = 32, offset: int = CLUS
 def test_bitmaps_are_checked_as_qemu_does(extensions: tuple[HeaderExtension, ...]) -> None:
     """A bitmaps extension that QEMU refuses to open with is refused."""
     with pytest.raises(FormatError, match="bitmaps extension"):
-        parse(serialise_header(V3._replace(extensions=extensions, autoclear_features=h.AUTOCLEAR_BITMAPS)))
+        parse(serialise_header(V3._replace(extensions=extensions, autoclear_features=fields.AUTOCLEAR_BITMAPS)))
 
 
 def test_bitmaps_without_their_bit_are_ignored() -> None:
@@ -348,7 +350,9 @@ def test_unknown_compression_type_is_unsupported() -> None:
     """A compression type that does not exist yet is refused by its number."""
     with pytest.raises(UnsupportedFeatureError) as caught:
         parse(
-            patched(V3._replace(incompatible_features=h.INCOMPATIBLE_COMPRESSION, compression_type=1), 104, b"\x02")
+            patched(
+                V3._replace(incompatible_features=fields.INCOMPATIBLE_COMPRESSION, compression_type=1), 104, b"\x02"
+            )
         )
     assert caught.value.names == ("compression type 2",)
 
@@ -371,7 +375,7 @@ def test_unsupported_features_are_named(changes: dict[str, int], names: tuple[st
 
 def test_served_features_are_not_refused() -> None:
     """Encryption, dirty, corrupt, zstd and any compatible or autoclear bit are no reason to refuse."""
-    bits = h.INCOMPATIBLE_DIRTY | h.INCOMPATIBLE_CORRUPT | h.INCOMPATIBLE_COMPRESSION
+    bits = fields.INCOMPATIBLE_DIRTY | fields.INCOMPATIBLE_CORRUPT | fields.INCOMPATIBLE_COMPRESSION
     header = V3._replace(
         incompatible_features=bits,
         compression_type=1,
@@ -409,14 +413,14 @@ def test_unknown_bit_beats_a_broken_rest() -> None:
 
 def test_extended_l2_needs_large_clusters() -> None:
     """Subclusters below 512 bytes do not exist: extended L2 entries need clusters of 16 KiB."""
-    header = V3._replace(cluster_bits=13, incompatible_features=h.INCOMPATIBLE_EXTENDED_L2, l1_size=1 << 20)
+    header = V3._replace(cluster_bits=13, incompatible_features=fields.INCOMPATIBLE_EXTENDED_L2, l1_size=1 << 20)
     with pytest.raises(FormatError, match="cluster_bits 13, expected 14 to 21"):
         parse(serialise_header(header))
 
 
 def test_extended_l2_needs_twice_the_l1() -> None:
     """With extended entries an L2 table maps half as much, so that the L1 table must be twice as long."""
-    header = V3._replace(incompatible_features=h.INCOMPATIBLE_EXTENDED_L2)
+    header = V3._replace(incompatible_features=fields.INCOMPATIBLE_EXTENDED_L2)
     with pytest.raises(FormatError, match="expected at least 4"):
         parse(serialise_header(header))
 
@@ -480,7 +484,7 @@ def test_any_header_round_trips(
         header = header._replace(
             incompatible_features=bits[0],
             compatible_features=bits[1],
-            autoclear_features=bits[2] & ~h.AUTOCLEAR_RAW_DATA_FILE,
+            autoclear_features=bits[2] & ~fields.AUTOCLEAR_RAW_DATA_FILE,
             refcount_order=refcount_order,
             header_length=112 + len(unknown),
             unknown_fields=unknown,
@@ -492,6 +496,6 @@ def test_any_header_round_trips(
             backing_file=name.decode("utf-8", "surrogateescape"),
         )
     data = serialise_header(header)
-    assert h.parse_header(data, len(data)) == header
+    assert parsing.parse_header(data, len(data)) == header
     padded = data.ljust(cluster_size, b"\0")
-    assert h.parse_header(padded, 1 << 40) == header
+    assert parsing.parse_header(padded, 1 << 40) == header

@@ -11,26 +11,27 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qcowfuse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-IMAGE = "errors printable format storage tables consistency"
+IMAGE = "errors buffer printable format storage tables consistency"
 ROOMS = {
     "errors": "",
+    "buffer": "",
     "printable": "",
     "_version": "",
-    "format": "errors printable",
+    "format": "errors buffer printable",
     "system": "errors",
-    "storage": "errors system",
-    "storage.measuring": "storage",
+    "storage": "errors buffer system",
+    "storage.measuring": "buffer storage",
     "tables": "errors format storage printable",
-    "consistency": "errors printable format storage tables",
-    "driver": "errors format storage printable storage.measuring",
+    "consistency": "errors buffer printable format storage tables",
+    "driver": "errors buffer format storage printable storage.measuring",
     "driver.layers": f"{IMAGE} driver",
     "driver.reading": f"{IMAGE} driver driver.layers",
     "driver.writing": f"{IMAGE} driver driver.layers driver.reading",
     "driver.facade": f"{IMAGE} driver driver.layers driver.reading driver.writing",
     "tools": f"{IMAGE} driver driver.layers driver.writing driver.facade",
-    "fuse": "errors driver",
-    "fuse.libfuse": "errors driver fuse system",
-    "daemon": "errors driver fuse fuse.libfuse system",
+    "fuse": "errors buffer driver",
+    "fuse.libfuse": "errors buffer driver fuse system",
+    "daemon": "errors buffer driver fuse fuse.libfuse system",
     "cli": "errors driver printable system tools driver.facade daemon",
     "cli.mount": "errors driver printable driver.facade daemon _version cli",
     "cli.img": "errors driver printable driver.facade consistency tools _version cli",

@@ -17,8 +17,9 @@ from qcowfuse.cli.img.json_text import as_unicode
 from qcowfuse.cli.img.main import ImgExit, main
 from qcowfuse.cli.logs import OneLine
 from qcowfuse.format.extensions import EXTENSION_DATA_FILE, HeaderExtension
-from qcowfuse.format.header import Qcow2Header, parse_header
+from qcowfuse.format.header import Qcow2Header
 from qcowfuse.format.header_bytes import serialise_header
+from qcowfuse.format.header_parsing import parse_header
 from qcowfuse.printable import printable
 
 PACKAGE = Path(__file__).parents[2] / "qcowfuse"

@@ -25,7 +25,8 @@ from ...errors import CorruptImageError, FormatError, ImageUsageError
 from ...format.entries import COMPRESSED, OFFSET_MASK, READS_ZERO, ClusterKind
 from ...format.extensions import EXTENSION_DATA_FILE, find_extension
 from ...format.extents import MISS, Run
-from ...format.header import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE, Qcow1Header, Qcow2Header
+from ...format.header import Qcow1Header, Qcow2Header
+from ...format.header_fields import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE
 from ...format.subclusters import ALL_ALLOCATED
 from ...format.zero_plan import clusters_to_give_back
 from ...storage.base import Storage

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import ImageUsageError, WrongKeyError
 from ...format.geometry import SECTOR_SIZE, divide_up
-from ...format.header import CRYPT_AES, Qcow1Header, Qcow2Header
+from ...format.header import Qcow1Header, Qcow2Header
+from ...format.header_fields import CRYPT_AES
 from ...format.luks import (
     HEADER_LENGTH,
     LuksHeader,
@@ -30,7 +32,7 @@ from ...format.luks import (
     parse_luks_header,
     require_available,
 )
-from ...storage.base import Buffer, Storage
+from ...storage.base import Storage, pread
 from ..options import PassphraseSource
 from .range_claims import Claim, Claims
 
@@ -77,7 +79,7 @@ class EncryptedData:
             await conflict.released.wait()
         claim = self._claim(self._reads, host_offset - skip, n_bytes)
         try:
-            data = await self._pread(host_offset - skip, n_bytes)
+            data = await pread(self._storage, host_offset - skip, n_bytes)
         finally:
             self._reads.release(claim)
         self._decrypt_into(part, data, host_offset - skip, guest_offset - skip, skip)
@@ -114,15 +116,11 @@ class EncryptedData:
         if (skip + len(plain)) & _SECTOR_MASK and (last or not places):
             places.append(last)
         for place in places:
-            old = await self._pread(host_offset + place, SECTOR_SIZE)
+            old = await pread(self._storage, host_offset + place, SECTOR_SIZE)
             sector = view[place : place + SECTOR_SIZE]
             self._decrypt_into(sector, old, host_offset + place, guest_offset + place, 0)
         view[skip : skip + len(plain)] = plain
         return whole
-
-    async def _pread(self, host_offset: int, n_bytes: int) -> Buffer:
-        data = self._storage.try_pread(host_offset, n_bytes)
-        return await self._storage.pread(host_offset, n_bytes) if data is None else data
 
     def _decrypt_into(self, part: memoryview, data: Buffer, host_offset: int, guest_offset: int, skip: int) -> None:
         plain = self._cipher.decrypt(data, self._sector(host_offset, guest_offset))

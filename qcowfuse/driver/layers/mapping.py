@@ -20,7 +20,7 @@ from ...format.extents import MISS, Extent, Run, lookup_run
 from ...format.geometry import Geometry
 from ...format.presence import presence_run
 from ...format.subclusters import lookup_run_extended
-from ...storage.base import Storage
+from ...storage.base import Storage, pread
 from ...tables.paged_table import PagedTable
 from .table_cache import LAYER_BITS, L2Slice, TableCache
 
@@ -236,10 +236,7 @@ class Mapping:
         if not host_offset:
             entries = parse_table(bytes(n_bytes))
         else:
-            data = self.storage.try_pread(host_offset, n_bytes)
-            if data is None:
-                data = await self.storage.pread(host_offset, n_bytes)
-            entries = parse_table(data)
+            entries = parse_table(await pread(self.storage, host_offset, n_bytes))
         return L2Slice(slice_number << LAYER_BITS | self.layer, slice_number, l1_index, entries)
 
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from ...buffer import Buffer
 from ...format.geometry import MAX_CLUSTER_BITS
-from ...storage.base import Buffer
 from ..layers.mapping import Layer, Mapping, RawLayer
 from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
 

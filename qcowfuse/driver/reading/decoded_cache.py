@@ -11,7 +11,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from ...storage.base import Buffer
+from ...buffer import Buffer
 
 CACHE_BYTES = 32 << 20
 MIN_RUNS = 4

@@ -25,6 +25,7 @@ from typing import NamedTuple
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import QcowFuseError
 from ...format.compression import (
     CompressedCluster,
@@ -34,8 +35,8 @@ from ...format.compression import (
     require_decoder,
 )
 from ...format.entries import EntryFormat
-from ...format.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
-from ...storage.base import Buffer, Storage
+from ...format.header_fields import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
+from ...storage.base import Storage
 from ...storage.workers import WorkerPool
 from .decoded_cache import Decoded, DecodedCache, Key
 

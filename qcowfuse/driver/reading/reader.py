@@ -15,10 +15,10 @@ from contextlib import ExitStack
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import CorruptImageError, QcowFuseError
 from ...format.entries import ClusterKind
 from ...format.extents import Extent
-from ...storage.base import Buffer
 from ..layers.mapping import Layer, Mapping, Missing, lookup_chain
 from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
 from .chain_reader import QuickReader

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field, replace
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import CorruptImageError, FormatError, QcowFuseError
 from ...format.bitmap_directory import (
     AUTO,
@@ -45,7 +46,7 @@ from ...format.extensions import EXTENSION_BITMAPS, find_extension
 from ...format.geometry import WORD_SIZE, divide_up
 from ...format.header import Qcow2Header
 from ...printable import printable
-from ...storage.base import Buffer, Storage
+from ...storage.base import Storage, pread
 from ..layers.host_run import HostRun
 from .allocation import RefcountAllocator
 from .guarded_clusters import MetadataClusters
@@ -268,8 +269,7 @@ class DirtyBitmaps:
             raise FormatError("bitmap data", host_offset, "belongs to more than one part of a bitmap")
         await self.require_own(host_offset, self._cluster_size, "bitmap data")
         seen.add(host_offset)
-        data = self._storage.try_pread(host_offset, self._cluster_size)
-        return await self._storage.pread(host_offset, self._cluster_size) if data is None else data
+        return await pread(self._storage, host_offset, self._cluster_size)
 
     def _bytes_needed(self, entry: BitmapEntry, size: int) -> int:
         return self._cluster_size * table_entries_needed(

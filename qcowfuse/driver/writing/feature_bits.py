@@ -10,12 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 
-from ...format.header import INCOMPATIBLE_CORRUPT
+from ...format.header_fields import AUTOCLEAR_FIELD, INCOMPATIBLE_CORRUPT, INCOMPATIBLE_FIELD
 from ...storage.base import Storage
 
 Flush = Callable[[], Awaitable[None]]
-_INCOMPATIBLE_OFFSET = 72
-_AUTOCLEAR_OFFSET = 88
 
 
 class FeatureBits:
@@ -31,13 +29,13 @@ class FeatureBits:
         """Clear the autoclear bits that don't stay true, durably. Raises OSError."""
         kept = self._autoclear & self._kept_autoclear
         if self._autoclear != kept:
-            await self._write(_AUTOCLEAR_OFFSET, kept, flush)
+            await self._write(AUTOCLEAR_FIELD, kept, flush)
             self._autoclear = kept
 
     async def mark_corrupt(self, flush: Flush) -> None:
         """Set the corrupt bit, durably. Raises OSError."""
         self._incompatible |= INCOMPATIBLE_CORRUPT
-        await self._write(_INCOMPATIBLE_OFFSET, self._incompatible, flush)
+        await self._write(INCOMPATIBLE_FIELD, self._incompatible, flush)
 
     async def _write(self, host_offset: int, value: int, flush: Flush) -> None:
         await self._storage.pwritev(host_offset, [value.to_bytes(8, "big")])

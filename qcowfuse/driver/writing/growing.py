@@ -24,7 +24,7 @@ import trio
 from ...errors import ImageUsageError, QcowFuseError
 from ...format.entries import ClusterKind
 from ...format.geometry import SECTOR_SIZE, Geometry, divide_up, round_up
-from ...format.header import MAX_L1_SIZE
+from ...format.header_fields import MAX_L1_SIZE
 from ...format.size_fields import SIZE_FIELDS_LENGTH, SIZE_FIELDS_OFFSET, disk_size_in, replace_size_fields
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping

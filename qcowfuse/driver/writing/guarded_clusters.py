@@ -25,7 +25,8 @@ from itertools import pairwise
 
 from ...errors import CorruptImageError, FormatError
 from ...format.entries import OFFSET_MASK, Table
-from ...format.header import CRYPT_LUKS, Qcow2Header
+from ...format.header import Qcow2Header
+from ...format.header_fields import CRYPT_LUKS
 from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ...storage.base import Storage
 from ...tables.snapshot_table import each_snapshot

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from ...consistency.lost_end import first_free_v1, refuse_lost_end
-from ...format.entries import EntryFormat, Table, parse_table
+from ...format.entries import EntryFormat, Table
 from ...format.header import Qcow1Header, Qcow2Header
-from ...storage.base import Storage, pread
+from ...storage.base import Storage
+from ...tables.refcount_table import read_refcount_table
 from .allocation import Allocator, RefcountAllocator
 from .append_allocation import AppendAllocator
 from .guarded_clusters import MetadataClusters, find_metadata
@@ -37,8 +38,7 @@ async def load_host_clusters(
         return HostClusters(AppendAllocator(storage, 1 << header.cluster_bits, first_free=first_free), metadata, None)
     from .unguarded import UnguardedClusters
 
-    table_bytes = header.refcount_table_clusters << header.cluster_bits
-    table = parse_table(await pread(storage, header.refcount_table_offset, table_bytes))
+    table = await read_refcount_table(storage, header)
     await refuse_lost_end(path, storage, header, l1_table=l1_table, refcount_table=table)
     known = await find_metadata(storage, header, l1_table=l1_table, refcount_table=table)
     allocator = RefcountAllocator(

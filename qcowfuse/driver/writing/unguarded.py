@@ -26,12 +26,13 @@ from contextlib import aclosing, suppress
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import FormatError, QcowFuseError
 from ...format.bitmap_directory import TABLE_ENTRY_OFFSET_MASK
 from ...format.entries import OFFSET_MASK, EntryFormat, Table, parse_table
 from ...format.header import Qcow2Header
 from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, entries_per_block, parse_refcounts
-from ...storage.base import Buffer, Storage
+from ...storage.base import Storage, pread
 from ...tables.bitmap_listing import each_bitmap
 from ...tables.snapshot_table import each_snapshot, load_snapshot_l1_table
 from .allocation import RefcountAllocator
@@ -181,7 +182,7 @@ class UnguardedClusters:
             entry = self._refcount_table[number] if number < len(self._refcount_table) else 0
             host_offset = entry & REFCOUNT_TABLE_OFFSET_MASK
             if host_offset:
-                data = await self._read(host_offset, 1 << self._bits)
+                data = await pread(self._storage, host_offset, 1 << self._bits)
                 free = _free_in(data, order)[start - block_start : stop - block_start]
                 await self._pause(per_block // 16)
             else:
@@ -213,7 +214,7 @@ class UnguardedClusters:
                     continue
                 previous = host_offset
                 for part in range(host_offset, host_offset + (1 << self._bits), self._part_bytes):
-                    self._note_table(await self._read(part, self._part_bytes))
+                    self._note_table(await pread(self._storage, part, self._part_bytes))
                     await self._pause(self._part_bytes // 8)
         with suppress(FormatError):  # then the first write gives the bitmaps up
             await self._look_at_bitmaps()
@@ -225,7 +226,7 @@ class UnguardedClusters:
                 end = min(end, self._storage.size())
                 self._note(range(start, end, 1 << self._bits))
                 for chunk in range(start, end, _CHUNK):
-                    table = parse_table(await self._read(chunk, min(_CHUNK, end - chunk) // 8 * 8))
+                    table = parse_table(await pread(self._storage, chunk, min(_CHUNK, end - chunk) // 8 * 8))
                     self._note(entry & TABLE_ENTRY_OFFSET_MASK for entry in table if entry)
                     await self._pause(len(table))
 
@@ -238,10 +239,6 @@ class UnguardedClusters:
             places = {entry & OFFSET_MASK for entry in entries}
             found.extend(place for place in places if 0 < place < end and not place & mask)
         return found
-
-    async def _read(self, host_offset: int, n_bytes: int) -> Buffer:
-        data = self._storage.try_pread(host_offset, n_bytes)
-        return await self._storage.pread(host_offset, n_bytes) if data is None else data
 
     async def _pause(self, n_entries: int) -> None:
         """Let others run now and then."""

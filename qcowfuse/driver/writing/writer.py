@@ -22,12 +22,12 @@ from contextlib import suppress
 
 import trio
 
+from ...buffer import Buffer
 from ...errors import QcowFuseError
 from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
 from ...format.entries import ClusterKind
 from ...format.geometry import MAX_CLUSTER_BITS
 from ...format.subclusters import link_extended, plan_write_extended
-from ...storage.base import Buffer
 from ..layers.data_file import DataClusters
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping, Missing, lookup_chain

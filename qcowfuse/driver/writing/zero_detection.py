@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-from ...storage.base import Buffer
+from ...buffer import Buffer
 
 
 @lru_cache(maxsize=8)

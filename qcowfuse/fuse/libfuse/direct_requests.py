@@ -30,7 +30,7 @@ from typing import Protocol
 
 import pyfuse3
 
-from ...driver.image import Buffer
+from ...buffer import Buffer
 from ...system.import_slot import LoadedObject, SlotError, diverted
 from ..request_gate import RequestGate
 

@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 
 import trio
 
-from ..base import Buffer, Storage, StorageCounters
+from ...buffer import Buffer
+from ..base import Storage, StorageCounters
 from ..syscalls import timer_create, timer_start
 from .delay_model import DelayModel
 

@@ -14,7 +14,8 @@ import logging
 import resource
 from collections.abc import Sequence
 
-from ..base import Buffer, StorageCounters
+from ...buffer import Buffer
+from ..base import StorageCounters
 from ..file import FileStorage, read_all, read_all_into
 from ..syscalls import LockedMapping
 

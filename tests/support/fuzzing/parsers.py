@@ -24,15 +24,9 @@ from qcowfuse.format.cow_plan import plan_write
 from qcowfuse.format.entries import ClusterKind, EntryFormat, entry_format, parse_table, serialise_table
 from qcowfuse.format.extensions import parse_extensions, parse_feature_names, serialise_extensions
 from qcowfuse.format.extents import count_data, lookup_run
-from qcowfuse.format.header import (
-    Qcow2Header,
-    header_length_needed,
-    parse_header,
-    probe_format,
-    refuse_unsupported,
-    unknown_incompatible,
-)
+from qcowfuse.format.header import Qcow2Header, refuse_unsupported, unknown_incompatible
 from qcowfuse.format.header_bytes import serialise_header
+from qcowfuse.format.header_parsing import header_length_needed, parse_header, probe_format
 from qcowfuse.format.luks import parse_luks_header, serialise_luks_header
 from qcowfuse.format.presence import presence_run
 from qcowfuse.format.refcounts import max_refcount, parse_refcounts, serialise_refcounts

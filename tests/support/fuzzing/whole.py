@@ -24,11 +24,13 @@ from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import FormatError, ImageUsageError, QcowFuseError
 from qcowfuse.format.bitmap_directory import bitmap_directory_place, parse_bitmap_directory
-from qcowfuse.format.header import Qcow2Header, parse_header
+from qcowfuse.format.header import Qcow2Header
+from qcowfuse.format.header_parsing import parse_header
 from qcowfuse.storage.base import Storage
+from qcowfuse.tables.header import read_header
 from qcowfuse.tools import extent_map, info
 from qcowfuse.tools.check import is_preallocated
-from qcowfuse.tools.info import describing, read_header
+from qcowfuse.tools.info import describing
 from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 
 from ..battery import read, write

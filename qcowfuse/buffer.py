@@ -1,0 +1,3 @@
+"""What bytes are passed around in."""
+
+Buffer = bytes | bytearray | memoryview
