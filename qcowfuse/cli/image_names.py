@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from ..driver.options import OpenOptions
 from ..errors import ImageUsageError
+from .option_table import Option
 
 if TYPE_CHECKING:
     import argparse
@@ -27,31 +28,35 @@ _BACKING_FORMATS = ("raw", "qcow2", "auto")
 _log = logging.getLogger(__name__)
 
 
-def add_name_options(group: argparse._ActionsContainer) -> None:
-    """The options, for a parser or a group of one."""
-    group.add_argument(
-        "--allow-dir",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="images may name files in or below this folder, too, not only in or below their own; may be repeated",
-    )
-    group.add_argument("--backing-file", metavar="PATH", help="the backing file, in place of the one the image names")
-    group.add_argument("--data-file", metavar="PATH", help="the data file, in place of the one the image names")
-    group.add_argument(
-        "--backing-format",
-        metavar="raw|qcow2|auto",
-        help="the format of backing files for which no format is named (raw; refused if it looks like QCOW). auto "
-        "goes by the content: never for a raw disk that a guest has written",
-    )
-    group.add_argument("--no-backing", action="store_true", help="open nothing that the image names")
-
-
 def backing_format(text: str) -> str:
     """A value of ``--backing-format``. Raises ValueError."""
     if text not in _BACKING_FORMATS:
         raise ValueError(f"{text!r} is none of raw, qcow2 and auto")
     return text
+
+
+_GROUP = "names inside images"
+NAME_OPTIONS = (
+    Option(
+        "allow-dir",
+        "images may name files in or below this folder, too, not only in or below their own; may be repeated",
+        _GROUP,
+        metavar="DIR",
+        is_repeated=True,
+    ),
+    Option("backing-file", "the backing file, in place of the one the image names", _GROUP, metavar="PATH"),
+    Option("data-file", "the data file, in place of the one the image names", _GROUP, metavar="PATH"),
+    Option(
+        "backing-format",
+        "the format of backing files for which no format is named (raw; refused if it looks like QCOW). auto goes by "
+        "the content: never for a raw disk that a guest has written",
+        _GROUP,
+        metavar="raw|qcow2|auto",
+        convert=backing_format,
+    ),
+    Option("no-backing", "open nothing that the image names", _GROUP),
+)
+"""The options, for the table of a program."""
 
 
 def check_names(*, backing_file: str | None, allow_dirs: Sequence[str], no_backing: bool) -> None:
@@ -62,7 +67,7 @@ def check_names(*, backing_file: str | None, allow_dirs: Sequence[str], no_backi
 
 
 def options_of_names(given: argparse.Namespace) -> OpenOptions:
-    """What was given of :func:`add_name_options`. Raises ImageUsageError."""
+    """What was given of :data:`NAME_OPTIONS`. Raises ImageUsageError."""
     try:
         check_names(backing_file=given.backing_file, allow_dirs=given.allow_dir, no_backing=given.no_backing)
         return OpenOptions(

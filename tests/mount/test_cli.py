@@ -10,7 +10,8 @@ import pytest
 
 from qcowfuse import __version__, errors
 from qcowfuse.cli.exit_codes import EXPLANATIONS, ExitCode, exit_code_of
-from qcowfuse.cli.mount.arguments import Arguments, parse_arguments, parse_cache_size
+from qcowfuse.cli.mount import values
+from qcowfuse.cli.mount.arguments import Arguments, parse_arguments
 from qcowfuse.cli.mount.mount_options import MountOptionError, sort_options, split_options
 from qcowfuse.driver.options import L2CacheSize
 from tests.support.mounting import run_qcowfuse
@@ -159,14 +160,14 @@ def test_remount_is_refused_before_all_else() -> None:
 )
 def test_cache_sizes(text: str, size: L2CacheSize) -> None:
     """Bytes with or without a suffix, or tables."""
-    assert parse_cache_size(text) == size
+    assert values.cache_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "M", "-1", "1.5M", "64X", "t", "64Mt", "٣", "1 M x"])
 def test_bad_cache_sizes(text: str) -> None:
     """Anything else is refused."""
     with pytest.raises(ValueError, match="bad size"):
-        parse_cache_size(text)
+        values.cache_size(text)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import pytest
 import qcowfuse
 from qcowfuse.cli.img.main import _build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import sort_options
+from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser
 
 PACKAGE = Path(qcowfuse.__file__).parent
@@ -32,7 +33,7 @@ OTHER_PROGRAMS = {
     "fuser",
     "truncate",
 }
-OPTION = re.compile(r"--?[a-zA-Z][a-z-]*")
+OPTION = re.compile(r"--?[a-zA-Z][a-z0-9-]*")
 
 
 def _options_of(parser: argparse.ArgumentParser) -> set[str]:
@@ -41,7 +42,7 @@ def _options_of(parser: argparse.ArgumentParser) -> set[str]:
 
 def commands() -> dict[str, set[str]]:
     """The options of each command: ``qcowfuse`` and ``qcowfuse-img info`` and so on."""
-    found = {"qcowfuse": _options_of(build_parser(5.0))}
+    found = {"qcowfuse": _options_of(build_parser())}
     for action in build_img_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             found |= {f"qcowfuse-img {name}": _options_of(parser) for name, parser in action.choices.items()}
@@ -147,3 +148,18 @@ def test_every_command_is_known_here() -> None:
     """The table above speaks of commands and modules that exist."""
     assert {name for names in PRINTED_BY.values() for name in names} <= set(COMMANDS)
     assert all((PACKAGE / name).exists() for name in PRINTED_BY)
+
+
+def test_the_readme_has_a_row_for_each_option() -> None:
+    """The table under "Options" names each option with its short form and its value, and none that there is not."""
+    text = (PACKAGE.parent / "README.md").read_text()
+    table = text.partition("\n## Options\n")[2].partition("\n| Exit code")[0]
+    first_cells = " ".join(line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `"))
+    for option in OPTIONS:
+        if not option.on_command_line:
+            assert f"`{option.name}{'=' + option.metavar if option.metavar else ''}`" in table
+        elif len(option.name) > 1:
+            value = f" {option.metavar}".replace("|", "\\|") if option.metavar else ""
+            assert f"--{option.name}{value}`" in first_cells
+            assert not option.short or f"`-{option.short}`, `--{option.name}" in first_cells
+    assert set(OPTION.findall(first_cells)) <= commands()["qcowfuse"]

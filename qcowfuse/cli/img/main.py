@@ -27,8 +27,9 @@ from ...tools.info import describing, is_version_1
 from ...tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot, listing_snapshots
 from .. import logs
 from ..failures import describe_known, is_interrupt
-from ..image_names import add_name_options, options_of_names
+from ..image_names import NAME_OPTIONS, options_of_names
 from ..near_misses import with_near_misses
+from ..option_table import add_options
 from ..passphrase import KeySource, ask, read_key_file
 from ..stopping import StoppedError, run_until_stopped
 from . import output
@@ -102,7 +103,7 @@ def _build_parser() -> _Parser:
             )
         if name == "map":
             command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
-            add_name_options(command)
+            add_options(command, NAME_OPTIONS)
     create = commands.add_parser(
         "create", help="make an empty image", description="Make an empty image.", allow_abbrev=False
     )
@@ -140,7 +141,7 @@ def _build_parser() -> _Parser:
     resize.add_argument(
         "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
     )
-    add_name_options(resize)
+    add_options(resize, NAME_OPTIONS)
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument(

@@ -1,4 +1,4 @@
-"""The program qcowfuse: ``main`` (the starter), ``serving`` (the process that serves), ``arguments`` (what the user
-can say) with ``parser``, ``failures`` (in one line) and ``mount_options`` (the list after ``-o``, as mount(8) passes
-it).
+"""The program qcowfuse: ``main`` (the starter), ``serving`` (the process that serves), ``arguments`` (a command line
+that makes sense) from ``options`` (the table of all options) with ``values`` (their texts), ``parser`` (argparse) and
+``mount_options`` (the list after ``-o``, as mount(8) passes it), ``failures`` (in one line).
 """

@@ -1,7 +1,7 @@
 """The list after ``-o``: FUSE's options, qcowfuse's own, and what mount(8) and fstab put between them.
 
 1. Commas separate; a backslash makes the next character plain.
-2. Own options have the names of the long ones, with ``-`` or ``_``. What only concerns mount(8) is accepted and
+2. Own options are those of the table in ``options``, with ``-`` or ``_``. What only concerns mount(8) is accepted and
    means nothing. Anything unknown is refused by name.
 3. ``remount`` is refused before anything else: from version 2.41 on mount(8) puts the options that the mount has
    before it, ``user_id=0`` of the kernel among them, and none of those is what the user has to change.
@@ -10,6 +10,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+
+from ..option_table import Option
+from .options import OPTIONS
 
 _KERNEL_FLAGS = frozenset(str.split("nosuid nodev noexec sync dirsync noatime nodiratime"))
 _FUSE_FLAGS = frozenset({"allow_other", "allow_root"})
@@ -21,33 +24,22 @@ _MEANINGLESS = frozenset(
     )
 )
 _MEANINGLESS_PREFIXES = ("x-", "X-", "comment=", "subtype=")
-_OWN_FLAGS = frozenset(
-    str.split(
-        "read-only growable foreground debug nonempty no-backing no-sandbox no-writeback-cache debug-image-in-memory"
-    )
-)
-_OWN_VALUES = frozenset(
-    str.split(
-        "name snapshot backing-file backing-format data-file key-file l2-cache-size lock-wait aio discard "
-        "detect-zeroes log-file debug-io-delay uid gid umask user fsname"
-    )
-)
-_OWN_REPEATED = frozenset({"allow-dir"})
-_KNOWN = frozenset({"ro", *_FUSE_FLAGS, *_OWN_FLAGS, *_OWN_VALUES, *_OWN_REPEATED})
+_OWN = {option.name: option for option in OPTIONS if option.in_list}
+_KNOWN = frozenset({"ro", *_FUSE_FLAGS, *_OWN})
 
 
 class MountOptionError(ValueError):
     """An option that is not accepted; the message names it."""
 
 
-class MountOptions:
-    """The sorted list: for libfuse, our flags, our values, and those that may come more than once (by long name)."""
+class GivenOptions:
+    """What was said: words for libfuse; flags, values, and those that may come more than once, by long name."""
 
     def __init__(self) -> None:
         self.fuse: set[str] = set()
         self.flags: set[str] = set()
         self.values: dict[str, str] = {}
-        self.repeated: dict[str, list[str]] = {name: [] for name in _OWN_REPEATED}
+        self.repeated: dict[str, list[str]] = {}
 
 
 def split_options(text: str) -> list[str]:
@@ -66,9 +58,9 @@ def split_options(text: str) -> list[str]:
     return [option for option in (*parts, part) if option]
 
 
-def sort_options(lists: Iterable[str]) -> MountOptions:
+def sort_options(lists: Iterable[str]) -> GivenOptions:
     """Sort the options of all the lists; later ones win. Raises MountOptionError."""
-    found = MountOptions()
+    found = GivenOptions()
     options = [option for text in lists for option in split_options(text)]
     if "remount" in options:
         raise MountOptionError("remount is not possible: unmount, then mount with the new options")
@@ -85,19 +77,25 @@ def sort_options(lists: Iterable[str]) -> MountOptions:
             found.fuse.add(key.replace("-", "_"))
         elif option in _MEANINGLESS or option.startswith(_MEANINGLESS_PREFIXES):
             found.fuse.discard("no" + option)
-        elif not has_value and own in _OWN_FLAGS:
-            found.flags.add(own)
-        elif own in _OWN_VALUES or own in _OWN_REPEATED:
-            if not value:
-                raise MountOptionError(f"option {key} needs a value: {key}=...")
-            if own in _OWN_REPEATED:
-                found.repeated[own].append(value)
-            else:
-                found.values[own] = value
-        elif has_value and (own in _OWN_FLAGS or key in _FUSE_FLAGS):
+        elif own in _OWN:
+            _add(found, _OWN[own], key, value if has_value else None)
+        elif key in _FUSE_FLAGS:
             raise MountOptionError(f"option {key} takes no value")
         else:
             from ..near_misses import did_you_mean
 
             raise MountOptionError(f"unknown option {key}{did_you_mean(key, _KNOWN)}")
     return found
+
+
+def _add(found: GivenOptions, option: Option, key: str, value: str | None) -> None:
+    if not option.metavar:
+        if value is not None:
+            raise MountOptionError(f"option {key} takes no value")
+        found.flags.add(option.name)
+    elif not value:
+        raise MountOptionError(f"option {key} needs a value: {key}=...")
+    elif option.is_repeated:
+        found.repeated.setdefault(option.name, []).append(value)
+    else:
+        found.values[option.name] = value

@@ -1,0 +1,90 @@
+"""The texts of options as values: each function raises ValueError with what is wrong and what was expected."""
+
+from __future__ import annotations
+
+import os
+import re
+
+from ...daemon.settings import User
+from ...driver.options import DetectZeroes, L2CacheSize
+
+_SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+_MAX_LOCK_WAIT = 7 * 86400.0
+
+
+def cache_size(text: str) -> L2CacheSize:
+    """``64M``, ``512KiB``, ``0``, or ``128t`` for tables."""
+    word = text.strip()
+    if match := re.fullmatch(r"(\d{1,9})t", word, re.ASCII):
+        return L2CacheSize(n_tables=int(match[1]))
+    match = re.fullmatch(r"(\d{1,15})([KMGT]?)(?:i?B)?", word.upper().replace("IB", "iB"), re.ASCII)
+    if match is None:
+        raise ValueError(f"bad size {text!r}: expected bytes such as 65536, 512K or 64M, or tables such as 128t")
+    return L2CacheSize(n_bytes=int(match[1]) * _SUFFIXES[match[2]])
+
+
+def seconds(text: str) -> float:
+    """0 to 604,800, with a fraction if need be."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= _MAX_LOCK_WAIT:
+        raise ValueError(f"bad time {text!r}: expected seconds, such as 0 or 2.5")
+    return number
+
+
+def file_name(text: str) -> str:
+    """One component of a path, at most 255 bytes."""
+    if text in (".", "..") or "/" in text or not 0 < len(os.fsencode(text)) <= 255:
+        raise ValueError(f"bad file name {text!r}: expected one name without a slash")
+    return text
+
+
+def user_or_group_id(text: str) -> int:
+    """0 to 2^32 - 2: the last number means "none" to the kernel."""
+    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= (1 << 32) - 1:
+        raise ValueError(f"bad id {text!r}: expected a number")
+    return int(text)
+
+
+def user(text: str) -> User:
+    """A user's name, with the groups that the system knows of."""
+    import pwd
+
+    if os.geteuid() != 0:
+        raise ValueError("only root can become another user")
+    try:
+        entry = pwd.getpwnam(text)
+    except (KeyError, ValueError):
+        raise ValueError(f"there is no user {text!r}") from None
+    return User(entry.pw_uid, entry.pw_gid, tuple(os.getgrouplist(text, entry.pw_gid)))
+
+
+def umask(text: str) -> int:
+    """Octal, 0 to 777."""
+    if not re.fullmatch(r"[0-7]{1,4}", text, re.ASCII) or int(text, 8) > 0o777:
+        raise ValueError(f"bad umask {text!r}: expected an octal number such as 022")
+    return int(text, 8)
+
+
+def discards(text: str) -> bool:
+    """``unmap`` or ``ignore``."""
+    if text not in ("unmap", "ignore"):
+        raise ValueError(f"{text!r} is neither unmap nor ignore")
+    return text == "unmap"
+
+
+def uses_io_uring(text: str) -> bool:
+    """``io_uring`` or ``threads``."""
+    if text not in ("io_uring", "threads"):
+        raise ValueError(f"{text!r} is neither io_uring nor threads")
+    return text == "io_uring"
+
+
+def detect_zeroes(text: str) -> DetectZeroes:
+    """``off``, ``on`` or ``unmap``."""
+    try:
+        return DetectZeroes(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is neither off, on nor unmap") from None
