@@ -22,14 +22,14 @@ from array import array
 from collections.abc import Iterable, Iterator
 
 from ..errors import FormatError, ImageUsageError
-from ..format.entries import OFFSET_MASK, Table, entry_format, parse_table
+from ..format.entries import ALL_BITS, OFFSET_MASK, Table, entry_format, masked, parse_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, round_up
 from ..format.header import Qcow1Header, Qcow2Header
 from ..format.header_fields import V1_HEADER_LENGTH
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage, pread
 from ..tables.paged_table import PagedTable
-from ..tables.snapshot_table import entries_in_use
+from ..tables.snapshot_table import parts_in_use
 
 log = logging.getLogger(__name__)
 
@@ -46,12 +46,15 @@ def l1_place(header: Qcow1Header | Qcow2Header) -> Place:
 
 
 def _last_l2_table(l1_table: Table, offset_mask: int) -> int:
-    return max((entry & offset_mask for entry in entries_in_use(l1_table)), default=0)
+    return max((max(masked(part, offset_mask)) for part in parts_in_use(l1_table)), default=0)
 
 
 def _lost_l2_table(storage: Storage, l1_table: Table, offset_mask: int) -> Place | None:
-    last = _last_l2_table(l1_table, offset_mask)
-    return ("L2 table", last, 1) if last >= max(storage.size(), 1) else None
+    return _lost_table_at(storage, _last_l2_table(l1_table, offset_mask))
+
+
+def _lost_table_at(storage: Storage, last_table: int) -> Place | None:
+    return ("L2 table", last_table, 1) if last_table >= max(storage.size(), 1) else None
 
 
 def _first_lost(storage: Storage, places: Iterable[Place]) -> Place | None:
@@ -89,7 +92,7 @@ async def refuse_lost_end(
     Raises ImageUsageError, OSError.
     """
     if isinstance(header, Qcow1Header):
-        lost = _lost_l2_table(storage, l1_table, -1) or _first_lost(storage, (l1_place(header),))
+        lost = _lost_l2_table(storage, l1_table, ALL_BITS) or _first_lost(storage, (l1_place(header),))
         behind_header = V1_HEADER_LENGTH + (header.backing_file_size if header.backing_file_offset else 0)
         if header.l1_table_offset < V1_HEADER_LENGTH:
             raise ImageUsageError(
@@ -101,9 +104,9 @@ async def refuse_lost_end(
         if lost is None or (lost[0] == "L1 table" and lost[1] <= round_up(behind_header, SECTOR_SIZE)):
             return
     else:
-        lost = _lost_l2_table(storage, l1_table, OFFSET_MASK)
+        last_table = _last_l2_table(l1_table, OFFSET_MASK)
+        lost = _lost_table_at(storage, last_table)
         if lost is None:
-            last_table = _last_l2_table(l1_table, OFFSET_MASK)
             places = [*_places_of(header, refcount_table), *others]
             places.append(("L2 table", last_table, 1 << header.cluster_bits if last_table else 0))
             lost = _first_lost(storage, places)
@@ -153,7 +156,7 @@ async def _lost_data_v1(storage: Storage, header: Qcow1Header, l1_table: Table) 
     entries, end = entry_format(1, header.cluster_bits), storage.size()
     cluster_size = 1 << header.cluster_bits
     cut_from = end - cluster_size if end % cluster_size == 0 else end - 1  # else first_free_v1() leaves room
-    for table in heapq.nlargest(_MAX_TABLES_SEARCHED, entries_in_use(l1_table)):
+    for table in _last_tables_v1(l1_table):
         words = parse_table(await pread(storage, table, WORD_SIZE << header.l2_bits))
         for entry in filter(None, words):
             if entry & entries.compressed:
@@ -161,6 +164,13 @@ async def _lost_data_v1(storage: Storage, header: Qcow1Header, l1_table: Table) 
             if entry & entries.offset_mask > cut_from:
                 return "data cluster", entry & entries.offset_mask, 1
     return None
+
+
+def _last_tables_v1(l1_table: Table) -> list[int]:
+    last: list[int] = []
+    for part in parts_in_use(l1_table):
+        last = heapq.nlargest(_MAX_TABLES_SEARCHED, [*filter(None, part), *last])
+    return last
 
 
 def first_free_v1(storage: Storage, header: Qcow1Header) -> int:

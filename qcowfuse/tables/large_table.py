@@ -2,7 +2,8 @@
 
 1. The table is a private anonymous mapping. Nothing is written to a page of it that is all zero in the image, so the
    kernel gives no memory for it: an image of 9 TiB as QEMU makes it has a table of 36 MiB and takes none.
-2. What looks at all entries goes by pieces, and passes over those that are zero at the speed of a comparison.
+2. No more than :data:`MAX_USED` bytes of it may be in use: that is 8 TiB of data with clusters of 4 KiB.
+3. What looks at all entries goes by pieces, and passes over those that are zero at the speed of a comparison.
 """
 
 from __future__ import annotations
@@ -12,18 +13,25 @@ import sys
 from array import array
 from collections.abc import Iterator
 
+from ..errors import ImageUsageError
+from ..format.header_fields import MAX_L1_SIZE
 from ..storage.base import Storage, pread
 
+MAX_USED = MAX_L1_SIZE
 _PIECE = 1 << 20
 _PAGE = mmap.PAGESIZE
 _ZEROES = bytes(_PIECE)
 
 
 async def load_large_table(storage: Storage, host_offset: int, n_entries: int) -> memoryview:
-    """The table at ``host_offset``, as native words; what lies past the end of the file is zero. Raises OSError."""
+    """The table at ``host_offset``, as native words; what lies past the end of the file is zero.
+
+    Raises ImageUsageError where too much of it is in use to be held in memory, OSError.
+    """
     n_bytes = n_entries * 8
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)  # Python 3.11 lacks the last
     raw = memoryview(mmap.mmap(-1, n_bytes, flags=flags))
+    n_used = 0
     for start in range(0, min(n_bytes, max(storage.size() - host_offset, 0)), _PIECE):
         length = min(_PIECE, n_bytes - start)
         data = bytes(await pread(storage, host_offset + start, length))
@@ -32,6 +40,12 @@ async def load_large_table(storage: Storage, host_offset: int, n_entries: int) -
         for place in range(0, length, _PAGE):
             page = data[place : place + _PAGE]
             if page != _ZEROES[: len(page)]:
+                n_used += len(page)
+                if n_used > MAX_USED:
+                    raise ImageUsageError(
+                        f"{storage.name}: its L1 table has more than {MAX_USED >> 20} MiB in use, too much to write "
+                        "the image; serve it read-only (qcowfuse -r)"
+                    )
                 words = array("Q", page)
                 if sys.byteorder == "little":
                     words.byteswap()
@@ -39,10 +53,10 @@ async def load_large_table(storage: Storage, host_offset: int, n_entries: int) -
     return raw.cast("Q")
 
 
-def large_table_entries(table: memoryview) -> Iterator[int]:
-    """The entries that are not zero."""
+def parts_of_large_table(table: memoryview) -> Iterator[array[int]]:
+    """The entries, part by part, but for parts that are all zero."""
     raw = table.cast("B")
     for start in range(0, len(raw), _PIECE):
         piece = bytes(raw[start : start + _PIECE])
         if piece != _ZEROES[: len(piece)]:
-            yield from filter(None, array("Q", piece))
+            yield array("Q", piece)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
@@ -23,6 +23,7 @@ _CHUNK = 1 << 19
 MAX_EDITED_TABLE = 8 << 20
 """Bytes of a table of snapshots that is changed: all of it is in memory then."""
 _PER_CHECKPOINT = 256
+_PART = 1 << 13
 _MAX_NAMES_SHOWN = 20
 
 
@@ -132,13 +133,18 @@ async def load_any_l1_table(storage: Storage, header: Qcow1Header | Qcow2Header)
     return await load_large_table(storage, header.l1_table_offset, header.n_l1_entries)
 
 
-def entries_in_use(table: Table) -> Iterable[int]:
-    """The entries of an L1 table that are not zero."""
-    if isinstance(table, array):
-        return filter(None, table)
-    from .large_table import large_table_entries
+def parts_in_use(table: Table) -> Iterator[array[int]]:
+    """The entries of a table, part by part, but for parts that are all zero."""
+    if not isinstance(table, array):
+        from .large_table import parts_of_large_table
 
-    return large_table_entries(table)
+        yield from parts_of_large_table(table)
+        return
+    zeroes = array("Q", bytes(8 * _PART))
+    for start in range(0, len(table), _PART):
+        part = table[start : start + _PART]
+        if part != zeroes[: len(part)]:
+            yield part
 
 
 async def load_l1_table(storage: Storage, host_offset: int, n_entries: int) -> array[int]:

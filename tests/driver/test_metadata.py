@@ -8,7 +8,8 @@ from array import array
 import pytest
 
 from qcowfuse.driver.writing import guarded_clusters
-from qcowfuse.driver.writing.guarded_clusters import MetadataClusters, SortedClusters, sorted_array
+from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
+from qcowfuse.driver.writing.sorted_clusters import SortedClusters, sorted_array
 from qcowfuse.errors import CorruptImageError
 from tests.support.images import ImageSpec, build_image, open_memory_image
 

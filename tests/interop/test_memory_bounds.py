@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from array import array
 from pathlib import Path
 
 import pytest
@@ -176,4 +177,35 @@ def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle: int) -> None:
     image = write_sparse(tmp_path / "a.qcow2", parts, table + size)
     done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
     assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
+
+
+def test_four_million_l2_tables_are_guarded_in_little_memory(tmp_path: Path, idle: int) -> None:
+    """Of an image that is opened for writing: as many L2 tables as an L1 table can name, each another one and all of
+    them holes, in no order."""
+    first, size = L1_OFFSET + MAX_L1_SIZE, 1 << CLUSTER_BITS
+    entries = array("Q", (1 << 63 | first + number * 2_654_435_761 % N_ENTRIES * size for number in range(N_ENTRIES)))
+    entries.byteswap()
+    parts = {0: header(l1_size=N_ENTRIES, size=DISK_SIZE), L1_OFFSET: entries.tobytes()}
+    image = write_sparse(tmp_path / "a.qcow2", parts, first + N_ENTRIES * size)
+    done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
+    assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
+
+
+@pytest.mark.parametrize(
+    ("l1_mib", "message"), [(32, "has 4194304 L2 tables"), (40, "has more than 32 MiB in use, too much to write")]
+)
+def test_too_many_tables_of_version_1_are_not_written(l1_mib: int, message: str, tmp_path: Path, idle: int) -> None:
+    """An L1 table that is full: it would be held in memory, with the places of its tables."""
+    cluster_bits, l2_bits, n_entries = 12, 9, l1_mib << 17
+    size = n_entries << cluster_bits + l2_bits
+    start = struct.pack(">4sIQIIQBBHIQ", b"QFI\xfb", 1, 0, 0, 0, size, cluster_bits, l2_bits, 0, 0, 4096)
+    table = 4096 + n_entries * 8
+    parts = {0: start, 4096: struct.pack(">Q", table) * n_entries}
+    image = write_sparse(tmp_path / "a.qcow", parts, table + 4096)
+    done = run_img(tmp_path, "resize", image, str(size))
+    assert done.code == 1
+    assert message in done.stderr
+    assert "serve it read-only (qcowfuse -r)" in done.stderr
     assert done.peak - idle < LIMIT_KIB

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 
 import pytest
 
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.format.entries import (
+    ALL_BITS,
     COMPRESSED,
     COPIED,
     READS_ZERO,
     ClusterKind,
     entry_format,
+    masked,
     parse_table,
     serialise_table,
 )
@@ -98,3 +101,12 @@ def test_tables_round_trip():
     assert table == array("Q", [0x8000000000050000, 1])
     assert serialise_table(table, 1, 2) == bytes.fromhex("0000000000000001")
     assert serialise_table(table, 0, 2)[:8] == bytes.fromhex("8000000000050000")
+
+
+@pytest.mark.parametrize(("mask", "shift"), [(0x00FF_FFFF_FFFF_0000, 16), (0x00FF_FFFF_FFFF_FE00, 9), (ALL_BITS, 0)])
+def test_all_entries_are_masked_at_once(mask: int, shift: int) -> None:
+    """No bit of one entry gets into another."""
+    chooser = random.Random(shift)
+    table = array("Q", [chooser.getrandbits(64) for _ in range(1000)] + [ALL_BITS, 0, ALL_BITS])
+    assert masked(table, mask, shift) == array("Q", [(entry & mask) >> shift for entry in table])
+    assert masked(array("Q"), mask, shift) == array("Q")

@@ -4,7 +4,7 @@ Only ``write_back`` writes metadata (rules R1 to R5); the others change memory, 
 
 Modules: ``writer`` (executing a write), ``zeroing``, ``reserving`` (space set aside), ``growing``, ``allocation`` and
 ``append_allocation`` (that of version 1), ``host_clusters`` (what a writable image has to manage them),
-``guarded_clusters`` and ``guarded_clusters_v1`` (nothing on top of tables), ``unguarded`` (clusters in use whose
-count is 0), ``metadata_space`` (room on the file system for what a flush will write), ``write_back`` (flush),
-``feature_bits``, ``dirty_bitmaps`` (persistent ones kept right), ``zero_detection``.
+``guarded_clusters`` and ``guarded_clusters_v1`` (nothing on top of tables; ``sorted_clusters``), ``unguarded``
+(clusters in use whose count is 0), ``metadata_space`` (room on the file system for what a flush will write),
+``write_back`` (flush), ``feature_bits``, ``dirty_bitmaps`` (persistent ones kept right), ``zero_detection``.
 """

@@ -11,19 +11,22 @@ from __future__ import annotations
 
 import logging
 from array import array
-from bisect import bisect_left, insort
-from collections.abc import Iterable
-from itertools import chain
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Iterable, Iterator
+from itertools import chain, pairwise
 
-from ...errors import CorruptImageError, FormatError
-from ...format.entries import EntryFormat, Table
+from ...errors import CorruptImageError, FormatError, ImageUsageError
+from ...format.entries import EntryFormat, Table, masked
 from ...format.header import Qcow1Header
 from ...storage.base import Storage
-from ...tables.snapshot_table import entries_in_use
+from ...tables.snapshot_table import parts_in_use
 from . import guarded_clusters
-from .guarded_clusters import MetadataClusters, SortedClusters
+from .guarded_clusters import MetadataClusters
+from .sorted_clusters import SortedClusters, sorted_array
 
 log = logging.getLogger(__name__)
+MAX_TABLES = 1 << 21
+"""L2 tables of an image that is written, which take 16 MiB: with clusters of 4 KiB they map 4 TiB in use."""
 _HEADER_BYTES = 48
 
 
@@ -40,15 +43,11 @@ class MetadataV1(MetadataClusters):
         self._tables = tables
         self._table_size = table_size
         self.end = max([*(end for _, end in head), tables[-1] + table_size if tables else 0])
-        places = [*head, *((start, start + table_size) for start in tables)]
         shared: set[int] = set()
-        last_end = 0
-        for start, end in sorted(places):
-            if start < last_end:
-                shared.update(range(start >> cluster_bits, (min(end, last_end) - 1 >> cluster_bits) + 1))
-                if len(shared) > guarded_clusters.MAX_IN_SET:
-                    raise FormatError("L1 table", None, "L2 tables overlap in too many places")
-            last_end = max(last_end, end)
+        for start, end in _overlaps(head, tables, table_size):
+            shared.update(range(start >> cluster_bits, (end - 1 >> cluster_bits) + 1))
+            if len(shared) > guarded_clusters.MAX_IN_SET:
+                raise FormatError("L1 table", None, "L2 tables overlap in too many places")
         before = (1 << cluster_bits) - 1  # data that begins anywhere in the cluster before reaches into this one
         numbers = [
             range(max(start - before, 0) >> cluster_bits, (end - 1 >> cluster_bits) + 1) for start, end in head
@@ -113,12 +112,32 @@ class _Places(SortedClusters):
         """See :meth:`update`."""
 
 
+def _overlaps(head: list[tuple[int, int]], tables: array[int], table_size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of what two structures have in common."""
+    for number, (start, end) in enumerate(head):
+        for other_start, other_end in head[:number]:
+            if start < other_end and other_start < end:
+                yield max(start, other_start), min(end, other_end)
+        for index in range(bisect_right(tables, start - table_size), bisect_left(tables, end)):
+            yield max(start, tables[index]), min(end, tables[index] + table_size)
+    for table, following in pairwise(tables):
+        if following < table + table_size:
+            yield following, table + table_size
+
+
 def find_metadata_v1(
     storage: Storage, header: Qcow1Header, *, entry_format: EntryFormat, l1_table: Table
 ) -> MetadataV1:
-    """All metadata of an image that is about to be written. Raises FormatError where nothing can be told from it."""
+    """All metadata of an image that is about to be written. Raises FormatError where nothing can be told from it,
+    ImageUsageError where there is too much."""
     mask = entry_format.l1_offset_mask
-    tables = array("Q", sorted(place for entry in entries_in_use(l1_table) if (place := entry & mask)))
+    n_tables = sum(len(part) - part.count(0) for part in parts_in_use(l1_table))
+    if n_tables > MAX_TABLES:
+        raise ImageUsageError(
+            f"{storage.name}: has {n_tables} L2 tables; version 1 with more than {MAX_TABLES} is not written: "
+            "serve it read-only (qcowfuse -r)"
+        )
+    tables = array("Q", sorted_array(array("Q", filter(None, masked(part, mask))) for part in parts_in_use(l1_table)))
     l1_start = header.l1_table_offset
     found = MetadataV1(
         header.cluster_bits,

@@ -36,7 +36,7 @@ from ...storage.base import Storage, pread
 from ...tables.bitmap_listing import each_bitmap
 from ...tables.snapshot_table import each_snapshot, load_snapshot_l1_table
 from .allocation import RefcountAllocator
-from .guarded_clusters import sorted_array
+from .sorted_clusters import sorted_array
 
 log = logging.getLogger(__name__)
 
