@@ -11,6 +11,7 @@ from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.writing import write_back
+from qcowfuse.driver.writing.allocation import MetadataWrite
 from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
@@ -107,7 +108,7 @@ async def test_the_harness_catches_a_header_that_comes_first(monkeypatch: pytest
     """A header written before what it points at, and before the zeroes that hide a backing file, is seen."""
     original = write_back.WriteBack._write_all
 
-    async def write_all(self: write_back.WriteBack, writes: list[write_back.MetadataWrite]) -> None:
+    async def write_all(self: write_back.WriteBack, writes: list[MetadataWrite]) -> None:
         if self._size_fields is not None:
             await original(self, [self._size_fields(len(self._l1_table), self._l1_place)])
         await original(self, writes)

@@ -9,8 +9,10 @@ import pytest
 import trio
 
 from qcowfuse.driver.layers import table_cache
+from qcowfuse.driver.layers.host_run import HostRun
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.writing import write_back
+from qcowfuse.driver.writing.allocation import DirtyRefcounts, MetadataWrite
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.storage.base import Storage
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
@@ -298,12 +300,12 @@ async def test_the_harness_catches_links_before_the_data_file(spec: str, monkeyp
 async def test_the_harness_catches_links_written_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """Writing refcounts after the links is seen."""
     original = write_back.WriteBack._write_all
-    kept: list[write_back.MetadataWrite] = []
+    kept: list[MetadataWrite] = []
 
-    async def write_counts_late(self: write_back.WriteBack, refcounts: write_back.DirtyRefcounts) -> None:
+    async def write_counts_late(self: write_back.WriteBack, refcounts: DirtyRefcounts) -> None:
         kept.extend(refcounts.blocks + refcounts.moved_table + refcounts.table)
 
-    async def write_all(self: write_back.WriteBack, writes: list[write_back.MetadataWrite]) -> None:
+    async def write_all(self: write_back.WriteBack, writes: list[MetadataWrite]) -> None:
         await original(self, writes)
         if writes:
             await original(self, kept)
@@ -330,7 +332,7 @@ async def test_the_harness_catches_clusters_freed_too_early(monkeypatch: pytest.
     """A cluster that is given back before its unlink is durable is seen."""
     release = write_back.WriteBack.unlink_cluster
 
-    def free_at_once(self: write_back.WriteBack, run: write_back.HostRun) -> None:
+    def free_at_once(self: write_back.WriteBack, run: HostRun) -> None:
         allocator = self._allocator
         cluster = run.host_offset >> allocator._cluster_bits  # type: ignore[attr-defined]
         try:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from qcowfuse.driver.chain import StorageOpener, open_image
+from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.files import StorageOpener
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.storage.base import Storage
 from qcowfuse.tools import shadow_refcounts

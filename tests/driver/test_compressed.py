@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
+from typing import Literal
 
 import pytest
 import trio
@@ -284,7 +285,7 @@ async def test_reads_at_the_same_time_are_decoded_together(
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
-async def test_an_error_among_reads_at_the_same_time(compression: str) -> None:
+async def test_an_error_among_reads_at_the_same_time(compression: Literal["zlib", "zstd"]) -> None:
     """Of reads that are decoded together those fail whose cluster is broken or can't be read, and no others."""
     spec = ImageSpec(size=4 * MIB, cluster_size=CLUSTER, fill=1.0, compression=compression)
     built = build_image(spec)

@@ -109,8 +109,8 @@ async def test_what_lies_behind_the_end_never_shows() -> None:
     top = bytearray(built.top)
     small = 40 * KIB + 512  # one and a quarter L2 tables; the L1 table keeps its four entries
     top[24:32] = small.to_bytes(8, "big")
-    files = {**built.files, TOP: MemoryStorage(top)}
-    image = await open_memory_image(files)
+    memory = MemoryStorage(top)
+    image = await open_memory_image({**built.files, TOP: memory})
     assert image.size == small
     await image.grow(80 * KIB)
     expected = built.contents[:small].ljust(80 * KIB, b"\0")
@@ -119,7 +119,7 @@ async def test_what_lies_behind_the_end_never_shows() -> None:
     expected = expected.ljust(120 * KIB, b"\0")
     assert bytes(await image.read(0, image.size)) == expected
     await image.aclose()
-    data = bytes(files[TOP].data)  # type: ignore[union-attr]
+    data = bytes(memory.data)
     report = check_image_bytes(data)
     assert (report.errors, report.leaks) == ([], 0)
     assert qemu_read({**built.files, TOP: data}) == expected

@@ -70,7 +70,7 @@ async def perform(
     """Do ``operations`` on an image and on a bytearray; compare; check what is left."""
     built = build_image(spec)
     memory = MemoryStorage(built.top, suspend=suspend)
-    files = {**built.files, TOP: memory}
+    files: dict[str, bytes | MemoryStorage] = {**built.files, TOP: memory}
     oracle = bytearray(built.contents)
     image: QcowImage = await open_memory_image(files, cache=cache)
     for kind, place, n_bytes, value in operations:
@@ -100,7 +100,7 @@ async def perform(
     read_only = await open_memory_image({**built.files, TOP: bytes(memory.data)}, read_only=True)
     assert await read_image(read_only, 0, read_only.size) == oracle
     if built.snapshot_contents is not None:
-        chain = {**built.files, TOP: memory.data}
+        chain = {**built.files, TOP: bytes(memory.data)}
         assert qemu_read(chain, snapshot="s1") == built.snapshot_contents
 
 
@@ -125,7 +125,7 @@ async def test_qemu_agrees_after_many_writes(name: str) -> None:
     spec = SPECS[name]
     built = build_image(spec)
     memory = MemoryStorage(built.top)
-    files = {**built.files, TOP: memory}
+    files: dict[str, bytes | MemoryStorage] = {**built.files, TOP: memory}
     oracle = bytearray(built.contents)
     chooser = random.Random(name)
     image = await open_memory_image(files)
@@ -148,7 +148,7 @@ async def test_qemu_agrees_after_many_writes(name: str) -> None:
             memory.closed = False
             image = await open_memory_image(files)
     await image.aclose()
-    chain = {**built.files, TOP: memory.data}
+    chain = {**built.files, TOP: bytes(memory.data)}
     assert qemu_read(chain, format_name="qcow" if spec.version == 1 else "qcow2") == oracle
     if spec.version > 1:
         code, output = qemu_check(chain)

@@ -50,8 +50,8 @@ class Image:
 
     def __init__(self, data: bytes) -> None:
         self.data = bytearray(data)
-        self.bits = struct.unpack_from(">I", data, 20)[0]
-        self.size = 1 << self.bits
+        self.bits: int = struct.unpack_from(">I", data, 20)[0]
+        self.size: int = 1 << self.bits
         self.l1 = self.word(40)
         self.l2 = self.word(self.l1) & OFFSET
 

@@ -142,7 +142,7 @@ def reply(**changes: int) -> tuple[_InitReply, ctypes.Array[_IoVector], list[obj
     body = _InitReply(major=changes.get("major", 7), minor=31, flags=1)
     padded = (ctypes.c_char * 64).from_buffer_copy(bytes(body).ljust(64, b"\0"))
     header = _ReplyHeader(n_bytes=changes.get("n_bytes", 80), error=changes.get("error", 0), unique=1)
-    vectors = (_IoVector * 2)((ctypes.addressof(header), 16), (ctypes.addressof(padded), 64))
+    vectors = (_IoVector * 2)(_IoVector(ctypes.addressof(header), 16), _IoVector(ctypes.addressof(padded), 64))
     return _InitReply.from_buffer(padded), vectors, [padded, header]
 
 

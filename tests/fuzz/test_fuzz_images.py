@@ -117,7 +117,7 @@ async def exercise(data: bytes, seed: int, *, read_only: bool, suspend: bool) ->
             except ALLOWED:
                 continue
     finally:
-        with contextlib.suppress(ALLOWED):
+        with contextlib.suppress(*ALLOWED):
             await image.aclose()
     assert all(storage.closed for storage in storages)
     if read_only:

@@ -14,7 +14,7 @@ import zstandard
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import FormatError
-from qcowfuse.format.compression import decompress_clusters, deflate
+from qcowfuse.format.compression import decompress_clusters
 from tests.support import battery, qemu
 
 CLUSTER = 4096
@@ -164,6 +164,7 @@ async def test_damaged_deflate_streams(image_folder: Path) -> None:
 
 def test_what_only_zlib_takes() -> None:
     """Short clusters packed with fixed codes, damaged behind their last byte: ISA-L refuses some of these."""
+    isal_zlib = pytest.importorskip("isal.isal_zlib", reason="there is no ISA-L for this processor")
     chooser = random.Random(1)
     whole = (b"0123456789abcdef" * 32)[:512]
     packer = zlib.compressobj(6, zlib.DEFLATED, -12)
@@ -181,9 +182,8 @@ def test_what_only_zlib_takes() -> None:
         n_taken += 1
         assert decompress_clusters([damaged, damaged], 0, 512) == [expected] * 2
         try:
-            n_refused += len(deflate.decompressobj(-15).decompress(damaged, 512)) < 512
+            n_refused += len(isal_zlib.decompressobj(-15).decompress(damaged, 512)) < 512
         except Exception:
             n_refused += 1
     assert n_taken > 100
-    if deflate is not zlib:
-        assert n_refused, "nothing here needs zlib"
+    assert n_refused, "nothing here needs zlib"

@@ -48,7 +48,7 @@ def poke(path: Path, cluster: int, *, bit_0: bool = False, bitmap: int | None = 
     path.write_bytes(data)
 
 
-CASES = [(kind, True, None) for kind in ENTRIES if kind != "compressed"]
+CASES: list[tuple[str, bool, int | None]] = [(kind, True, None) for kind in ENTRIES if kind != "compressed"]
 CASES += [("compressed", False, bitmap) for bitmap in BITMAPS.values()]
 
 

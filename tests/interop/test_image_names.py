@@ -203,8 +203,8 @@ async def test_a_version_1_overlay_takes_its_backing_file_for_raw(place: Path) -
     for format_name in ("qcow2", "auto"):
         assert await start_of(path, allowed._replace(backing_format=format_name)) == SECRET[:8]
     inner.write_bytes(SECRET)
-    for format_name in (None, "raw", "auto"):
-        assert await start_of(path, OpenOptions(backing_format=format_name)) == SECRET[:8]
+    for any_format in (None, "raw", "auto"):
+        assert await start_of(path, OpenOptions(backing_format=any_format)) == SECRET[:8]
 
 
 async def test_a_file_that_is_replaced_stays_the_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

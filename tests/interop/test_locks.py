@@ -301,7 +301,7 @@ def test_without_locks_it_is_a_warning(
     def fail(*_: object) -> bytes:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(locks_module.fcntl, "fcntl", fail)
+    monkeypatch.setattr(fcntl, "fcntl", fail)
     number = errno.ENOLCK
     with caplog.at_level(logging.WARNING), ours(image, writable=True):
         pass

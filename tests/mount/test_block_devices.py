@@ -17,7 +17,6 @@ from tests.support.mounting import run_qcowfuse
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
 MIB = 1 << 20
-ALLOWED = ("--allow-dir", "/dev")
 ALLOWED = "--allow-dir=/dev"
 """A device that an image names is opened only where that is allowed."""
 

@@ -354,7 +354,7 @@ def test_untuned_session_serves_all_the_same(image: Path, tmp_path: Path, kind: 
     mount_point.mkdir() if kind == "directory" else mount_point.touch()
     file = mount_point / "disk.raw" if kind == "directory" else mount_point
     log = tmp_path / "log"
-    start = [sys.executable, "-c", UNTUNED, "--log-file", log, image, mount_point]
+    start: list[str | Path] = [sys.executable, "-c", UNTUNED, "--log-file", log, image, mount_point]
     subprocess.run(start, check=True, env=environment())
     data = os.urandom(1 << 20)
     try:

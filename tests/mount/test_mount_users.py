@@ -122,7 +122,7 @@ def as_user_without_privileges(command: str, file: Path) -> subprocess.Completed
     """Run a command on a file as nobody."""
     blank = "" if command.endswith("=") else " "
     user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    script = ["sh", "-c", f'{command}{blank}"$1" >/dev/null', "sh", file]
+    script: list[str | Path] = ["sh", "-c", f'{command}{blank}"$1" >/dev/null', "sh", file]
     return subprocess.run(["setpriv", *user, *script], capture_output=True, text=True, check=False)
 
 

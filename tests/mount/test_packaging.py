@@ -26,7 +26,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(REPOSITORY / name, source)
     shutil.copytree(REPOSITORY / "qcowfuse", source / "qcowfuse", ignore=shutil.ignore_patterns("__pycache__"))
     out = source.parent / "out"
-    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source]
+    command: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return out / WHEEL_NAME

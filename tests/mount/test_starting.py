@@ -131,7 +131,7 @@ def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals) -> 
     (tmp_path / "key").write_text("open sesame")
     secret = f"secret,id=s,file={tmp_path / 'key'}"
     options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, image, "1M"]
+    words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, str(image), "1M"]
     subprocess.run(words, check=True)
     (tmp_path / "mnt").mkdir()
     pid, terminal = pty.fork()

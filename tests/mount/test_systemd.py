@@ -53,7 +53,7 @@ def machine() -> Iterator[Path]:
     for directory in (upper, work, root):
         directory.mkdir(parents=True)
     options = f"lowerdir=/,upperdir={upper},workdir={work}"
-    command = ["mount", "-t", "overlay", "overlay", "-o", options, root]
+    command: list[str | Path] = ["mount", "-t", "overlay", "overlay", "-o", options, root]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         shutil.rmtree(top)
@@ -84,7 +84,8 @@ def boot(machine: Path) -> Iterator[Callable[[str], None]]:
         needed = {str(REPOSITORY), sys.prefix, sys.base_prefix} - {"/usr"}
         binds = [f"--bind-ro={path}" for path in sorted(needed)]
         command = [
-            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", machine, "--bind=/dev/fuse", *binds),
+            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", str(machine)),
+            *("--bind=/dev/fuse", *binds),
             *(f"--bind={node}" for node in LOOP_NODES),
             *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
             *("systemd.run_success_action=exit", "systemd.run_failure_action=exit"),

@@ -12,6 +12,7 @@ import stat
 import struct
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -334,7 +335,7 @@ def test_the_walk_agrees_with_openat2(tree: Path) -> None:
             for _ in range(10):
                 name = "/".join(chooser.choices(parts, k=chooser.randint(1, 4)))
                 expected = _openat2_beneath(folder, name)
-                kind = _compare(lambda name=name: read(tree, name), expected, name)
+                kind = _compare(partial(read, tree, name), expected, name)
                 outcomes[kind] = outcomes.get(kind, 0) + 1
     finally:
         folder.close()

@@ -7,6 +7,7 @@ import random
 import re
 import tracemalloc
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
@@ -41,7 +42,7 @@ def text(n_bytes: int = CLUSTER) -> bytes:
     return (words * (n_bytes // len(words) + 1))[:n_bytes]
 
 
-PACKERS = {
+PACKERS: dict[str, tuple[int, Callable[[bytes], bytes]]] = {
     "deflate": (DEFLATE, deflate),
     "deflate-window-15": (DEFLATE, lambda data: deflate(data, 15)),
     "zstd": (ZSTD, zstandard.ZstdCompressor().compress),
@@ -162,10 +163,10 @@ def test_damage_among_several(compression_type: int, damage: st.DataObject) -> N
     packed = []
     for _ in range(damage.draw(st.integers(2, 5))):
         pack = damage.draw(st.sampled_from(packers))
-        data = bytearray(pack(text(damage.draw(st.sampled_from((4096, 4096, 4095, 4097, 0, 1 << 20))))))
-        for _ in range(damage.draw(st.integers(0, 2)) if data else 0):
-            data[damage.draw(st.integers(0, len(data) - 1))] = damage.draw(st.integers(0, 255))
-        packed.append(bytes(data[: damage.draw(st.sampled_from((len(data), len(data), len(data) // 2, 0)))]))
+        stream = bytearray(pack(text(damage.draw(st.sampled_from((4096, 4096, 4095, 4097, 0, 1 << 20))))))
+        for _ in range(damage.draw(st.integers(0, 2)) if stream else 0):
+            stream[damage.draw(st.integers(0, len(stream) - 1))] = damage.draw(st.integers(0, 255))
+        packed.append(bytes(stream[: damage.draw(st.sampled_from((len(stream), len(stream), len(stream) // 2, 0)))]))
     for data, outcome in zip(packed, decompress_clusters(packed, compression_type, 4096), strict=True):
         if isinstance(outcome, FormatError):
             with pytest.raises(FormatError, match=f"^{re.escape(str(outcome))}$"):

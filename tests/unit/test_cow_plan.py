@@ -27,7 +27,7 @@ TABLE = st.lists(ENTRY, min_size=1, max_size=12).map(lambda entries: array("Q", 
 
 
 @given(TABLE, st.data())
-def test_runs_say_of_every_cluster_what_its_entry_says(table, data):
+def test_runs_say_of_every_cluster_what_its_entry_says(table: array[int], data: st.DataObject) -> None:
     """A run is uniform, contiguous on the host where it is data, and inside the request and the slice."""
     index = data.draw(st.integers(0, len(table) - 1))
     in_cluster = data.draw(st.integers(0, SIZE - 1))
@@ -45,7 +45,7 @@ def test_runs_say_of_every_cluster_what_its_entry_says(table, data):
 
 
 @given(TABLE, st.data())
-def test_plans_treat_every_cluster_as_it_must_be_treated(table, data):
+def test_plans_treat_every_cluster_as_it_must_be_treated(table: array[int], data: st.DataObject) -> None:
     """In place only where owned alone and contiguous; head, data and tail are whole clusters."""
     index = data.draw(st.integers(0, len(table) - 1))
     in_cluster = data.draw(st.integers(0, SIZE - 1))

@@ -14,6 +14,7 @@ from qcowfuse.format.entries import (
     COPIED,
     READS_ZERO,
     ClusterKind,
+    EntryFormat,
     entry_format,
     masked,
     parse_table,
@@ -42,7 +43,7 @@ V3 = entry_format(3, 16)
         (V1, 0, ClusterKind.UNALLOCATED),
     ],
 )
-def test_classify(fmt, entry, kind):
+def test_classify(fmt: EntryFormat, entry: int, kind: ClusterKind) -> None:
     """Every kind of cluster is told by its bits."""
     assert fmt.classify(entry) is kind
 
@@ -51,14 +52,14 @@ def test_classify(fmt, entry, kind):
     ("fmt", "entry"),
     [(V3, 0x50200), (V3, 0x50200 | COPIED | READS_ZERO), (V2, 0x50000 | READS_ZERO), (V1, 1 << 57), (V1, 0x5001)],
 )
-def test_impossible_entries_are_refused(fmt, entry):
+def test_impossible_entries_are_refused(fmt: EntryFormat, entry: int) -> None:
     """Misaligned offsets, zero flags in version 2 and offsets beyond 2^56 are corruption."""
     with pytest.raises(CorruptImageError):
         fmt.classify(entry)
 
 
 @pytest.mark.parametrize("fmt", [V1, V2, V3])
-def test_plain_and_in_place_masks_agree_with_classify(fmt):
+def test_plain_and_in_place_masks_agree_with_classify(fmt: EntryFormat) -> None:
     """The one-test answers of the hot path never say more than classify() does."""
     patterns = [
         offset | copied | compressed | zero
@@ -77,7 +78,7 @@ def test_plain_and_in_place_masks_agree_with_classify(fmt):
             assert entry & fmt.copied == fmt.copied
 
 
-def test_reusable_zero():
+def test_reusable_zero() -> None:
     """Only a zero cluster that owns its host cluster alone may be filled where it is."""
     assert V3.is_reusable_zero(0x50000 | COPIED | READS_ZERO)
     assert not V3.is_reusable_zero(0x50000 | READS_ZERO)
@@ -87,7 +88,7 @@ def test_reusable_zero():
     assert not V2.is_reusable_zero(0x50000 | COPIED | READS_ZERO)
 
 
-def test_l1_entries():
+def test_l1_entries() -> None:
     """An L1 entry gives its table; a misaligned one is corruption."""
     assert V3.l1_host_offset(0x30000 | COPIED) == 0x30000
     assert V3.l1_host_offset(0) == 0
@@ -95,7 +96,7 @@ def test_l1_entries():
         V3.l1_host_offset(0x30200)
 
 
-def test_tables_round_trip():
+def test_tables_round_trip() -> None:
     """Tables are big endian on disk and native in memory."""
     table = parse_table(bytes.fromhex("8000000000050000 0000000000000001"))
     assert table == array("Q", [0x8000000000050000, 1])
