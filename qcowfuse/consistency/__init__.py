@@ -2,7 +2,7 @@
 
 1. A check changes nothing, and says what it found in a ``Result``.
 2. Its memory is bounded by named limits, whatever the image says of its own size.
-3. A repair may be cut off at any point: what it leaves is no worse than what it found (crash points P1.. in
+3. A repair may be cut off at any point: what it leaves is no worse than what it found (crash points in
 ``repair``).
 
 Modules: ``walk`` (every reference that the tables hold), ``snapshots`` (those of internal snapshots), ``compare``

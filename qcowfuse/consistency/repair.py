@@ -15,12 +15,18 @@
 
 Crash points, by these rules:
 
-    P1  a count raised, not all of them: no worse than before
-    P2  new structures written, header unchanged: clusters behind the end that nothing refers to
-    P3  header changed: the old structures are leaks
-    P4  counts lowered in part: fewer leaks than before
-    P5  flags set in part: the count of each cluster is right, a wrong flag costs a copy or was wrong before
-    P6  all mended, the dirty bit still set: the next repair finds nothing to do
+    repair-counts-partly-raised
+        some counts are raised, not all of them: no worse than before
+    repair-header-unwritten
+        new structures are written, the header is unchanged: clusters behind the end that nothing refers to
+    repair-old-structures-kept
+        the header is changed: the old structures are leaks
+    repair-counts-partly-lowered
+        some counts are lowered: fewer leaks than before
+    repair-flags-partly-set
+        some flags are set: the count of each cluster is right, a wrong flag costs a copy or was wrong before
+    repair-still-dirty
+        all is mended, the dirty bit is still set: the next repair finds nothing to do
 
 Source: QEMU's qcow2_check_refcounts(), rebuild_refcount_structure(), qcow2_check_fix_snapshot_table().
 """

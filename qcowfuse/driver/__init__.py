@@ -23,40 +23,62 @@ no flush of its own, and rule R4 holds all the same.
 
 What a crash at any point may cost: leaked clusters. Never: corruption, or a byte that an fsync had promised.
 
-Crash points, by the steps of a round in ``writing.write_back``:
+Crash points, each by its name, by the steps of a round in ``writing.write_back``:
 
-    C1  before step 2: nothing of the round is on disk; clusters written by the guest are unreferenced data
-    C2  in step 2 (counts partly written): raised counts without references: leaks
-    C3  between the flush and the pointers of step 2: new refcount blocks that nothing points at: free space
-    C4  in step 3: contents of tables that no L1 entry points at: leaks at worst
-    C5  in step 5: some links are there, some are not; each that is has its count and contents: leaks
-    C6  after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
-    C7  before the first write, between autoclear bits and data: bits cleared too early are harmless
-    C8  from the first write until the last step of closing: bitmaps are marked in use, nobody trusts them
-    C12 while the disk grows: the header has the old size and L1 table or the new ones, and both are whole; zeroes
-        that hide what lay behind the old end are durable before. What was taken for the new table leaks
-
-and of a change of snapshots, which does not go through ``write_back`` (see ``tools.snapshot_edit``):
-
-    C9  before the header is written: new tables lie in clusters that are free; the image is what it was
-    C10 between that write and the flush after it: the image is what it was or what it shall be, wholly
-    C11 behind that flush: clusters that are free, and read as zeroes or as what was in them
+    round-not-begun
+        before step 2: nothing of the round is on disk; clusters written by the guest are unreferenced data
+    counts-partly-written
+        in step 2: raised counts without references: leaks
+    blocks-without-pointers
+        between the flush and the pointers of step 2: new refcount blocks that nothing points at: free space
+    tables-without-entries
+        in step 3: contents of tables that no L1 entry points at: leaks at worst
+    links-partly-written
+        in step 5: some links are there, some are not; each that is has its count and contents: leaks
+    counts-not-lowered
+        after step 6, before the next round: unlinked clusters still have their old, too high counts: leaks
 
 The same round, where it has to do with more than counts and links:
 
-    C13 in step 2, with a refcount table that has moved: the header names the old or the new one, both are complete
-        for all that is linked; the other one's clusters leak
-    C14 in step 4, between the flush of an external data file and that of the image: data that nothing links to yet
-    C15 after a discard or write zeroes, before step 6: each cluster reads as zeroes or as before; as C5
-    C16 in step 7, while holes are punched: clusters that nothing refers to, with anything in them
-    C17 in a round for eviction, which ends with step 5: links that no fsync asked for, as C5
-    C18 after a round that failed: counts and links of it are there or not, the next round writes all of them again;
+    refcount-table-moved
+        in step 2: the header names the old table or the new one, both are complete for all that is linked; the
+        clusters of the other one leak
+    data-file-flushed-first
+        in step 4, between the flush of an external data file and that of the image: data that nothing links to yet
+    zeroes-partly-linked
+        after a discard or write zeroes, before step 6: each cluster reads as zeroes or as before; leaks
+    holes-partly-punched
+        in step 7: clusters that nothing refers to, with anything in them
+    links-for-eviction
+        in a round for eviction, which ends with step 5: links that no fsync asked for; leaks
+    round-failed
+        after a round that failed: counts and links of it are there or not, the next round writes all of them again;
         after a failed flush none ever does, and what an earlier fsync promised is untouched by it
 
-and beside it:
+Beside the rounds:
 
-    C19 while the corrupt bit is set, for which the header is written once: it is there or not, nothing else changes
-    C20 closing is one or two rounds: as C1 to C6; with the last one complete nothing is leaked
-    C21 version 1, which has no counts: clusters behind the last one that is linked; the file is only longer
-    C22 after space was set aside for metadata: the file is longer, holes of it are zeroes; nothing refers to that
+    autoclear-without-data
+        between the clearing of autoclear bits and the first write: bits that are cleared too early are harmless
+    bitmaps-in-use
+        from the first write until the last step of closing: bitmaps are marked in use, and nothing trusts them
+    size-changing
+        while the disk grows: the header has the old size and L1 table or the new ones, and both are whole; zeroes
+        that hide what lay behind the old end are durable before. What was taken for the new table leaks
+    corrupt-bit-set
+        while the corrupt bit is set, for which the header is written once: it is there or not, nothing else changes
+    closing
+        closing is one or two rounds, with the crash points of a round; with the last one complete nothing is leaked
+    version-1-unlinked
+        version 1 has no counts: clusters behind the last one that is linked; the file is only longer
+    space-set-aside
+        after space was set aside for metadata: the file is longer, holes of it are zeroes; nothing refers to that
+
+A change of snapshots does not go through ``write_back`` (see ``tools.snapshot_edit``):
+
+    snapshot-header-unwritten
+        before the header is written: new tables lie in clusters that are free; the image is what it was
+    snapshot-header-unflushed
+        between that write and the flush after it: the image is wholly what it was, or wholly what it shall be
+    snapshot-clusters-freed
+        behind that flush: clusters that are free, and read as zeroes or as what was in them
 """

@@ -1,4 +1,7 @@
-"""Power cuts and failing operations with persistent bitmaps (C8): one that looks valid never misses a write."""
+"""Power cuts and failing operations with persistent bitmaps: one that looks valid never misses a write.
+
+Crash point: bitmaps-in-use.
+"""
 
 from __future__ import annotations
 

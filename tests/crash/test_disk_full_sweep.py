@@ -1,5 +1,8 @@
-"""The file system has room for N blocks more, then none, then room again (C22): whatever N is, no write that was
-answered with success is lost, no flush fails for want of space, and closing leaves neither damage nor a leak."""
+"""The file system has room for N blocks more, then none, then room again : whatever N is, no write that was
+answered with success is lost, no flush fails for want of space, and closing leaves neither damage nor a leak.
+
+Crash point: space-set-aside.
+"""
 
 from __future__ import annotations
 

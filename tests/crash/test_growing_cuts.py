@@ -1,4 +1,7 @@
-"""Power cuts and failing operations while a disk grows (C12): the old size or the new, whole, and leaks at most."""
+"""Power cuts and failing operations while a disk grows: the old size or the new, whole, and leaks at most.
+
+Crash point: size-changing.
+"""
 
 from __future__ import annotations
 

@@ -141,7 +141,9 @@ def summarise(problems: list[str]) -> str:
 async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None:
     """Whatever a power cut leaves of the volatile writes: consistent, and what fsync promised is there.
 
-    C1 to C6, C14 with data files, C15 and C16 with discards, C20 at the end, C21 with version 1.
+    Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
+    links-partly-written, counts-not-lowered, data-file-flushed-first,
+    zeroes-partly-linked, holes-partly-punched, closing, version-1-unlinked.
     """
     recorded = await record_workload(build_image(SPECS[spec]), WORKLOADS[workload], seed=len(spec))
     summary = await check_cuts(recorded, n_states=120, n_qemu=8)
@@ -174,7 +176,10 @@ async def test_a_power_cut_under_concurrent_writers(spec: str) -> None:
 
 @pytest.mark.parametrize("spec", ["v3", "v1", "backing-raw", "snapshot", "refcount-64"])
 async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slices that are written back for want of room keep the order as well (C17)."""
+    """Slices that are written back for want of room keep the order as well.
+
+    Crash point: links-for-eviction.
+    """
     monkeypatch.setattr(table_cache, "MIN_DIRTY_BYTES", 1024)
     recorded = await record_workload(build_image(SPECS[spec]), scattered, cache=L2CacheSize(n_tables=1))
     assert len(recorded.storage.flushes) > 12, "there were no write-backs for want of room"
@@ -184,7 +189,10 @@ async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.Monk
 
 @pytest.mark.parametrize("suspend", [False, True])
 async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None:
-    """A refcount table that is full moves without ever being in doubt (C3, C13)."""
+    """A refcount table that is full moves without ever being in doubt.
+
+    Crash points: blocks-without-pointers, refcount-table-moved.
+    """
     built = build_image(ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86))
     before = built.top[48:60]
 
@@ -203,7 +211,10 @@ async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None
 
 
 async def test_a_power_cut_while_autoclear_bits_are_cleared() -> None:
-    """Autoclear bits are gone from the disk before the first change that makes them untrue is there (C7)."""
+    """Autoclear bits are gone from the disk before the first change that makes them untrue is there.
+
+    Crash point: autoclear-without-data.
+    """
     plain = build_image(ImageSpec(fill=0.5))
     top = bytearray(plain.top)
     top[88:96] = (1 << 40).to_bytes(8, "big")
@@ -219,7 +230,10 @@ async def test_a_power_cut_while_autoclear_bits_are_cleared() -> None:
 
 
 async def test_a_power_cut_while_the_image_is_marked_as_corrupt() -> None:
-    """An entry that points at metadata freezes the image: the bit is there or not, what fsync promised is (C19)."""
+    """An entry that points at metadata freezes the image: the bit is there or not, and what fsync promised is there.
+
+    Crash point: corrupt-bit-set.
+    """
     built = build_image(ImageSpec(fill=0.5, cluster_size=4096))
     top = bytearray(built.top)
     (l1_offset,) = struct.unpack_from(">Q", top, 40)

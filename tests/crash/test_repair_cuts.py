@@ -1,6 +1,6 @@
 """Power cuts and failing operations in a repair: a second repair mends the rest, and no byte of a guest is lost.
 
-The crash points P1 to P6 are those of :mod:`qcowfuse.consistency.repair`.
+The crash points are those of :mod:`qcowfuse.consistency.repair`.
 """
 
 from __future__ import annotations
@@ -85,13 +85,17 @@ async def mend_and_judge(built: BuiltImage, data: bytes | bytearray) -> bytearra
 
 
 def dangers(data: bytes | bytearray) -> set[str]:
-    """What is wrong beyond COPIED flags, which may be behind the counts for a while (P5)."""
+    """What is wrong beyond COPIED flags, which may be behind the counts for a while (repair-flags-partly-set)."""
     return {error for error in check_image_bytes(data).errors if "COPIED" not in error}
 
 
 @pytest.mark.parametrize(("name", "spec", "kind"), CASES, ids=IDS)
 async def test_power_cuts_in_a_repair(name: str, spec: ImageSpec, kind: Damage) -> None:
-    """P1 to P6: after a cut nothing is wrong that was not before, and a second repair gets the image clean."""
+    """After a cut nothing is wrong that was not before, and a second repair gets the image clean.
+
+    Crash points: repair-counts-partly-raised, repair-header-unwritten, repair-old-structures-kept,
+    repair-counts-partly-lowered, repair-flags-partly-set, repair-still-dirty.
+    """
     built, data = damaged(spec, kind)
     before = dangers(data)
     recording = RecordingStorage(MemoryStorage(data))

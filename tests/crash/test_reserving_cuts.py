@@ -1,4 +1,8 @@
-"""Power cuts while space is set aside: what is read is what was there or was written; leaks at most (C1 to C6)."""
+"""Power cuts while space is set aside: what is read is what was there or was written; leaks at most.
+
+Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
+links-partly-written, counts-not-lowered.
+"""
 
 from __future__ import annotations
 

@@ -3,28 +3,34 @@
 What is broken is a line of the real source; what must notice is the same run and the same checks that
 :mod:`test_power_cuts` and :mod:`test_error_sweep` make of sound code.
 
-====  =======================================  ==========================================================
-rule  broken like this                         noticed as
-====  =======================================  ==========================================================
-R1    counts are written after the links       a reference with a count that is too low (C2, C5)
-R1    no flush between counts and links        the same
-R2    no flush between data and links          bytes that are neither old nor new (C1)
-R2    linked before the bytes are written      the same, where an fsync runs meanwhile
-R3    a count falls before the unlink is       a reference with a count of 0 (C6)
-      durable
-R3    freed clusters are used while a read     the reader's bytes (tests/driver/test_concurrency.py)
-      is in flight
-R4    the L1 entry goes out with the counts    an L2 table that is no table yet (C4)
-R4    a refcount block and its pointer go      a block that is no block yet (C3)
-      out together
-R4    the moved refcount table and the header  a refcount table that is none (C13)
-      field go out together
-R5    autoclear bits are cleared without       bits that vouch for what has changed (C7)
-      a flush
-fsync ends without the last flush              what fsync promised is lost (C6)
-error what could not be written is forgotten   counts, links or promised bytes that never arrive (C18)
-error clusters of a failed write stay taken    leaks after a clean close (C20)
-====  =======================================  ==========================================================
+Each rule, how it is broken, and below as what it is noticed, with the crash point:
+
+R1: counts are written after the links
+    a reference with a count that is too low (counts-partly-written, links-partly-written)
+R1: no flush between counts and links
+    the same
+R2: no flush between data and links
+    bytes that are neither old nor new (round-not-begun)
+R2: linked before the bytes are written
+    the same, where an fsync runs meanwhile
+R3: a count falls before the unlink is durable
+    a reference with a count of 0 (counts-not-lowered)
+R3: freed clusters are used while a read is in flight
+    the reader's bytes (tests/driver/test_concurrency.py)
+R4: the L1 entry goes out with the counts
+    an L2 table that is no table yet (tables-without-entries)
+R4: a refcount block and its pointer go out together
+    a block that is no block yet (blocks-without-pointers)
+R4: the moved refcount table and the header field go out together
+    a refcount table that is none (refcount-table-moved)
+R5: autoclear bits are cleared without a flush
+    bits that vouch for what has changed (autoclear-without-data)
+fsync: it ends without the last flush
+    what fsync promised is lost (counts-not-lowered)
+error: what could not be written is forgotten
+    counts, links or promised bytes that never arrive (round-failed)
+error: clusters of a failed write stay taken
+    leaks after a clean close (closing)
 """
 
 from __future__ import annotations

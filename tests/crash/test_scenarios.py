@@ -29,7 +29,13 @@ from tests.support.shrink import shrink
 
 @pytest.mark.parametrize("seed", range(8))
 def test_random_operations_faults_and_power_cuts(seed: int) -> None:
-    """Nothing is lost in any of some thousand states (C1 to C6, C13 to C18, C20, C21)."""
+    """Nothing is lost in any of some thousand states.
+
+    Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
+    links-partly-written, counts-not-lowered, refcount-table-moved,
+    data-file-flushed-first, zeroes-partly-linked, holes-partly-punched, links-for-eviction, round-failed, closing,
+    version-1-unlinked.
+    """
     chooser = random.Random(seed)
     for _ in range(2):
         spec = random_spec(chooser)
@@ -41,7 +47,11 @@ def test_random_operations_faults_and_power_cuts(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_operations_before_free_clusters_are_known(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same while, and after, the look at free clusters goes on in the background (C1 to C6)."""
+    """The same while, and after, the look at free clusters goes on in the background.
+
+    Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
+    links-partly-written, counts-not-lowered.
+    """
     monkeypatch.setattr(unguarded, "INLINE_BYTES", 0)
     chooser = random.Random(100 + seed)
     for _ in range(2):

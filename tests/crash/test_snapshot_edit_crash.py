@@ -1,5 +1,8 @@
-"""Power cuts and failing operations while snapshots are created, applied and deleted (crash points C9 to C11): the
-image is wholly what it was or wholly what it shall be, and clean, not even with leaks."""
+"""Power cuts and failing operations while snapshots are created, applied and deleted: the image is wholly
+what it was or wholly what it shall be, and clean, not even with leaks.
+
+Crash points: snapshot-header-unwritten, snapshot-header-unflushed, snapshot-clusters-freed.
+"""
 
 from __future__ import annotations
 

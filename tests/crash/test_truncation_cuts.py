@@ -48,7 +48,10 @@ async def truncating(guest: Guest) -> None:
 
 @pytest.mark.parametrize("spec", CUT_SPECS)
 async def test_a_power_cut_while_a_disk_is_truncated(spec: str) -> None:
-    """Each byte is the old one or zero, and zero once fsync has promised it; leaks at most (C15, C16)."""
+    """Each byte is the old one or zero, and zero once fsync has promised it; leaks at most.
+
+    Crash points: zeroes-partly-linked, holes-partly-punched.
+    """
     recorded = await record_workload(build_image(SPECS[spec]), truncating, seed=len(spec))
     summary = await check_cuts(recorded, n_states=100, n_qemu=4)
     assert not summary.problems, "\n".join(summary.problems[:5])

@@ -15,7 +15,11 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 @pytest.mark.parametrize("number", [0, 1, 4])
 def test_a_killed_daemon_loses_nothing_that_was_fsynced(number: int) -> None:
-    """Killed twice in a row, each time at some moment of the load (C1 to C7 as the page cache shows them)."""
+    """Killed twice in a row, each time at some moment of the load; the page cache keeps what was written.
+
+    Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
+    links-partly-written, counts-not-lowered, autoclear-without-data.
+    """
     need_loop_devices()
     with tempfile.TemporaryDirectory(dir="/dev/shm") as name:
         test = KillTest(Path(name), number, *IMAGE_OPTIONS[number])
