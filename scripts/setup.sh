@@ -146,17 +146,20 @@ missing_build_packages() {
     [ -e /etc/ssl/certs/ca-certificates.crt ] || echo ca-certificates
 }
 
-# ensure_environment [EXTRA]: the project, editable, with its dependencies in $environment.
+# ensure_environment EXTRA [PACKAGE]...: the project, editable, with its dependencies in $environment; and these Debian
+# packages, asked for together with all others, so that an administrator is needed once.
 ensure_environment() {
-    local extra=${1:-} stamp wanted missing python log
+    local extra=$1 packages=("${@:2}") stamp wanted missing python log
     stamp=$environment/installed${extra:+-$extra}
     wanted=$(cksum <"$repository/pyproject.toml")
     if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$environment/bin/python" -c '' 2>/dev/null; then
+        [ ${#packages[@]} = 0 ] || install_packages -- "${packages[@]}"
         return
     fi
     [ -w "$repository" ] || fail "cannot write in $repository; copy it to where you may write"
     require_python
     mapfile -t missing < <(missing_build_packages)
+    missing+=("${packages[@]}")
     [ ${#missing[@]} = 0 ] || install_packages -- "${missing[@]}"
     python=$(find_python) || fail "needs Python 3.11 or later, and this system has none to offer"
     say "installing qcowfuse${extra:+ and what its ${extra}s need} into $environment"
