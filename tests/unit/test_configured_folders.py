@@ -13,6 +13,7 @@ from qcowfuse.cli.mount.arguments import parse_arguments
 
 def folders_in(path: Path, text: str = "allow-dir = /bases\n") -> tuple[str, ...]:
     path.write_text(text)
+    path.chmod(0o644)  # whatever the umask: many users have 002
     return configured_folders(str(path), owner=os.geteuid())
 
 
