@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.system import landlock
-from tests.support.container import lacks
+from tests.support.container import need_landlock
 from tests.support.mounting import Mounted, check_image_file, create_image, run_qcowfuse
 
 pytestmark = pytest.mark.mount
@@ -48,8 +48,7 @@ Operations.getxattr = getxattr
 @pytest.mark.parametrize("options", [[], ["--aio", "threads"], ["-r"]])
 def test_a_daemon_that_is_taken_over_reaches_nothing(tmp_path: Path, options: list[str]) -> None:
     """Secrets, sockets, programs and other processes are out of reach, and the disk is used meanwhile."""
-    if not landlock.abi_version():
-        lacks("Landlock, which filters of system calls keep from it")
+    need_landlock()
     image = create_image(tmp_path / "image.qcow2")
     (tmp_path / "mnt").mkdir()
     with Mounted(image, tmp_path / "mnt", *options, patch=BREAK) as mounted:

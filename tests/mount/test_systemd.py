@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.container import is_contained, lacks
+from tests.support.container import is_contained, lacks, need_loop_devices
 
 REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
@@ -373,10 +373,10 @@ checked /srv/two.qcow2
 """)
 
 
-@pytest.mark.skipif(len(LOOP_NODES) < 2, reason="needs loop devices")
 @pytest.mark.parametrize("outer", ["qcowfuse@d.service", "srv-d.mount"])
 def test_the_file_system_inside_at_boot(boot: Callable[[str], None], machine: Path, outer: str) -> None:
     """Lines of fstab mount the disk and the file system in it; a stop of the outer one ends the inner one first."""
+    need_loop_devices()
     image, raw = machine / "srv/d.qcow2", machine / "srv/raw"
     raw.touch()
     os.truncate(raw, 16 << 20)

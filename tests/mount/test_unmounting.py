@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.container import need_user_namespaces
 from tests.support.mounting import REPOSITORY, Mounted, check_image_file, create_image, run_qcowfuse, wait_until
-from tests.support.users import NOBODY, as_user
+from tests.support.users import AS_NOBODY, as_user
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
 
@@ -41,12 +42,6 @@ def write_past_end(file: Path, size: int) -> None:
         os.fsync(disk.fileno())
 
 
-def users_may_have_namespaces() -> bool:
-    """Whether a user may be root in a namespace (Ubuntu's AppArmor and most containers forbid it)."""
-    user = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    return subprocess.run([*user, "unshare", "-Urm", "true"], capture_output=True, check=False).returncode == 0
-
-
 @pytest.mark.parametrize("over", ["folder", "file"])
 def test_a_look_from_outside_does_not_keep_the_mount_busy(tmp_path: Path, over: str) -> None:
     """The daemon puts the size right by a truncate that waits for itself: meanwhile fusermount3 -u goes through."""
@@ -64,8 +59,7 @@ def test_a_look_from_outside_does_not_keep_the_mount_busy(tmp_path: Path, over: 
 
 def test_a_look_by_a_user_does_not_either(users_folder: Path) -> None:
     """Without root's rights the look goes through a user namespace."""
-    if not users_may_have_namespaces():
-        pytest.skip("users may not make user namespaces here")
+    need_user_namespaces(AS_NOBODY)
     patch = SLOW_SIZE.format(repository=str(REPOSITORY))
     patch += "import runpy\nrunpy.run_module('qcowfuse', run_name='__main__')\n"
     (users_folder / "patched.py").write_text(patch)

@@ -1,4 +1,4 @@
-"""What a container or a chroot may lack: there a reason to skip, on a machine of its own a failure."""
+"""What a container, a chroot or a strict system may lack: there a reason to skip, elsewhere a failure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from typing import NoReturn
 
 import pytest
 
+from qcowfuse.system import landlock
+
 LACKS = "this container lacks"
+FORBIDS = "this system forbids"
 """How the reasons begin; skips for them are declared."""
 
 _MARKS = ("/run/systemd/container", "/run/host/container-manager", "/.dockerenv", "/run/.containerenv")
@@ -36,6 +39,31 @@ def need_loop_devices() -> None:
     """Skip in a container without them."""
     if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
         lacks("loop devices (/dev/loop-control and /dev/loop*)")
+
+
+def need_landlock() -> None:
+    """Skip in a container whose filter of system calls hides it."""
+    if not landlock.abi_version():
+        lacks("Landlock, which filters of system calls keep from it")
+
+
+def need_user_namespaces(identity: list[str]) -> None:
+    """Skip where setpriv(1) with this identity may not become root in a namespace.
+
+    Most containers forbid it, and Ubuntu's AppArmor does since 23.10.
+    """
+    done = subprocess.run(
+        ["setpriv", *identity, "unshare", "-Urm", "true"], capture_output=True, text=True, check=False
+    )
+    if done.returncode == 0:
+        return
+    try:
+        by_apparmor = Path("/proc/sys/kernel/apparmor_restrict_unprivileged_userns").read_text().strip() == "1"
+    except OSError:
+        by_apparmor = False
+    if by_apparmor:
+        pytest.skip(f"{FORBIDS} users to make namespaces (AppArmor)")
+    lacks(f"namespaces that users may make: {done.stderr.strip()}")
 
 
 def is_in_memory(folder: Path) -> bool:

@@ -10,6 +10,8 @@ from pathlib import Path
 from tests.support.mounting import REPOSITORY
 
 NOBODY = 65534
+AS_NOBODY = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+"""Arguments of setpriv(1)."""
 
 
 def as_user(script: str, folder: Path, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -18,9 +20,8 @@ def as_user(script: str, folder: Path, *arguments: str | Path) -> subprocess.Com
     This nobody may read everything, because interpreter and source may lie in a home directory of root.
     """
     privileges = ["--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
-    user = [f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
     return subprocess.run(
-        ["setpriv", *user, *privileges, "sh", "-eu", "-c", script, "sh", *arguments],
+        ["setpriv", *AS_NOBODY, *privileges, "sh", "-eu", "-c", script, "sh", *arguments],
         capture_output=True,
         text=True,
         check=False,
