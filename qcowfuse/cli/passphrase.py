@@ -161,19 +161,23 @@ def _ask_elsewhere(image: str) -> int:
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
     pid = 0
+    early: list[int] = []  # signals that came before the child was known; it may be asking by then
 
     def pass_on(number: int) -> None:
-        if not pid:
-            raise KeyboardInterrupt
-        os.kill(pid, number)
+        if pid:
+            os.kill(pid, number)
+        else:
+            early.append(number)
 
     try:
         # The child ends first, and the terminal is in order then.
         with _stop_signals_to(pass_on):
             pid = os.fork()
             if pid == 0:
-                _ask_into(write_end, image)
+                _ask_into(write_end, image, early)
             os.close(write_end)
+            for number in early:
+                os.kill(pid, number)
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         if code == _INTERRUPTED or code < 0:
             raise KeyboardInterrupt
@@ -186,19 +190,23 @@ def _ask_elsewhere(image: str) -> int:
     return read_end
 
 
-def _ask_into(pipe: int, image: str) -> NoReturn:
+def _ask_into(pipe: int, image: str, early: list[int]) -> NoReturn:
+    """``early``: gets the stop signals that come before the prompt and after it."""
     code = _NOT_ASKED
     try:
         forbid_core_dumps()
         try:
-            answer, code = bytes(ask(image)), _ASKED
+            with _stop_signals_to(_interrupt):
+                if early:
+                    raise KeyboardInterrupt
+                answer, code = bytes(ask(image)), _ASKED
         except ImageUsageError as exc:
             answer = os.fsencode(str(exc))
         except KeyboardInterrupt:
             answer, code = b"", _INTERRUPTED
         os.write(pipe, answer)
     finally:
-        os._exit(code)
+        os._exit(_INTERRUPTED if early else code)
 
 
 def _interrupt(_number: int) -> NoReturn:

@@ -22,6 +22,7 @@ from tests.support.mounting import (
     daemon_pid,
     environment,
     is_mounted,
+    patched,
     run_qcowfuse,
     wait_until,
 )
@@ -124,8 +125,22 @@ sys.exit({program}())
     assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
 
 
+SLOW_FORK = """
+import os, time
+usual = os.fork
+def fork():
+    pid = usual()
+    if pid:
+        time.sleep(1)
+    return pid
+os.fork = fork
+"""
+"""The child runs long before its parent does."""
+
+
+@pytest.mark.parametrize("patch", ["", SLOW_FORK], ids=["at once", "child first"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals) -> None:
+def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals, patch: str) -> None:
     """The terminal echoes again, nothing is printed but the end of the line."""
     image = tmp_path / "image.qcow2"
     (tmp_path / "key").write_text("open sesame")
@@ -136,7 +151,7 @@ def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals) -> 
     (tmp_path / "mnt").mkdir()
     pid, terminal = pty.fork()
     if pid == 0:
-        os.execve(sys.executable, command(image, tmp_path / "mnt"), environment())
+        os.execve(sys.executable, patched(command(image, tmp_path / "mnt"), patch), environment())
     said = b""
     while b"Passphrase" not in said:
         assert select.select([terminal], [], [], 30)[0]

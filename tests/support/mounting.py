@@ -32,7 +32,8 @@ def command(*arguments: Argument) -> list[str]:
     return [sys.executable, "-m", "qcowfuse", *map(str, arguments)]
 
 
-def _patched(arguments: list[str], patch: str) -> list[str]:
+def patched(arguments: list[str], patch: str) -> list[str]:
+    """A command line as of :func:`command`, with statements that the process runs first."""
     if not patch:
         return arguments
     python, _, module, *rest = arguments
@@ -118,7 +119,7 @@ class Mounted:
         self.process: subprocess.Popen[str] | None = None
         if foreground:
             self.process = subprocess.Popen(
-                _patched(command("-f", *options, image, mount_point), patch),
+                patched(command("-f", *options, image, mount_point), patch),
                 stderr=subprocess.PIPE,
                 stdin=subprocess.DEVNULL,
                 text=True,
