@@ -46,8 +46,8 @@ class ServedFile(NamedTuple):
 
 
 def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forgets: bool) -> None:
-    """Have the kernel show ``n_bytes`` where it shows less; with ``lowers`` where it shows more, too, and with
-    ``syncs`` not before it has sent all that it holds back. ``forgets``: drop cached pages. Raises OSError."""
+    """Have the kernel show ``n_bytes``. ``lowers``: it may show more, and with ``syncs`` it first sends all that it
+    holds back. ``forgets``: drop cached pages. Raises OSError."""
     with _named(file) as (named, _):  # names the file without an open and a close of it
         path = f"/proc/self/fd/{named}"
         if forgets or (lowers and syncs):
@@ -60,9 +60,13 @@ def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forge
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
             finally:
                 os.close(fd)
-        shown = os.fstat(named).st_size
-        if shown < n_bytes or (lowers and shown > n_bytes):
-            os.truncate(path, n_bytes)  # the kernel takes the answer for true
+        # Not where it seems to be needed: a look comes too early while another truncation goes on, for which this one
+        # waits. The kernel first sends what it holds back of a longer file, and takes the answer for true.
+        try:
+            os.truncate(path, n_bytes)
+        except PermissionError:
+            if os.fstat(named).st_size != n_bytes:
+                raise
 
 
 def check_served(file: ServedFile, n_bytes: int, tells_size: bool) -> bool:

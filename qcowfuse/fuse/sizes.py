@@ -15,9 +15,13 @@
    Before that is answered, one zero is stored in the kernel's cache as the last byte, which is zero: this raises the
    kernel's size, and takes no lock that the asker may hold (lseek holds that of the inode). Nobody can have written
    to that page in the meantime, since writing through the cache asks as well.
-5. A process outside of the mount looks after each such case and puts the size right where it is wrong all the same:
-   :meth:`Sizes.watch`. Its own truncation, which says the present size, changes nothing of the disk.
-6. A growable disk has failed to grow: the kernel may hold more of what lies past the end, of which some may still
+5. On a busy machine the kernel may take in the answer to a truncation long after it was given, and lower its size
+   only then: a size that was put right before is wrong again. The kernel has the answer for certain when the thread
+   that truncated asks for something, or when another truncation comes, since each holds the lock of the inode up to
+   its end. Other askers wait for that, but not long: they may hold this lock themselves.
+6. So a process outside of the mount truncates as well, to the present size, after each such case, and does not look
+   before. This puts right what is wrong all the same (:meth:`Sizes.watch`), and changes nothing of the disk.
+7. A growable disk has failed to grow: the kernel may hold more of what lies past the end, of which some may still
    fit. So the kernel is first made to write all of it, and only then told the size.
 """
 
@@ -35,9 +39,11 @@ from pyfuse3 import FUSEError
 
 from ..driver.image import Image
 
-_UNTIL_PROCESSED = 0.005
-"""Seconds after which the kernel has surely taken in an answer; only a wrong size for a moment depends on it."""
+_UNTIL_PROCESSED = 0.05
+"""Seconds after which the kernel has most likely taken in an answer; only a wrong size for a moment depends on it."""
 _UNTIL_MENDED = 1.0
+_UNKNOWN = 0
+"""What the kernel says instead of the number of a process that is in no PID namespace of ours."""
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +86,7 @@ class Sizes:
         self._trusts_kernel = trusts_kernel
         self._lock = trio.Lock()
         self._truncated_by: int | None = None
+        self._processed = trio.Event()
         self._store_lock = trio.Lock()
         self._wrong = trio.Event()
         self._lowers = self._forgets = False
@@ -102,7 +109,8 @@ class Sizes:
         """What rule 1 says, for the process ``pid``; gives the size to answer with. Raises FUSEError, and what the
         image raises."""
         if n_bytes == self._told:
-            self._truncated_by = None
+            await self._give_back()
+            self._processed.set()
             return self.n_bytes
         if self._image.read_only:
             raise FUSEError(errno.EROFS)
@@ -122,6 +130,7 @@ class Sizes:
                 finally:
                     self._note_write()
         self._truncated_by = pid
+        self._processed = trio.Event()
         if self._mended.is_set():
             self._mended = trio.Event()
         self.is_wrong()
@@ -171,22 +180,27 @@ class Sizes:
 
     async def settle(self, pid: int) -> None:
         """Give the kernel its size back, before ``pid`` gets attributes (rule 4)."""
-        if not self._trusts_kernel():  # then it believes the attributes that it gets
-            self._truncated_by = None
-            return
         with self._slow():
-            async with self._store_lock:
-                if self._truncated_by is None:
-                    return
-                if pid != self._truncated_by:
-                    await trio.sleep(_UNTIL_PROCESSED)
-                try:
-                    await trio.to_thread.run_sync(
-                        store_in_kernel, self._inode, self.n_bytes - 1, b"\0", abandon_on_cancel=True
-                    )
-                except OSError as exc:
-                    _log.debug("the size is put right a moment later: %s", exc)
+            if self._trusts_kernel() and (pid != self._truncated_by or pid == _UNKNOWN):
+                with trio.move_on_after(_UNTIL_PROCESSED):
+                    await self._processed.wait()
+            await self._give_back()
+
+    async def _give_back(self) -> None:
+        """Once: whoever has been answered may have written to the page by the next time."""
+        async with self._store_lock:
+            if self._truncated_by is None:
+                return
+            if not self._trusts_kernel():  # then it believes the attributes that it gets
                 self._truncated_by = None
+                return
+            try:
+                await trio.to_thread.run_sync(
+                    store_in_kernel, self._inode, self.n_bytes - 1, b"\0", abandon_on_cancel=True
+                )
+            except OSError as exc:
+                _log.debug("the size is put right a moment later: %s", exc)
+            self._truncated_by = None
 
     async def watch(self, mend: Mend) -> None:
         """Have ``mend`` see to it whenever the kernel may be wrong, for ever."""

@@ -8,13 +8,15 @@ import os
 import random
 import shutil
 import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from tests.support import qemu
 from tests.support.loops import loop_device, served
-from tests.support.mounting import Mounted, check_image_file, create_image, wait_until
+from tests.support.mounting import REPOSITORY, Mounted, check_image_file, create_image, wait_until
 
 pytestmark = pytest.mark.mount
 
@@ -76,6 +78,46 @@ def test_no_cached_page_outlives_a_truncation(tmp_path: Path, is_folder: bool, o
     check_image_file(image)
     qemu.must_run("qemu-img", "convert", "-O", "raw", image, tmp_path / "raw")
     assert (tmp_path / "raw").read_bytes() == model
+
+
+SLOW_ANSWER = f"""
+import sys, trio
+sys.path.insert(0, {str(REPOSITORY)!r})
+from qcowfuse.fuse.operations import Operations
+usual = Operations.setattr
+async def setattr(self, inode, attr, fields, fh, ctx):
+    answer = await usual(self, inode, attr, fields, fh, ctx)
+    if fields.update_size and attr.st_size == 1000:
+        await trio.sleep(0.5)
+    return answer
+Operations.setattr = setattr
+"""
+
+
+@pytest.mark.parametrize("asks", ["the thread itself", "another one", "nobody"])
+def test_the_kernel_takes_its_time_with_an_answer(tmp_path: Path, asks: str) -> None:
+    """As on a busy machine: the daemon has answered a truncation, and the kernel takes the smaller size in later."""
+    (tmp_path / "mnt").mkdir()
+    with Mounted(create_image(tmp_path / "disk.qcow2", str(SIZE)), tmp_path / "mnt", patch=SLOW_ANSWER) as mount:
+        with ThreadPoolExecutor(1) as another:
+            with mount.file.open("r+b", buffering=0) as disk:
+                disk.write(b"head")  # now the kernel asks for what it does not know of the file
+            truncation = another.submit(os.truncate, mount.file, 1000)
+            if asks == "another one":
+                time.sleep(0.1)
+                assert os.stat(mount.file).st_size == SIZE
+            truncation.result()
+            if asks == "the thread itself":
+                assert another.submit(os.stat, mount.file).result().st_size == SIZE
+            elif asks == "another one":
+                wait_until(lambda: os.stat(mount.file).st_size == SIZE, "the size that is put right")
+        with mount.file.open("r+b", buffering=0) as disk:
+            disk.seek(-4, os.SEEK_END)
+            disk.write(b"tail")
+        time.sleep(0.5)
+        assert mount.file.stat().st_size == SIZE
+        assert mount.file.read_bytes() == b"head" + bytes(SIZE - 8) + b"tail"
+    check_image_file(tmp_path / "disk.qcow2")
 
 
 TOOLS = {
