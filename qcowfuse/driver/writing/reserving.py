@@ -15,7 +15,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable
-from contextlib import AbstractAsyncContextManager, suppress
+from contextlib import AbstractAsyncContextManager
 
 import trio
 
@@ -148,9 +148,6 @@ class Reserver:
             await self._make_space(run, n_bytes)
         except BaseException:
             if self._data_clusters is None:
-                self._allocator.space.forget(run.host_offset, n_bytes)
-                with suppress(OSError):
-                    await self._data.punch_hole(run.host_offset, n_bytes)
                 await self._writer.give_back(run)
             raise
         index = mapping.index(start)

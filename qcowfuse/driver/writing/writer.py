@@ -379,6 +379,7 @@ class Writer:
             await self._data.pwritev(host_offset, buffers)
 
     async def give_back(self, run: HostRun) -> None:
-        """Clusters that were taken and never linked. Should even this fail they are leaked, and no more."""
+        """Clusters that were taken and never linked, with the space that a write which found the disk full has used:
+        metadata may need it. Should even this fail they are leaked, and no more."""
         with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
-            await self._allocator.release([run])
+            await self._allocator.release([run], punch=True)
