@@ -532,7 +532,9 @@ class QcowImage:
         begun, self._begun = self._begun, False  # nothing is written after the bitmaps are stored
         try:
             if self._write_back is not None and begun:
-                await self._write_back.flush()
+                await self._flush_at_end(self._write_back)
+                if self._allocator is not None:
+                    await self._allocator.space.end()
                 if self._bitmaps is not None and self._frozen is None:
                     await self._bitmaps.store(self._write_back, self.size)
                     if self._write_back.failure is None and self._write_back.is_dirty:
@@ -545,6 +547,18 @@ class QcowImage:
                 await self._reader.aclose()
                 for storage in self._storages:
                     await storage.aclose()
+
+    async def _flush_at_end(self, write_back: WriteBack) -> None:
+        """Raises OSError, which says what is lost."""
+        try:
+            await write_back.flush()
+        except OSError as error:
+            unwritten = write_back.unwritten_range()
+            if unwritten is None:
+                raise
+            where = "between bytes {} and {} of the disk".format(*unwritten)
+            detail = f"{error.strerror}; what was written {where} since the last fsync may be lost, with its space"
+            raise OSError(error.errno, detail, self.path) from error
 
     def _check_range(self, guest_offset: int, n_bytes: int) -> None:
         if guest_offset < 0 or n_bytes < 0 or guest_offset + n_bytes > self.size:

@@ -7,6 +7,7 @@
 
 ``base`` is the protocol, ``file`` the real thing, ``opened`` what regular files and block devices differ in,
 ``beneath`` files found by names from strangers, ``workers`` its threads, ``ring`` its reads by io_uring
-(``restricted_ring``: it does nothing else), ``space`` room set aside, ``syscalls`` what the standard library lacks,
-``locks`` the image locks that QEMU understands. The package ``measuring`` has storages that wrap another one.
+(``restricted_ring``: it does nothing else), ``space`` room set aside, ``reserve`` room kept free, ``syscalls`` what
+the standard library lacks, ``locks`` the image locks that QEMU understands. The package ``measuring`` has storages
+that wrap another one.
 """

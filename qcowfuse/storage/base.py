@@ -97,6 +97,11 @@ class Storage(Protocol):
         """Set space aside for the range, so that later writes there need none, and keep what it holds; grows the
         storage where the range reaches past the end. False where that cannot be had: nothing has happened then."""
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """Where writing over what is there takes new space (copy on write): keep so many bytes from others, and from
+        this storage until 0 lets it have them. False where there is no need, or no way. Raises OSError (ENOSPC):
+        then none are kept."""
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length."""
 

@@ -49,6 +49,7 @@ MAX_INLINE_WRITE = 1 << 20
 _ZERO_CHUNK = 1 << 20
 _MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 _PLAIN_WRITE_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
+_COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
 
 _RWF_NOWAIT = os.RWF_NOWAIT
@@ -199,6 +200,11 @@ class FileStorage:
         self._zero_mode = FALLOC_ZERO_RANGE
         self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
         self._can_allocate = True
+        self._reserve_fd: int | None = None
+        if writable and self._file_system in _COPY_ON_WRITE_FILE_SYSTEMS:
+            from .reserve import open_reserve
+
+            self._reserve_fd = open_reserve(fd, path)
         self._n_in_flight = 0
         self._idle = trio.Event()
         self._is_closing = False
@@ -427,6 +433,15 @@ class FileStorage:
         self._size = max(self._size, length_of(self._fd))
         return allocated
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """See Storage. Raises OSError (ENOSPC)."""
+        if self._reserve_fd is None:
+            return False
+        from .reserve import keep_free
+
+        await self._run(lambda _, reserve_fd: keep_free(reserve_fd, n_bytes), self._reserve_fd)
+        return True
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length; a device, which has one for ever, can only be told to keep it. Raises OSError."""
         self._must_be_writable()
@@ -472,6 +487,8 @@ class FileStorage:
         self._pool.release()
         if self._ring is not None:
             self._ring.release()
+        if self._reserve_fd is not None:
+            os.close(self._reserve_fd)
         try:
             os.close(fd)
         finally:

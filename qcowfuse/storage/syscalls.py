@@ -49,8 +49,9 @@ def _raise_errno(call: str) -> None:
 def fallocate(fd: int, mode: int, host_offset: int, n_bytes: int) -> None:
     """fallocate(2) with a ``FALLOC_`` mode. Raises OSError (EOPNOTSUPP where the file system can't)."""
     while _fallocate(fd, mode, host_offset, n_bytes) != 0:
-        if ctypes.get_errno() != errno.EINTR:
-            _raise_errno("fallocate")
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number))  # said as any other write would say it
 
 
 class LockedMapping:

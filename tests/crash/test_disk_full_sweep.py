@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import allocation, metadata_space, write_back
 from qcowfuse.storage.base import Storage
 from tests.support.bitmaps import bitmap_directory, stored_bitmaps, with_bitmaps
 from tests.support.checker import check_image_bytes
@@ -256,9 +257,85 @@ async def test_with_room_again_everything_goes_on(spec: str) -> None:
         await check_closed(run)
 
 
-@pytest.mark.parametrize("spec", ["v3", "4k", "snapshot", "refcount-64", "extended", "data-file", "full-table"])
-async def test_a_copy_on_write_file_system(spec: str) -> None:
-    """Where overwriting needs space too, a flush may fail; the next one with room succeeds, and nothing is lost."""
+COPY_ON_WRITE = ["v3", "v1", "4k", "snapshot", "refcount-64", "extended", "data-file"]
+RESERVE = 32 * KIB
+
+
+@pytest.fixture
+def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a copy-on-write file system with blocks of 512 bytes, 64 of them are kept free."""
+    monkeypatch.setattr(metadata_space, "RESERVE_BYTES", RESERVE)
+    for module in (metadata_space, write_back, allocation):
+        monkeypatch.setattr(module, "LEAST_WRITE", 512)
+
+
+@pytest.mark.parametrize("has_room_at_end", [False, True], ids=["full", "room again"])
+@pytest.mark.parametrize("spec", COPY_ON_WRITE)
+@pytest.mark.usefixtures("small_reserve")
+async def test_a_copy_on_write_file_system_that_fills_loses_nothing(spec: str, has_room_at_end: bool) -> None:
+    """Where writing over a table takes new space, some is kept free: no flush fails, nothing is lost or leaked."""
+    built = build_image(SPECS[spec])
+    n_full = 0
+    for limit in await limits_of(built):
+        run = await start(built, limit + RESERVE // 512, copy_on_write=True, suspend=True)
+        await workload(run)
+        n_full += bool(run.full)
+        await run.check_contents()
+        if has_room_at_end:
+            run.room.limit = None
+            run.full.clear()
+            await workload(run, seed=6, grows=False)
+            assert not run.full
+        await close(run)
+        await check_closed(run)
+        top = run.files[TOP]
+        assert isinstance(top, LimitedStorage)
+        assert not top.n_kept
+    assert n_full > 10
+
+
+async def test_what_is_kept_free_is_enough_for_all_that_is_dirty(
+    small_reserve: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many tables change, and 8 blocks are kept free for them: write-back comes early enough."""
+    monkeypatch.setattr(metadata_space, "RESERVE_BYTES", 4 * KIB)
+    built = build_image(ImageSpec(size=1 << 20))
+    for limit in range(10, 70, 6):
+        run = await start(built, None, copy_on_write=True, suspend=True)
+        for start_of_table in range(0, 1 << 20, 32 * KIB):
+            await run.change("write", start_of_table, b"a" * 512)
+        await run.flush()
+        run.room.limit = limit
+        for start_of_table in range(0, 1 << 20, 32 * KIB):
+            await run.change("write", start_of_table + 512, b"b" * 512)
+        assert len(run.full) < 32
+        await run.flush()
+        await close(run)
+        await check_closed(run)
+
+
+async def test_a_refused_write_gives_back_what_it_used() -> None:
+    """The part of it that had found room takes none from others afterwards."""
+    run = await start(build_image(ImageSpec(size=128 * KIB)), 60, suspend=True)
+    await run.change("write", 0, b"a" * 512)
+    await run.flush()
+    run.room.limit = 20
+    await run.change("write", 4096, b"b" * 512 * 40)
+    assert run.full
+    assert run.room.limit == 20
+    await close(run)
+    await check_closed(run)
+
+
+@pytest.mark.parametrize("spec", COPY_ON_WRITE)
+async def test_a_flush_without_room_is_tried_again(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where writing over a table takes new space and none can be kept free, a flush may fail; the next one with room
+    succeeds, and nothing is lost."""
+
+    async def keep_free(self: LimitedStorage, n_bytes: int) -> bool:
+        return False
+
+    monkeypatch.setattr(LimitedStorage, "keep_free", keep_free)
     built = build_image(SPECS[spec])
     n_failed = 0
     for limit in await limits_of(built):
@@ -272,6 +349,29 @@ async def test_a_copy_on_write_file_system(spec: str) -> None:
         await close(run)
         await check_closed(run)
     assert n_failed > 5
+
+
+async def test_closing_without_room_says_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where even the last flush fails, its error names the part of the disk; what was promised before is there."""
+
+    async def keep_free(self: LimitedStorage, n_bytes: int) -> bool:
+        return False
+
+    monkeypatch.setattr(LimitedStorage, "keep_free", keep_free)
+    built = build_image(SPECS["4k"])
+    run = await start(built, 64, copy_on_write=True, suspend=True)
+    await run.change("write", 0, b"a" * 4096)
+    assert await run.flush()
+    await run.change("write", 8192, b"b" * 4096)
+    run.room.limit = 0
+    with pytest.raises(
+        OSError, match=r"No space left on device; what was written between bytes 0 and 524288"
+    ) as caught:
+        await run.image.aclose()
+    assert caught.value.errno == errno.ENOSPC
+    assert not check_image_bytes(run.top).errors
+    again = await open_memory_image(run.left(), read_only=True)
+    assert bytes(await again.read(0, 4096)) == b"a" * 4096
 
 
 @pytest.mark.parametrize("spec", ["v3", "v1", "4k", "snapshot", "extended", "full-table"])

@@ -187,7 +187,7 @@ ERROR_BREAKAGES = {
     ),
     "tables are forgotten": Breakage(WriteBack, "_run", "        self._dirty_l1 |= dirty_l1\n", "", specs=(EMPTY,)),
     "unlinked clusters are forgotten": Breakage(WriteBack, "_run", "        self._unlinked += unlinked\n", ""),
-    "clusters stay taken": Breakage(Writer, "give_back", "await self._allocator.release([run])", "pass"),
+    "clusters stay taken": Breakage(Writer, "give_back", "await self._allocator.release([run], punch=True)", "pass"),
 }
 
 

@@ -20,13 +20,14 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 SIZE = 64 << 20
 HOST_SIZE = 12 << 20
+BTRFS_SIZE = 112 << 20
 BLOCK = 16 << 10
 LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @contextmanager
 def small_disk(folder: Path, kind: str) -> Iterator[Path]:
-    """A small file system of its own: ``tmpfs``, or ``ext4`` on a loop device."""
+    """A small file system of its own: ``tmpfs``, or ``ext4`` or ``btrfs`` on a loop device."""
     point = folder / "small"
     point.mkdir()
     if kind == "tmpfs":
@@ -194,6 +195,25 @@ def test_buffered_writes_report_enospc_at_fsync(tmp_path: Path) -> None:
         result = qemu.check(image)
         assert result.clean, result.text
         assert first_difference(reference_bytes_beside(image, "qcow2", tmp_path), model.data) == ""
+
+
+@pytest.mark.parametrize("options", ["cluster_size=64k", "cluster_size=4k"])
+def test_what_was_written_before_btrfs_was_full_stays(tmp_path: Path, options: str) -> None:
+    """btrfs takes new space to write over a table: fsync and closing succeed all the same."""
+    size = 256 << 20
+    model = DiskModel(bytes(size))
+    with small_disk(tmp_path, "btrfs") as folder:
+        image = folder / "i.img"
+        qemu.create(image, "qcow2", size, options=options)
+        with served(image) as mount, opened(mount.file, os.O_DIRECT) as fd:
+            full_at = write_blocks(fd, range(size // BLOCK), model)
+            assert full_at is not None
+            assert full_at > 500
+            os.fsync(fd)
+        found = reference_bytes_beside(image, "qcow2", tmp_path)
+        assert first_difference(found[: full_at * BLOCK], model.read(0, full_at * BLOCK)) == ""
+        result = qemu.check(image)
+        assert result.clean, result.text
 
 
 # Clusters of a page at least: a smaller table would find room in a page that data has taken already.

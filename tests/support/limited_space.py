@@ -4,6 +4,7 @@
 2. A write, or allocate, takes a block of :class:`Room` for each hole that it touches; where there is none left the
    part before that is written and ENOSPC raised. A hole that is punched gives whole blocks back.
 3. ``copy_on_write``: what was durable costs a block to overwrite, once between two flushes, which give it back.
+   Blocks can be kept free for that.
 4. Without ``has_fallocate`` nothing can be set aside.
 """
 
@@ -63,6 +64,7 @@ class LimitedStorage(MemoryStorage):
         self._blocks = {start // block_size for start in blocks if any(self.data[start : start + block_size])}
         self._replaced: set[int] = set()
         self._fresh: set[int] = set()
+        self.n_kept = 0
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
         """Zero, and give whole blocks back."""
@@ -81,6 +83,21 @@ class LimitedStorage(MemoryStorage):
         if self._make_room(host_offset, n_bytes, overwrites=False) < n_bytes:
             self._raise_full()
         return await super().allocate(host_offset, n_bytes)
+
+    async def keep_free(self, n_bytes: int) -> bool:
+        """Take blocks, or give back those that were taken."""
+        if not self.copy_on_write:
+            return False
+        await self._checkpoint()
+        self.room.give_back(self.n_kept)
+        self.n_kept = 0
+        n_blocks = n_bytes // self.block_size
+        if self.room.limit is not None:
+            if self.room.limit < n_blocks:
+                self._raise_full()
+            self.room.limit -= n_blocks
+        self.n_kept = n_blocks
+        return True
 
     async def flush(self) -> None:
         """What was overwritten until now is given back."""

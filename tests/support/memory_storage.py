@@ -101,6 +101,10 @@ class MemoryStorage:
         self.data.extend(bytes(max(0, host_offset + n_bytes - len(self.data))))
         return True
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """No need."""
+        return False
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length."""
         self._must_be_writable()

@@ -92,6 +92,10 @@ class ForwardingStorage:
         """As the inner one."""
         return await self.inner.allocate(host_offset, n_bytes)
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """As the inner one."""
+        return await self.inner.keep_free(n_bytes)
+
     async def truncate(self, n_bytes: int) -> None:
         """As the inner one."""
         await self.inner.truncate(n_bytes)

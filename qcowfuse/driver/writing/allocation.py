@@ -40,7 +40,7 @@ from ...format.refcounts import (
 from ...storage.base import Storage
 from ..layers.host_run import HostRun
 from .guarded_clusters import MetadataClusters
-from .metadata_space import MetadataSpace
+from .metadata_space import LEAST_WRITE, MetadataSpace
 
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 BLOCK_CACHE_BYTES = 8 << 20
@@ -132,6 +132,9 @@ class Allocator(Protocol):
     def is_dirty(self) -> bool:
         """Whether :meth:`take_dirty` would hand out anything."""
 
+    def dirty_bytes(self) -> int:
+        """How much that would be, at most."""
+
 
 class _Block:
     __slots__ = ("counts", "dirty_end", "dirty_start", "has_space")
@@ -194,8 +197,16 @@ class RefcountAllocator:
         """See Allocator."""
         return bool(self._dirty_blocks or self._new_entries or self._table_moved)
 
+    def dirty_bytes(self) -> int:
+        """See Allocator. A part of a table is taken for a block of any file system."""
+        tables = len(self._table) * 8 if self._table_moved else len(self._new_entries) * LEAST_WRITE
+        blocks = [self._blocks[block_index] for block_index in self._dirty_blocks]
+        n_counts = sum(block.dirty_end - block.dirty_start for block in blocks)
+        return (n_counts << self._order >> 3) + 2 * LEAST_WRITE * len(blocks) + tables
+
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
+        await self.space.prepare()
         while True:
             try:
                 return self._allocate(n_clusters)
@@ -206,6 +217,8 @@ class RefcountAllocator:
 
     def try_allocate(self, n_clusters: int) -> HostRun | None:
         """See Allocator."""
+        if not self.space.is_ready:
+            return None
         try:
             return self._allocate(n_clusters)
         except (BlockMissing, SpaceMissing):

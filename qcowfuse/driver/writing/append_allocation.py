@@ -32,10 +32,14 @@ class AppendAllocator:
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
-        return self.try_allocate(n_clusters)
+        await self.space.prepare()
+        return self._allocate(n_clusters)
 
-    def try_allocate(self, n_clusters: int) -> HostRun:
+    def try_allocate(self, n_clusters: int) -> HostRun | None:
         """See Allocator."""
+        return self._allocate(n_clusters) if self.space.is_ready else None
+
+    def _allocate(self, n_clusters: int) -> HostRun:
         size = self._storage.size()
         start = self._end if size <= self._unused_end else max(self._end, size)
         host_offset = round_up(start, self._cluster_size)
@@ -60,6 +64,10 @@ class AppendAllocator:
         if run.host_offset + run.n_clusters * self._cluster_size == self._end >= self._storage.size():
             self._end = run.host_offset
             self._unused_end = self._storage.size()
+
+    def dirty_bytes(self) -> int:
+        """See Allocator."""
+        return 0
 
     def take_dirty(self) -> DirtyRefcounts:
         """See Allocator."""

@@ -7,11 +7,18 @@ full after the guest was told that its write succeeded.
 2. Lowering a count and overwriting an entry that is not 0 need nothing: what holds a byte other than 0 is no hole.
 3. Where the file system has no fallocate, the bytes are written again as they are. Rounds of write-back are kept
    out meanwhile (``round_lock``): nothing else writes tables.
-4. A copy-on-write file system may ask for space at any overwriting, and a network one may tell of a full disk at a
-   flush only: there all this helps less, and a flush that failed to write is tried again.
+4. Where writing over something takes new space (copy on write), some is kept free for it: a round of write-back that
+   finds the disk full uses that up, and no cluster is taken before it is kept again. Rounds come so early that it is
+   enough.
+5. A network file system may tell of a full disk at a flush only: there nothing helps. A round that failed to write
+   is tried again.
 """
 
 from __future__ import annotations
+
+import errno
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 import trio
 
@@ -20,6 +27,10 @@ from ...storage.base import Storage, pread
 _UNIT_BITS = 9  # no file system has smaller blocks
 _STEP = 64 << 10
 _MAX_KNOWN = 1 << 16
+LEAST_WRITE = 4096
+"""Bytes of new space that a shorter write may take where writing over something takes any."""
+RESERVE_BYTES = 4 << 20
+"""What is kept free on a copy-on-write file system. Half of it may be dirty."""
 
 
 class MetadataSpace:
@@ -27,8 +38,46 @@ class MetadataSpace:
 
     def __init__(self, storage: Storage) -> None:
         self.round_lock = trio.Lock()
+        self.is_ready = False
+        """Whether clusters may be taken; else :meth:`prepare` comes first."""
+        self._dirty_bytes: Callable[[], int] | None = None
+        self._write_back: Callable[[], Awaitable[None]] | None = None
+        self.has_reserve = False
+        """Whether space is kept free."""
+        self._is_ending = False
         self._storage = storage
         self._known: set[int] = set()
+
+    def serve(self, dirty_bytes: Callable[[], int], write_back: Callable[[], Awaitable[None]]) -> None:
+        """``dirty_bytes``: what ``write_back``, a round without its last flush, would write over, at most."""
+        self._dirty_bytes, self._write_back = dirty_bytes, write_back
+
+    async def prepare(self) -> None:
+        """Keep space free for writing over metadata, where that is needed. Raises OSError (ENOSPC)."""
+        if not self.is_ready:
+            self.has_reserve = await self._storage.keep_free(RESERVE_BYTES)
+            self.is_ready = True
+
+    async def relieve(self) -> None:
+        """Before a change, where space is kept free: have metadata written back when that would not do for more."""
+        if self._dirty_bytes and self._write_back and self._dirty_bytes() > RESERVE_BYTES // 2:
+            with suppress(OSError):  # whoever needs a cluster, or flushes, will hear of it
+                await self._write_back()
+
+    async def can_help(self, error: OSError) -> bool:
+        """Whether a write of metadata that failed may be tried again: it was for want of space, and there is more
+        now. Raises OSError."""
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.has_reserve:
+            return False
+        self.has_reserve, self.is_ready = False, self._is_ending
+        return await self._storage.keep_free(0)
+
+    async def end(self) -> None:
+        """Nothing is kept free any more: the last writes may have it all. Raises OSError."""
+        self.is_ready = self._is_ending = True
+        if self.has_reserve:
+            self.has_reserve = False
+            await self._storage.keep_free(0)
 
     def has(self, host_offset: int, n_bytes: int) -> bool:
         """Whether the bytes are known to have their space; False may be wrong."""

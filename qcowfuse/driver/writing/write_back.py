@@ -56,6 +56,7 @@ from ..layers.range_claims import InFlightEpochs
 from ..layers.table_cache import SECTOR_WORDS, L2Slice, TableCache
 from .allocation import Allocator, DirtyRefcounts, MetadataWrite, merged
 from .guarded_clusters import MetadataClusters
+from .metadata_space import LEAST_WRITE
 
 log = logging.getLogger(__name__)
 _RUNS_AT_ONCE = 1024
@@ -107,6 +108,7 @@ class WriteBack:
         self._cache = cache
         self._metadata = metadata
         self._space = allocator.space
+        self._space.serve(self._dirty_bytes, self.clean_tables)
         self._lock = self._space.round_lock
         self._next_round: _Round | None = None
         self._dirty_l1: set[int] = set()
@@ -180,6 +182,20 @@ class WriteBack:
             or self._released
             or self._size_fields is not None
         )
+
+    def _dirty_bytes(self) -> int:
+        n_slices = len(self._cache.dirty)
+        n_links = len({index // SECTOR_WORDS for index in self._dirty_l1}) if self._dirty_l1 else 0
+        slice_bytes = max(self._mapping.geometry.slice_size, LEAST_WRITE)
+        return n_slices * slice_bytes + n_links * LEAST_WRITE + self._allocator.dirty_bytes()
+
+    def unwritten_range(self) -> tuple[int, int] | None:
+        """First byte of the disk, and end, of what may have changed without the image file knowing; None: nothing."""
+        bits, mapping = self._mapping.slice_shift, self._mapping
+        places = [(slice_.slice_number << bits, 1 << bits) for slice_ in self._cache.dirty.values()]
+        if not places:
+            return None
+        return min(start for start, _ in places), min(max(start + size for start, size in places), mapping.size)
 
     def check_usable(self) -> None:
         """Raise the error that made the image unusable for writing, if there was one."""
@@ -363,8 +379,16 @@ class WriteBack:
             if number % _WRITES_PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
             self._metadata.check_own(host_offset, len(data), "a table")
-            if not self._storage.try_pwritev(host_offset, (data,)):
-                await self._storage.pwritev(host_offset, (data,))
+            try:
+                await self._write(host_offset, data)
+            except OSError as error:
+                if not await self._space.can_help(error):
+                    raise
+                await self._write(host_offset, data)
+
+    async def _write(self, host_offset: int, data: bytes) -> None:
+        if not self._storage.try_pwritev(host_offset, (data,)):
+            await self._storage.pwritev(host_offset, (data,))
 
     async def _release_unlinked(self) -> None:
         """Step 7, for every round whose readers have gone."""

@@ -85,6 +85,8 @@ class Writer:
 
     async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
+        if self._space.has_reserve:
+            await self._space.relieve()
         mapping = self._mapping
         l1_index = mapping.l1_index(guest_offset)
         if not self._owns_table(l1_index):

@@ -129,6 +129,10 @@ class LatencyStorage:
         async with self._access(host_offset, 0):
             return await self._inner.allocate(host_offset, n_bytes)
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """As the inner one, without delay."""
+        return await self._inner.keep_free(n_bytes)
+
     async def truncate(self, n_bytes: int) -> None:
         """The inner call, later: the disk neither moves nor seeks."""
         async with self._access(None, 0):

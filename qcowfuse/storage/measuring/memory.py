@@ -179,6 +179,10 @@ class ResidentStorage:
         self._follow_growth()
         return allocated
 
+    async def keep_free(self, n_bytes: int) -> bool:
+        """As the inner one. Raises OSError."""
+        return await self._inner.keep_free(n_bytes)
+
     async def truncate(self, n_bytes: int) -> None:
         """Set the length. Raises OSError."""
         # Before the file shrinks: a mapping that reaches past the end would be SIGBUS for a read under way.
