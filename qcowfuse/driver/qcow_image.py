@@ -549,13 +549,16 @@ class QcowImage:
                     await storage.aclose()
 
     async def _flush_at_end(self, write_back: WriteBack) -> None:
-        """Raises OSError, which says what is lost."""
+        """Raises OSError, which says what is lost. Whatever else could be written is durable then."""
         try:
             await write_back.flush()
         except OSError as error:
             unwritten = write_back.unwritten_range()
             if unwritten is None:
                 raise
+            if write_back.failure is None:
+                with suppress(OSError):
+                    await write_back.flush_storage()
             where = "between bytes {} and {} of the disk".format(*unwritten)
             detail = f"{error.strerror}; what was written {where} since the last fsync may be lost, with its space"
             raise OSError(error.errno, detail, self.path) from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import random
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -372,6 +373,45 @@ async def test_closing_without_room_says_what_is_lost(monkeypatch: pytest.Monkey
     assert not check_image_bytes(run.top).errors
     again = await open_memory_image(run.left(), read_only=True)
     assert bytes(await again.read(0, 4096)) == b"a" * 4096
+
+
+async def test_closing_without_room_writes_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What found room is on disk when the image is closed; the error names no byte of it, and all that was lost."""
+
+    async def keep_free(self: LimitedStorage, n_bytes: int) -> bool:
+        return False
+
+    monkeypatch.setattr(LimitedStorage, "keep_free", keep_free)
+    built = build_image(ImageSpec(size=256 * KIB))
+    places = (0, 64 * KIB, 192 * KIB)  # each is mapped by another slice
+    n_kept_by_limit = []
+    for limit in range(6):
+        run = await start(built, None, copy_on_write=True, suspend=True)
+        for place in places:
+            await run.change("write", place, b"a" * 512)
+        assert await run.flush()
+        for place in places:
+            await run.change("write", place + 512, b"b" * 512)
+        run.room.limit = limit
+        lost = (0, 0)
+        try:
+            await run.image.aclose()
+        except OSError as error:
+            found = re.search(r"between bytes (\d+) and (\d+) of the disk", str(error))
+            assert found is not None
+            lost = int(found[1]), int(found[2])
+        assert not check_image_bytes(run.top).errors
+        again = await open_memory_image(run.left(), read_only=True)
+        n_kept = 0
+        for place in places:
+            assert bytes(await again.read(place, 512)) == b"a" * 512
+            is_kept = bytes(await again.read(place + 512, 512)) == b"b" * 512
+            assert is_kept or lost[0] <= place + 512 < lost[1]
+            n_kept += is_kept
+        n_kept_by_limit.append(n_kept)
+    assert n_kept_by_limit == sorted(n_kept_by_limit)
+    assert {1, 2} <= set(n_kept_by_limit)
+    assert n_kept_by_limit[-1] == 3
 
 
 @pytest.mark.parametrize("spec", ["v3", "v1", "4k", "snapshot", "extended", "full-table"])

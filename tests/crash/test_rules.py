@@ -68,18 +68,21 @@ class Breakage:
     suspend: bool = False
 
 
-_FIRST_FLUSH = """            await self.flush_storage(data)
-            data = None
-            links_written = True
+_FIRST_FLUSH = """        await self.flush_storage(data)
+        data = None
+        round_.links_written = True
 """
 BREAKAGES = {
     "R1 counts after links": Breakage(
         WriteBack,
-        "_run",
-        "await self._write_refcounts(refcounts)",
-        "late = late + refcounts.blocks + refcounts.moved_table + refcounts.table",
+        "_write_round",
+        "await self._write_refcounts(round_.refcounts)",
+        "counts = round_.refcounts.blocks + round_.refcounts.moved_table + round_.refcounts.table\n"
+        "    round_.late += [Part([write]) for write in counts]",
     ),
-    "R1 R2 no flush before links": Breakage(WriteBack, "_run", _FIRST_FLUSH, "            links_written = True\n"),
+    "R1 R2 no flush before links": Breakage(
+        WriteBack, "_write_round", _FIRST_FLUSH, "        round_.links_written = True\n"
+    ),
     "R2 linked before written": Breakage(
         Writer,
         "_allocate_and_link",
@@ -91,15 +94,15 @@ BREAKAGES = {
     "R3 count falls with the unlink": Breakage(
         WriteBack,
         "_run",
-        "    refcounts = self._allocator.take_dirty()\n",
+        "    round_ = self._take(final=final)\n",
         "    for run in self._unlinked:\n        await self._release(run)\n    self._unlinked = []\n"
-        "    refcounts = self._allocator.take_dirty()\n",
+        "    round_ = self._take(final=final)\n",
     ),
     "R4 L1 entries with the counts": Breakage(
         WriteBack,
-        "_run",
-        "late += self._serialise_l1(dirty_l1)",
-        "early += self._serialise_l1(dirty_l1)",
+        "_take",
+        "round_.late += [Part([link]) for link in links]",
+        "round_.early += [Part([link]) for link in links]",
         specs=(EMPTY, SHARED),
     ),
     "R4 blocks with their pointers": Breakage(
@@ -114,7 +117,7 @@ BREAKAGES = {
     ),
     "R5 no flush": Breakage(FeatureBits, "_write", "    await flush()\n", "", specs=(replace(PLAIN, seed=9),)),
     "fsync without the last flush": Breakage(
-        WriteBack, "_run", "        if final:\n            await self.flush_storage(data)", "        pass"
+        WriteBack, "_write_round", "    if final:\n        await self.flush_storage(data)", "    pass"
     ),
 }
 
@@ -181,12 +184,17 @@ async def test_nothing_is_noticed_where_nothing_is_broken() -> None:
 
 
 ERROR_BREAKAGES = {
-    "counts are forgotten": Breakage(WriteBack, "_run", "        self._allocator.put_back()\n", ""),
+    "counts are forgotten": Breakage(WriteBack, "_restore", "    self._allocator.put_back()\n", ""),
     "links are forgotten": Breakage(
-        WriteBack, "_run", "            self._cache.mark_dirty(slice_, start, end)\n", "            pass\n"
+        WriteBack,
+        "_restore",
+        "            self._cache.mark_dirty(part.slice_, part.start, part.end)\n",
+        "            pass\n",
     ),
-    "tables are forgotten": Breakage(WriteBack, "_run", "        self._dirty_l1 |= dirty_l1\n", "", specs=(EMPTY,)),
-    "unlinked clusters are forgotten": Breakage(WriteBack, "_run", "        self._unlinked += unlinked\n", ""),
+    "tables are forgotten": Breakage(
+        WriteBack, "_restore", "    self._dirty_l1 |= round_.dirty_l1\n", "", specs=(EMPTY,)
+    ),
+    "unlinked clusters are forgotten": Breakage(WriteBack, "_restore", "    self._unlinked += round_.unlinked\n", ""),
     "clusters stay taken": Breakage(Writer, "give_back", "await self._allocator.release([run], punch=True)", "pass"),
 }
 

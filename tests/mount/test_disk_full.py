@@ -7,13 +7,14 @@ import errno
 import mmap
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from tests.support import loops, qemu
 from tests.support.loops import EXT4, served
+from tests.support.mounting import Mounted
 from tests.support.oracle import DiskModel, first_difference, reference_bytes
 
 pytestmark = [pytest.mark.mount, pytest.mark.root]
@@ -277,3 +278,37 @@ def sync_file_system(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def test_the_end_on_a_disk_that_loses_writes(tmp_path: Path) -> None:
+    """The host's file system lies on a thin device that is full: the kernel drops what it had taken. fsync fails, the
+    disk is read-only from then on, and the daemon ends with exit code 6 and a line that names the image."""
+    pool, point, mount_point = tmp_path / "pool", tmp_path / "small", tmp_path / "mnt"
+    for folder in (pool, point, mount_point):
+        folder.mkdir()
+    qemu.must_run("mount", "-t", "tmpfs", "-o", "size=10m", "tmpfs", pool)
+    try:
+        disk = pool / "thin.raw"
+        with open(disk, "wb") as stream:
+            stream.truncate(64 << 20)
+        qemu.must_run("mkfs.ext4", "-q", "-F", "-m", "0", "-O", "^has_journal", disk)
+        with loops.loop_device(disk) as device, loops.mounted_file_system(device, point):
+            image = point / "i.qcow2"
+            qemu.create(image, "qcow2", SIZE)
+            os.sync()
+            with Mounted(image, mount_point) as mount:
+                fd = os.open(mount.file, os.O_RDWR | os.O_DIRECT)
+                write_blocks(fd, range(1200), DiskModel(bytes(SIZE)))
+                with pytest.raises(OSError) as caught:
+                    os.fsync(fd)
+                assert caught.value.errno in (errno.EIO, errno.ENOSPC, errno.EROFS)
+                with pytest.raises(OSError):
+                    os.pwrite(fd, block_of(0), 0)
+                with suppress(OSError):  # it tells of the failed flush again
+                    os.close(fd)
+                qemu.must_run("fusermount3", "-u", mount_point)
+                log = mount.wait_for_end(6)
+            assert str(image) in log.splitlines()[-1]
+            assert "Traceback" not in log
+    finally:
+        qemu.must_run("umount", "-l", pool)

@@ -206,7 +206,8 @@ class RefcountAllocator:
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
-        await self.space.prepare()
+        if not self.space.is_ready:
+            await self.space.prepare()
         while True:
             try:
                 return self._allocate(n_clusters)

@@ -32,7 +32,8 @@ class AppendAllocator:
 
     async def allocate(self, n_clusters: int) -> HostRun:
         """See Allocator."""
-        await self.space.prepare()
+        if not self.space.is_ready:
+            await self.space.prepare()
         return self._allocate(n_clusters)
 
     def try_allocate(self, n_clusters: int) -> HostRun | None:

@@ -33,7 +33,8 @@ from ..layers.usage import Usage
 from ..reading.reader import ChainReader
 from .allocation import Allocator, MetadataWrite
 from .guarded_clusters import MetadataClusters
-from .write_back import SizeFields, WriteBack
+from .round import SizeFields
+from .write_back import WriteBack
 from .writer import Writer
 from .zeroing import Zeroer
 

@@ -27,6 +27,8 @@ from ...storage.base import Storage, pread
 _UNIT_BITS = 9  # no file system has smaller blocks
 _STEP = 64 << 10
 _MAX_KNOWN = 1 << 16
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+"""What a write fails with where there is no room for it now, and may be later."""
 LEAST_WRITE = 4096
 """Bytes of new space that a shorter write may take where writing over something takes any."""
 RESERVE_BYTES = 4 << 20
@@ -67,7 +69,7 @@ class MetadataSpace:
     async def can_help(self, error: OSError) -> bool:
         """Whether a write of metadata that failed may be tried again: it was for want of space, and there is more
         now. Raises OSError."""
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT) or not self.has_reserve:
+        if error.errno not in NO_SPACE or not self.has_reserve:
             return False
         self.has_reserve, self.is_ready = False, self._is_ending
         return await self._storage.keep_free(0)

@@ -33,8 +33,9 @@ write has succeeded, no L1 entry is written that the table on disk has no room f
 all but with the next try: which table counts is in doubt.
 
 1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
-2. A write that fails (ENOSPC, EIO) leaves everything dirty; the next round tries again. So does one that would land
-   on other metadata: then the image is frozen by whoever asked for the round.
+2. A write that fails (ENOSPC, EIO) leaves what is not written dirty; the next round tries again. So does one that
+   would land on other metadata: then the image is frozen by the caller that asked for the round. In step 5 each write
+   stands for itself: one that finds the disk full keeps none of the others from being made.
 3. A flush that fails is final: the kernel has dropped pages that we can't name. Every later flush fails with the
    same error and the image is read-only.
 """
@@ -56,24 +57,13 @@ from ..layers.range_claims import InFlightEpochs
 from ..layers.table_cache import SECTOR_WORDS, L2Slice, TableCache
 from .allocation import Allocator, DirtyRefcounts, MetadataWrite, merged
 from .guarded_clusters import MetadataClusters
-from .metadata_space import LEAST_WRITE
+from .metadata_space import LEAST_WRITE, NO_SPACE
+from .round import Part, Round, SharedFlush, SizeFields
 
 log = logging.getLogger(__name__)
 _RUNS_AT_ONCE = 1024
 _CLUSTERS_AT_ONCE = 4096
 _WRITES_PER_CHECKPOINT = 32
-
-SizeFields = Callable[[int, int], MetadataWrite]
-"""``(l1_size, l1_table_offset)`` to the write that puts them into the header, with the size of the disk."""
-
-
-class _Round:
-    __slots__ = ("done", "error", "succeeded")
-
-    def __init__(self) -> None:
-        self.done = trio.Event()
-        self.succeeded = False
-        self.error: Exception | None = None
 
 
 class WriteBack:
@@ -110,7 +100,8 @@ class WriteBack:
         self._space = allocator.space
         self._space.serve(self._dirty_bytes, self.clean_tables)
         self._lock = self._space.round_lock
-        self._next_round: _Round | None = None
+        self._n_writes = 0
+        self._next_flush: SharedFlush | None = None
         self._dirty_l1: set[int] = set()
         self._unlinked_tables: set[int] = set()
         self._unlinked: list[HostRun] = []
@@ -206,7 +197,7 @@ class WriteBack:
         """Make everything written so far durable. Raises OSError; after a failed fdatasync always the same."""
         while True:
             self.check_usable()
-            shared = self._next_round
+            shared = self._next_flush
             if shared is not None:
                 await shared.done.wait()
                 if shared.error is not None:
@@ -214,10 +205,10 @@ class WriteBack:
                 if shared.succeeded:
                     return
                 continue
-            mine = self._next_round = _Round()
+            mine = self._next_flush = SharedFlush()
             try:
                 async with self._lock:
-                    self._next_round = None
+                    self._next_flush = None
                     self.check_usable()
                     await self._run(final=True)
                     mine.succeeded = True
@@ -225,8 +216,8 @@ class WriteBack:
                 mine.error = error
                 raise
             finally:
-                if self._next_round is mine:
-                    self._next_round = None
+                if self._next_flush is mine:
+                    self._next_flush = None
                 mine.done.set()
             return
 
@@ -253,68 +244,81 @@ class WriteBack:
             log.error("%s: %s; the image is read-only from now on", self._storage.name, error)
 
     async def _run(self, *, final: bool) -> None:
-        refcounts = self._allocator.take_dirty()
-        slices = list(self._cache.dirty.values())
-        self._cache.dirty.clear()
-        new_tables = self._unlinked_tables
-        taken = [(slice_, slice_.dirty_start, slice_.dirty_end) for slice_ in slices]
-        early = [write for slice_ in slices if slice_.l1_index in new_tables for write in self._serialise(slice_)]
-        late = [write for slice_ in slices if slice_.l1_index not in new_tables for write in self._serialise(slice_)]
-        size_fields = self._size_fields if final else None
-        held_back = set() if size_fields else self._held_back()
-        dirty_l1 = self._dirty_l1 - held_back
-        header: list[MetadataWrite] = []
-        if size_fields is not None:
-            late += self._serialise_moved_l1() or self._serialise_l1(dirty_l1)
-            header.append(size_fields(len(self._l1_table), self._l1_place))
-        else:
-            late += self._serialise_l1(dirty_l1)
-        self._dirty_l1, self._unlinked_tables = held_back, new_tables & held_back
-        for slice_ in slices:
-            slice_.n_pins += 1
-            slice_.mark_clean()
-        unlinked: list[HostRun] = []
-        epoch = 0
-        links_written = False
-        self._unlinked += self._allocator.take_unlinked()
-        if final and self._unlinked:
-            unlinked, self._unlinked = self._unlinked, []
-            epoch = self.epochs.advance()
+        round_ = self._take(final=final)
         try:
-            await self._write_refcounts(refcounts)
-            await self._write_all(early)
-            data = self._data
-            if late or header:
-                await self.flush_storage(data)
-                data = None
-                links_written = True
-                await self._write_all(late)
-            if header:
-                await self.flush_storage()
-                self._header_in_doubt = True
-                await self._write_all(header)
-            self._cache.write_backs += len(slices)
-            if final:
-                await self.flush_storage(data)
+            await self._write_round(round_, final=final)
         except BaseException:
-            self._allocator.put_back()
-            for slice_, start, end in taken:
-                self._cache.mark_dirty(slice_, start, end)
-            self._dirty_l1 |= dirty_l1
-            if not links_written:
-                self._unlinked_tables |= new_tables
-            self._unlinked += unlinked
+            self._restore(round_)
             raise
         finally:
-            for slice_ in slices:
+            for slice_ in round_.slices:
                 self._cache.unpin(slice_)
-        self._allocator.written()
-        if size_fields is not None:
-            self._header_changed(size_fields)
-        if unlinked:
-            self._released.append((epoch, unlinked))
+        self._commit(round_)
         if final:
             await self._release_unlinked()
+
+    def _take(self, *, final: bool) -> Round:
+        """Step 1: no ``await`` in here, so that what is taken fits together."""
+        slices = list(self._cache.dirty.values())
+        self._cache.dirty.clear()
+        round_ = Round(self._allocator.take_dirty(), slices, self._size_fields if final else None)
+        new_tables = round_.new_tables = self._unlinked_tables
+        for slice_ in slices:
+            part = Part(self._serialise(slice_), slice_)
+            (round_.early if slice_.l1_index in new_tables else round_.late).append(part)
+            slice_.n_pins += 1
+            slice_.mark_clean()
+        held_back = set() if round_.size_fields else self._held_back()
+        dirty_l1 = round_.dirty_l1 = self._dirty_l1 - held_back
+        links = self._serialise_l1(dirty_l1)
+        if round_.size_fields is not None:
+            links = self._serialise_moved_l1() or links
+            round_.header.append(round_.size_fields(len(self._l1_table), self._l1_place))
+        round_.late += [Part([link]) for link in links]
+        self._dirty_l1, self._unlinked_tables = held_back, new_tables & held_back
+        self._unlinked += self._allocator.take_unlinked()
+        if final and self._unlinked:
+            round_.unlinked, self._unlinked = self._unlinked, []
+            round_.epoch = self.epochs.advance()
+        return round_
+
+    async def _write_round(self, round_: Round, *, final: bool) -> None:
+        """Steps 2 to 6."""
+        await self._write_refcounts(round_.refcounts)
+        for part in round_.early:
+            await self._write_all(part.writes)
+        data = self._data
+        if round_.late or round_.header:
+            await self.flush_storage(data)
+            data = None
+            round_.links_written = True
+            await self._write_links(round_.late)
+        if round_.header:
+            await self.flush_storage()
+            self._header_in_doubt = True
+            await self._write_all(round_.header)
+        self._cache.write_backs += len(round_.slices)
+        if final:
+            await self.flush_storage(data)
+
+    def _restore(self, round_: Round) -> None:
+        """The round has failed: what it took and did not write is dirty again."""
+        self._allocator.put_back()
+        for part in (*round_.early, *round_.late):
+            if part.slice_ is not None and not part.is_written:
+                self._cache.mark_dirty(part.slice_, part.start, part.end)
+        self._dirty_l1 |= round_.dirty_l1
+        if not round_.links_written:
+            self._unlinked_tables |= round_.new_tables
+        self._unlinked += round_.unlinked
+
+    def _commit(self, round_: Round) -> None:
+        """The round is on disk, or with the kernel where it was for eviction."""
+        self._allocator.written()
+        if round_.size_fields is not None:
+            self._header_changed(round_.size_fields)
+        if round_.unlinked:
+            self._released.append((round_.epoch, round_.unlinked))
 
     def _serialise(self, slice_: L2Slice) -> list[MetadataWrite]:
         """The dirty part of a slice, whole sectors."""
@@ -374,9 +378,24 @@ class WriteBack:
             await self.flush_storage()
             await self._write_all(refcounts.table)
 
+    async def _write_links(self, parts: list[Part]) -> None:
+        """Step 5. A part that is written needs no other: it links what is durable."""
+        failed: OSError | None = None
+        for part in parts:
+            try:
+                await self._write_all(part.writes)
+                part.is_written = True
+            except OSError as error:
+                if error.errno not in NO_SPACE:
+                    raise
+                failed = failed or error
+        if failed is not None:
+            raise failed
+
     async def _write_all(self, writes: Sequence[MetadataWrite]) -> None:
-        for number, (host_offset, data) in enumerate(writes, 1):
-            if number % _WRITES_PER_CHECKPOINT == 0:
+        for host_offset, data in writes:
+            self._n_writes += 1
+            if self._n_writes % _WRITES_PER_CHECKPOINT == 0:
                 await trio.lowlevel.checkpoint()
             self._metadata.check_own(host_offset, len(data), "a table")
             try:
