@@ -10,14 +10,15 @@ from collections.abc import Generator
 import pytest
 from hypothesis import settings
 
-from tests.support.container import FORBIDS, LACKS
+from tests.support import container, qemu
 
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("qcowfuse", deadline=None)
 settings.load_profile("qcowfuse")
 
-DECLARED_SKIPS = (LACKS, FORBIDS)
-"""Parts of skip reasons that do not fail under QCOWFUSE_NO_SKIPS=1: what a container lacks or a system forbids."""
+DECLARED_SKIPS = (container.LACKS, container.FORBIDS, qemu.LACKS)
+"""Parts of skip reasons that do not fail under QCOWFUSE_NO_SKIPS=1: what a container or an old QEMU lacks, and what a
+system forbids."""
 
 # A shell that starts the tests in the background has them ignore SIGINT, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
@@ -138,7 +139,14 @@ async def test_both_read_what_the_other_wrote(format_name: str, options: str, im
     assert b"A" * 64 not in path.read_bytes(), "the guest's bytes lie in the image as they are"
 
 
-@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.fixture(params=COMBINATIONS)
+def combination(request: pytest.FixtureRequest) -> str:
+    """Cipher, mode, generator and hash, of those that QEMU has."""
+    if "sm3" in request.param:
+        qemu.need((9, 2), "the hash SM3")
+    return str(request.param)
+
+
 async def test_every_cipher_that_both_have(combination: str, image_folder: Path) -> None:
     """Images that we make, with every cipher, mode, generator and hash: written by both, read by both."""
     path = image_folder / "image"
@@ -201,6 +209,15 @@ async def test_passphrases_that_qemu_would_not_take(passphrase: bytes | None, im
     assert not path.exists()
 
 
+def info_by_both(path: Path, capsys: pytest.CaptureFixture[str]) -> tuple[Any, Any]:
+    """What info says, by us and by QEMU."""
+    assert main(["info", "--output=json", str(path)]) == 0
+    ours = json.loads(capsys.readouterr().out)
+    if qemu.version() < (9, 0):
+        ours.get("format-specific", {}).get("data", {}).get("encrypt", {}).pop("detached-header", None)
+    return ours, qemu.info(path)
+
+
 def test_info_says_what_qemu_img_says(image_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """info of encrypted images needs no key and has qemu-img's fields, even for ciphers that nobody here can use."""
     for format_name, options in (
@@ -210,12 +227,12 @@ def test_info_says_what_qemu_img_says(image_folder: Path, capsys: pytest.Capture
     ):
         path = image_folder / "image"
         create(path, format_name, options)
-        assert main(["info", "--output=json", str(path)]) == 0
-        assert json.loads(capsys.readouterr().out) == qemu.info(path)
+        ours, theirs = info_by_both(path, capsys)
+        assert ours == theirs
     path = image_folder / "luks"
     trio.run(create_here, path, LUKS)
-    assert main(["info", "--output=json", str(path)]) == 0
-    assert json.loads(capsys.readouterr().out) == qemu.info(path)
+    ours, theirs = info_by_both(path, capsys)
+    assert ours == theirs
     assert main(["info", str(path)]) == 0
     said = capsys.readouterr().out
     assert "cipher alg: aes-256" in said

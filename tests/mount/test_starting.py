@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import qemu
 from tests.support.mounting import (
     Mounted,
     command,
@@ -146,8 +147,7 @@ def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals, pat
     (tmp_path / "key").write_text("open sesame")
     secret = f"secret,id=s,file={tmp_path / 'key'}"
     options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
-    words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, str(image), "1M"]
-    subprocess.run(words, check=True)
+    qemu.must_run("qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, image, "1M")
     (tmp_path / "mnt").mkdir()
     pid, terminal = pty.fork()
     if pid == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import qemu
 from tests.support.container import is_contained, lacks, need_loop_devices
 
 REPOSITORY = Path(__file__).parents[2]
@@ -298,7 +299,7 @@ def test_the_passphrase_is_a_credential(machine: Path, boot: Callable[[str], Non
     key.chmod(0o600)
     words = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", f"secret,id=s,file={key}"]
     options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
-    subprocess.run([*words, "-o", options, machine / "srv/image one.qcow2", "64M"], check=True)
+    qemu.must_run(*words, "-o", options, machine / "srv/image one.qcow2", "64M")
     boot(r"""
 systemctl start qcowfuse@one && fail "started without a key"
 wait_for eval 'journalctl -u qcowfuse@one | grep -q "systemd credential qcowfuse.key"'
