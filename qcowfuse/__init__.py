@@ -5,12 +5,14 @@ The packages, from the lowest to the highest; each imports only from those above
     errors, buffer,     every exception that a caller may see; what bytes are passed around in;
     printable           the way of text to a terminal or a log
     format              sans I/O: bytes of an image to values and back
+    partitions          sans I/O: bytes of a disk to its partitions
     system              what Linux offers and the standard library lacks
     storage             bytes at offsets, asynchronously; knows nothing of QCOW
       measuring         storages with a known delay, or in memory
     tables              the tables of an image, read through a storage
     consistency         check and repair
-    driver              the virtual disk: ``image`` (what others see of it), ``options``, ``files``
+    driver              the virtual disk: ``image`` (what others see of it), ``options``, ``files``,
+                        ``partition_window``
       layers            mapping, caches, ciphers, data files, claims
       reading           guest data out of a chain of images
       writing           allocation, write-back, rules R1 to R5

@@ -9,13 +9,16 @@ import pytest
 
 from qcowfuse.driver.writing.append_allocation import AppendAllocator
 from qcowfuse.format import luks
+from qcowfuse.partitions.table import find_table
 from tests.support.checker import check_image_bytes
 from tests.support.fuzzing import differential, judging, parsers
 from tests.support.fuzzing.cases import Case, changed, parse_case, random_changes, random_steps
+from tests.support.fuzzing.disks import DISKS
 from tests.support.fuzzing.judging import QEMU, TARGETS, WHOLE, judge, judge_apart, shrink_case
 from tests.support.fuzzing.subjects import IMAGES, SIZE, subject
 from tests.support.fuzzing.workers import Fuzzing
 from tests.support.mutation import break_line
+from tests.support.partition_tables import answer
 
 from .reproducers import DECIDED, REPRODUCERS
 
@@ -29,6 +32,15 @@ def test_subjects_are_sound(name: str) -> None:
     assert (report.errors, report.leaks) == ([], 0)
     assert judge(Case(QEMU, name)) is None
     assert judge(Case(WHOLE, name, (), (("check",), ("info",), ("map",), ("rw",), ("write", 700, 9000, 7)))) is None
+
+
+@pytest.mark.parametrize("name", DISKS)
+def test_disks_are_sound(name: str) -> None:
+    """As they are built: nothing is wrong with any of three partitions, or five and an extended one."""
+    data = subject(name).data
+    table = answer(find_table(len(data)), data)
+    assert table.problems == ()
+    assert [part.problem for part in table.partitions] == [""] * (6 if name == "mbr" else 3)
 
 
 @pytest.mark.parametrize("case", REPRODUCERS, ids=lambda case: f"{case.subject}: {case.changes[0][0]}")

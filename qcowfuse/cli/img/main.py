@@ -148,6 +148,7 @@ def _build_parser() -> _Parser:
         "size", metavar="[+]SIZE", help="the new size, with + what is added to it: bytes, or k, M, G, T, P, E"
     )
     _add_snapshot_command(commands)
+    _add_partitions_command(commands)
     return parser
 
 
@@ -179,6 +180,26 @@ def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None
         "-U", "--force-share", action="store_true", help="list those of an image in use; what is seen may be torn"
     )
     command.add_argument("image", metavar="IMAGE")
+
+
+def _add_partitions_command(commands: argparse._SubParsersAction[_Parser]) -> None:
+    command = commands.add_parser(
+        "partitions",
+        help="the partitions of the disk inside",
+        description="List the partitions of the disk inside an image (GPT or MBR), and what is in them.",
+        allow_abbrev=False,
+    )
+    command.set_defaults(run=_partitions)
+    command.add_argument("image", metavar="IMAGE")
+    command.add_argument("--output", choices=("human", "json"), default="human", help="default: human")
+    command.add_argument(
+        "-U", "--force-share", action="store_true", help="look at an image in use; what is seen may be torn"
+    )
+    command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
+    command.add_argument(
+        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
+    )
+    add_options(command, NAME_OPTIONS)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -323,6 +344,25 @@ def _snapshot(given: argparse.Namespace) -> int:
                 await apply_snapshot(image, given.apply, progress=progress.show)
             else:
                 await delete_snapshot(image, given.delete, progress=progress.show)
+        return ImgExit.OK
+
+    return run_until_stopped(run)
+
+
+def _partitions(given: argparse.Namespace) -> int:
+    from .partitions import print_partitions
+
+    options = options_of_names(given)._replace(read_only=True, force_share=given.force_share, snapshot=given.snapshot)
+    key = KeySource(given.key_file, os.environ)
+    key.prepare(given.image, options)
+
+    async def run() -> int:
+        with key.explained():
+            image = await open_image(given.image, options._replace(passphrase=key))
+        try:
+            await print_partitions(image, as_json=given.output == "json")
+        finally:
+            await image.aclose()
         return ImgExit.OK
 
     return run_until_stopped(run)

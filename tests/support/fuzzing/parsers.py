@@ -34,6 +34,7 @@ from qcowfuse.format.snapshots import parse_snapshot, serialise_snapshots
 from qcowfuse.format.subclusters import lookup_run_extended, plan_write_extended
 from qcowfuse.tools.peek import may_need_passphrase
 
+from .disks import DISKS, judge_disk
 from .subjects import IMAGES, Subject
 
 Parser = Callable[[Subject], None]
@@ -313,6 +314,7 @@ PARSERS: dict[str, tuple[Parser, tuple[str, ...]]] = {
     "mount-options": (_mount_options, ("options",)),
     "configuration": (_configuration, ("configuration",)),
     "quick-look": (_quick_look, tuple(IMAGES)),
+    "partitions": (judge_disk, tuple(DISKS)),
 }
 """By name: the target and the subjects that it takes."""
 __all__ = ["PARSERS", "judge_header"]

@@ -389,9 +389,11 @@ TEXTS = {
 
 @cache
 def subject(name: str) -> Subject:
-    """The image, ``luks``, or a text: ``options``, ``configuration``; not to be changed."""
+    """The image, ``luks``, a disk with partitions, or a text: ``options``, ``configuration``; not to be changed."""
+    from .disks import DISKS  # it builds on this module
+
     if name == "luks":
         return build_luks_header()
     if name in TEXTS:
         return Subject(bytearray(TEXTS[name]))
-    return IMAGES[name]()
+    return (IMAGES | DISKS)[name]()
