@@ -9,7 +9,7 @@ from typing import Any
 
 from ..printable import printable
 
-_SYSLOG = "/dev/log"
+SYSLOG = "/dev/log"
 _LOG_DAEMON = 3 << 3
 _SEVERITIES = (
     (logging.CRITICAL, 2),
@@ -62,7 +62,7 @@ def log_to_file(path: str) -> None:
 def open_syslog() -> logging.Handler:
     """The local syslog (journald listens there too), or nowhere when there is none."""
     try:
-        syslog = _Syslog(_SYSLOG)
+        syslog = _Syslog(SYSLOG)
     except OSError:
         return logging.NullHandler()
     syslog.setFormatter(OneLine(f"qcowfuse[{os.getpid()}]: %(levelname)s: %(message)s"))

@@ -52,7 +52,7 @@ def make_sector_cipher(spec: CipherSpec, key: bytes | bytearray) -> SectorCipher
     half = len(key) // 2
     if key[:half] == key[half:]:
         raise UnsupportedFeatureError(["XTS with two equal keys"])
-    return _XtsByBlocks(key, generator) if len(key) == 48 else _XtsSectors(key, generator)
+    return XtsByBlocks(key, generator) if len(key) == 48 else _XtsSectors(key, generator)
 
 
 def legacy_aes_cipher(passphrase: bytes | bytearray) -> SectorCipher:
@@ -202,7 +202,7 @@ class _XtsSectors:
         return b"".join(parts)
 
 
-class _XtsByBlocks:
+class XtsByBlocks:
     """AES-XTS with keys of 192 bits, which OpenSSL has not got as a mode of its own."""
 
     def __init__(self, key: bytes | bytearray, generator: IvGenerator) -> None:

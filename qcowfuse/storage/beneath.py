@@ -148,7 +148,7 @@ def find_file(start: Folder, name: str, allowed: Sequence[Folder] = ()) -> Found
         try:
             status = os.fstat(fd)
             is_allowed = any(_rest_below(folder.path, path) is not None for folder in allowed)
-            _refuse_unfit(fd, status, takes_block_device=is_allowed)
+            refuse_unfit(fd, status, takes_block_device=is_allowed)
         except BaseException:
             os.close(fd)
             raise
@@ -159,7 +159,7 @@ def find_file(start: Folder, name: str, allowed: Sequence[Folder] = ()) -> Found
         walk.close()
 
 
-def _refuse_unfit(fd: int, status: os.stat_result, *, takes_block_device: bool) -> None:
+def refuse_unfit(fd: int, status: os.stat_result, *, takes_block_device: bool) -> None:
     if not stat.S_ISREG(status.st_mode) and not (takes_block_device and stat.S_ISBLK(status.st_mode)):
         kind = _TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
         raise UnfitFileError(kind, is_block_device=stat.S_ISBLK(status.st_mode))

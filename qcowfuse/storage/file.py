@@ -47,15 +47,15 @@ MAX_INLINE_WRITE = 1 << 20
 """Bytes; longer writes to a disk file system go to a thread, which copies them without the interpreter lock."""
 
 _ZERO_CHUNK = 1 << 20
-_MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
 _PLAIN_WRITE_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
-_COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
+COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
 _NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
 
 _RWF_NOWAIT = os.RWF_NOWAIT
-_pread = os.pread
-_preadv = os.preadv
-_pwrite = os.pwrite
+sys_pread = os.pread
+sys_preadv = os.preadv
+sys_pwrite = os.pwrite
 
 T = TypeVar("T")
 
@@ -74,13 +74,13 @@ class _TryPwritev(Protocol):
 
 def read_all(fd: int, host_offset: int, n_bytes: int) -> bytes:
     """All ``n_bytes``, zero-filled past the end of the file; blocks. Raises OSError."""
-    data = _pread(fd, n_bytes, host_offset)
+    data = sys_pread(fd, n_bytes, host_offset)
     if len(data) == n_bytes:
         return data
     parts = [data]
     n_done = len(data)
     while data and n_done < n_bytes:
-        data = _pread(fd, n_bytes - n_done, host_offset + n_done)
+        data = sys_pread(fd, n_bytes - n_done, host_offset + n_done)
         parts.append(data)
         n_done += len(data)
     parts.append(bytes(n_bytes - n_done))
@@ -92,7 +92,7 @@ def read_all_into(fd: int, host_offset: int, buffer: memoryview) -> None:
     n_done = 0
     n_bytes = len(buffer)
     while n_done < n_bytes:
-        n_read = _preadv(fd, (buffer[n_done:],), host_offset + n_done)
+        n_read = sys_preadv(fd, (buffer[n_done:],), host_offset + n_done)
         if n_read == 0:
             buffer[n_done:] = bytes(n_bytes - n_done)
             return
@@ -122,7 +122,7 @@ def _write_rest(fd: int, host_offset: int, group: Sequence[Buffer], n_written: i
         n_end = n_before + len(buffer)
         view = memoryview(buffer)
         while n_written < n_end:
-            n_more = _pwrite(fd, view[n_written - n_before :], host_offset + n_written)
+            n_more = sys_pwrite(fd, view[n_written - n_before :], host_offset + n_written)
             if n_more == 0:
                 raise OSError(errno.EIO, "a write wrote nothing")
             n_written += n_more
@@ -166,9 +166,9 @@ def _file_system_of(fd: int) -> str:
         return ""
 
 
-def _takes_nowait(fd: int) -> bool:
+def takes_nowait(fd: int) -> bool:
     try:
-        _preadv(fd, (bytearray(1),), 0, _RWF_NOWAIT)
+        sys_preadv(fd, (bytearray(1),), 0, _RWF_NOWAIT)
     except BlockingIOError:
         return True
     except OSError as error:
@@ -194,27 +194,27 @@ class FileStorage:
         self._writable = writable
         self._size = length_of(fd)
         self._file_system = _file_system_of(fd)
-        self._in_memory = self._file_system in _MEMORY_FILE_SYSTEMS
+        self._in_memory = self._file_system in MEMORY_FILE_SYSTEMS
         self._flush_errno = 0
         self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
         self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
         self._can_allocate = True
         self._reserve_fd: int | None = None
-        if writable and self._file_system in _COPY_ON_WRITE_FILE_SYSTEMS:
+        if writable and self._file_system in COPY_ON_WRITE_FILE_SYSTEMS:
             from .reserve import open_reserve
 
             self._reserve_fd = open_reserve(fd, path)
-        self._n_in_flight = 0
+        self.n_in_flight = 0
         self._idle = trio.Event()
         self._is_closing = False
         self._closed = trio.Event()
         self.counters = StorageCounters()
         self._declined_offset = -1
         self._pool = retain_worker_pool()
-        self._ring: ReadRing | None = None
+        self.ring: ReadRing | None = None
         if io_uring and not self._in_memory:
-            self._ring = retain_read_ring()
+            self.ring = retain_read_ring()
         self._bind()
 
     def _bind(self) -> None:
@@ -222,7 +222,7 @@ class FileStorage:
         if self._in_memory:
             self.try_pread = self._plain_pread
             self.try_pread_into = self._plain_pread_into
-        elif _takes_nowait(self._fd):
+        elif takes_nowait(self._fd):
             self.try_pread = self._nowait_pread
             self.try_pread_into = self._nowait_pread_into
         else:
@@ -276,7 +276,7 @@ class FileStorage:
     # -- inline
 
     def _plain_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        data = _pread(self._fd, n_bytes, host_offset)
+        data = sys_pread(self._fd, n_bytes, host_offset)
         counters = self.counters
         counters.reads += 1
         counters.read_bytes += n_bytes
@@ -290,7 +290,7 @@ class FileStorage:
             return None
         buffer = bytearray(n_bytes)
         try:
-            n_read = _preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
+            n_read = sys_preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
         except BlockingIOError:
             self._declined_offset = host_offset
             return None
@@ -317,7 +317,7 @@ class FileStorage:
 
     def _nowait_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
         try:
-            n_read = _preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
+            n_read = sys_preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
         except BlockingIOError:
             return False
         except OSError as error:
@@ -353,7 +353,7 @@ class FileStorage:
             if len(buffers) == 1:
                 buffer = buffers[0]
                 n_bytes = len(buffer)
-                if _pwrite(self._fd, buffer, host_offset) != n_bytes:
+                if sys_pwrite(self._fd, buffer, host_offset) != n_bytes:
                     write_all(self._fd, host_offset, buffers)
             else:
                 n_bytes = write_all(self._fd, host_offset, buffers)
@@ -376,16 +376,16 @@ class FileStorage:
         """All ``n_bytes``, zero-filled past the end. Raises OSError."""
         self.counters.reads += 1
         self.counters.read_bytes += n_bytes
-        if self._ring is not None and n_bytes <= MAX_READ_BYTES:
-            return await self._run_in_ring(self._ring, host_offset, n_bytes)
+        if self.ring is not None and n_bytes <= MAX_READ_BYTES:
+            return await self._run_in_ring(self.ring, host_offset, n_bytes)
         return await self._run(read_all, host_offset, n_bytes)
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, with zeroes past the end. Raises OSError."""
         self.counters.reads += 1
         self.counters.read_bytes += len(buffer)
-        if self._ring is not None and len(buffer) <= MAX_READ_BYTES:
-            buffer[:] = await self._run_in_ring(self._ring, host_offset, len(buffer))
+        if self.ring is not None and len(buffer) <= MAX_READ_BYTES:
+            buffer[:] = await self._run_in_ring(self.ring, host_offset, len(buffer))
         else:
             await self._run(read_all_into, host_offset, buffer)
 
@@ -481,12 +481,12 @@ class FileStorage:
         self._decline_reads()
         self.try_pwritev = self._decline_pwritev
         with trio.CancelScope(shield=True):
-            if self._n_in_flight:
+            if self.n_in_flight:
                 await self._idle.wait()
         fd, self._fd = self._fd, -1
         self._pool.release()
-        if self._ring is not None:
-            self._ring.release()
+        if self.ring is not None:
+            self.ring.release()
         if self._reserve_fd is not None:
             os.close(self._reserve_fd)
         try:
@@ -498,25 +498,25 @@ class FileStorage:
         """``function(fd, *args)`` in a thread."""
         if self._is_closing:
             raise OSError(errno.EBADF, "storage is closed", self._name)
-        self._n_in_flight += 1
+        self.n_in_flight += 1
         try:
             return await self._pool.run(function, self._fd, *args)
         finally:
-            self._n_in_flight -= 1
-            if self._n_in_flight == 0 and self._is_closing:
+            self.n_in_flight -= 1
+            if self.n_in_flight == 0 and self._is_closing:
                 self._idle.set()
 
     async def _run_in_ring(self, ring: ReadRing, host_offset: int, n_bytes: int) -> Buffer:
         """A read by io_uring, and in a thread where that declines."""
         if self._is_closing:
             raise OSError(errno.EBADF, "storage is closed", self._name)
-        self._n_in_flight += 1
+        self.n_in_flight += 1
         try:
             data = await ring.read(self._fd, host_offset, n_bytes)
             return await self._pool.run(read_all, self._fd, host_offset, n_bytes) if data is None else data
         finally:
-            self._n_in_flight -= 1
-            if self._n_in_flight == 0 and self._is_closing:
+            self.n_in_flight -= 1
+            if self.n_in_flight == 0 and self._is_closing:
                 self._idle.set()
 
     async def _run_growing(self, function: Callable[..., T], *args: Any) -> T:

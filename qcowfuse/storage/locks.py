@@ -37,19 +37,19 @@ POLL_INTERVAL = 0.05
 QUIET_SECONDS = 1.0
 """A daemon that is just closing the image takes less as a rule."""
 
-_FLOCK = struct.Struct("@hhqqi4x")
+FLOCK = struct.Struct("@hhqqi4x")
 _HELD_BY_OTHER = frozenset({errno.EAGAIN, errno.EACCES})
 _NO_LOCKS_HERE = frozenset({errno.ENOLCK, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOSYS})
 
 
 def _set_lock(fd: int, kind: int, byte: int) -> None:
-    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
+    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, byte, 1, 0))
 
 
 def _is_held_by_other(fd: int, byte: int) -> bool:
     """Whether another open file description has any lock on ``byte``."""
-    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
-    kind: int = _FLOCK.unpack(answer)[0]
+    answer = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0))
+    kind: int = FLOCK.unpack(answer)[0]
     return kind != fcntl.F_UNLCK
 
 

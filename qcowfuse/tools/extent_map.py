@@ -59,7 +59,7 @@ async def map_image(path: str, options: OpenOptions | None = None) -> AsyncItera
     options = (options or OpenOptions())._replace(read_only=True, tables_only=True)
     image = await open_image(path, options)
     try:
-        walk = _MapWalk(image.layers)
+        walk = MapWalk(image.layers)
         await walk.find_holes()
         async with aclosing(walk.run()) as entries:
             yield entries
@@ -81,7 +81,7 @@ def _joined(first: MapEntry, second: MapEntry) -> MapEntry | None:
     return replace(first, n_bytes=first.n_bytes + second.n_bytes) if expected == second.host_offset else None
 
 
-class _MapWalk:
+class MapWalk:
     """One pass over a chain, the top layer first."""
 
     def __init__(self, layers: tuple[Layer, ...]) -> None:
@@ -89,7 +89,7 @@ class _MapWalk:
         self.recursive: list[bool] = []
         """By layer: whether holes of the host file tell more than the tables do."""
         self._size = layers[0].size
-        self._n_looks = 0
+        self.n_looks = 0
 
     async def find_holes(self) -> None:
         """Which layers' files have to be asked for holes."""
@@ -134,8 +134,8 @@ class _MapWalk:
             if position >= self.layers[depth].size:
                 # The rest of a raw file's last sector.
                 return [self._entry(depth, position, n_bytes, zero=True, host_offset=position)]
-        self._n_looks += 1
-        if self._n_looks % _LOOKS_PER_CHECKPOINT == 0:
+        self.n_looks += 1
+        if self.n_looks % _LOOKS_PER_CHECKPOINT == 0:
             await trio.lowlevel.checkpoint()
         if run.kind == ClusterKind.COMPRESSED:
             entry = self._entry(depth, position, n_bytes, data=True)

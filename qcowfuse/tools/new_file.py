@@ -160,7 +160,7 @@ def open_new_file(path: str, *, overwrite: bool) -> NewFile:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     path = os.path.realpath(path) if os.path.islink(path) else path
     is_new = not os.path.exists(path)
-    fd = _open_nameless(path) if is_new else None
+    fd = open_nameless(path) if is_new else None
     has_name = fd is None
     if fd is None:
         fd = open_descriptor(path, writable=True, flags=os.O_CREAT | os.O_EXCL if is_new else 0)
@@ -174,7 +174,7 @@ def open_new_file(path: str, *, overwrite: bool) -> NewFile:
     return file
 
 
-def _open_nameless(path: str) -> int | None:
+def open_nameless(path: str) -> int | None:
     """A file without a name in the folder of ``path``; None where that can't be, or could not get one later."""
     folder = os.path.dirname(path) or "."
     try:

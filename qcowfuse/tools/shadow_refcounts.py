@@ -43,7 +43,7 @@ from ..storage.base import Storage, pread
 
 CACHE_BYTES = 64 << 20
 """Counts in memory; without the need to make room nothing is written before all references are counted."""
-_MIN_BLOCKS = 8
+MIN_BLOCKS = 8
 
 
 class _Block:
@@ -77,7 +77,7 @@ class ShadowRefcounts:
         self._places: dict[int, int] = {}
         self._blocks: OrderedDict[int, _Block] = OrderedDict()
         empty = empty_refcounts(header.cluster_bits, header.refcount_order)
-        self._max_blocks = max(CACHE_BYTES // (len(empty) * empty.itemsize), _MIN_BLOCKS)
+        self._max_blocks = max(CACHE_BYTES // (len(empty) * empty.itemsize), MIN_BLOCKS)
         self._cursor = 0
         self._first_taken = 1 << 64
         self._taken_starts = array("Q")

@@ -36,9 +36,9 @@ class ShortCalls:
         self.chooser = chooser
         self.n_writes = n_writes
         self.n_short = 0
-        monkeypatch.setattr(file_module, "_pread", self.pread)
-        monkeypatch.setattr(file_module, "_preadv", self.preadv)
-        monkeypatch.setattr(file_module, "_pwrite", self.pwrite)
+        monkeypatch.setattr(file_module, "sys_pread", self.pread)
+        monkeypatch.setattr(file_module, "sys_preadv", self.preadv)
+        monkeypatch.setattr(file_module, "sys_pwrite", self.pwrite)
         monkeypatch.setattr(os, "pwritev", self.pwritev)
         self._real = os.pread, os.preadv, os.pwrite
 

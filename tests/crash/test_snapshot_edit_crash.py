@@ -152,7 +152,7 @@ async def test_a_power_cut_leaves_the_old_or_the_new(spec: str, change: str) -> 
 async def test_a_power_cut_when_memory_is_short(spec: str, change: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Refcount blocks that are written early and read again for want of room change nothing."""
     monkeypatch.setattr(shadow_refcounts, "CACHE_BYTES", 0)
-    monkeypatch.setattr(shadow_refcounts, "_MIN_BLOCKS", 3)
+    monkeypatch.setattr(shadow_refcounts, "MIN_BLOCKS", 3)
     assert await problems_of_cuts(spec, change) == ""
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qcowfuse.format.entries import COPIED, READS_ZERO, entry_format
 from qcowfuse.format.presence import n_without
-from qcowfuse.tools.extent_map import MapEntry, _MapWalk
+from qcowfuse.tools.extent_map import MapEntry, MapWalk
 from tests.driver.test_holes import one_table, with_one_table
 from tests.support.images import TOP, open_memory_image
 
@@ -23,11 +23,11 @@ SPEC = one_table(N_TABLES)
 async def mapped(data: bytes) -> tuple[list[MapEntry], int]:
     """All entries, and how many looks at a layer they took."""
     image = await open_memory_image({TOP: data}, read_only=True)
-    walk = _MapWalk(image.layers)
+    walk = MapWalk(image.layers)
     walk.recursive = [False]
     entries = [entry async for entry in walk.run()]
     await image.aclose()
-    return entries, walk._n_looks
+    return entries, walk.n_looks
 
 
 @pytest.mark.parametrize(("entry", "present"), [(READS_ZERO, True), (0, False)])

@@ -232,7 +232,7 @@ async def released(built: BuiltImage, chosen: list[int]) -> tuple[int, list[tupl
 
 async def test_scattered_clusters_are_given_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a turn for others after each part; neighbours in a part are one hole."""
-    monkeypatch.setattr(write_back, "_RUNS_AT_ONCE", 16)
+    monkeypatch.setattr(write_back, "RUNS_AT_ONCE", 16)
     chosen = list(range(0, N_CLUSTERS, 3))
     random.Random(3).shuffle(chosen)
     n_turns, punched, memory = await released(build_image(DENSE), chosen)
@@ -243,7 +243,7 @@ async def test_scattered_clusters_are_given_back_in_parts(monkeypatch: pytest.Mo
 
 async def test_a_long_run_is_given_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters that follow each other are one run however they were let go of, and large holes."""
-    monkeypatch.setattr(write_back, "_CLUSTERS_AT_ONCE", 24)
+    monkeypatch.setattr(write_back, "CLUSTERS_AT_ONCE", 24)
     _, punched, memory = await released(build_image(DENSE), list(range(1000)))
     assert is_clean(memory.data)
     assert 40 <= len(punched) <= 60, "1000 clusters, after each 64 of which there is a table"

@@ -216,8 +216,8 @@ async def test_a_file_that_is_replaced_stays_the_file(place: Path, monkeypatch: 
         base.unlink()
         os.symlink(place / "out/secret", base)
 
-    judge = beneath._refuse_unfit
-    monkeypatch.setattr(beneath, "_refuse_unfit", judge_and_replace)
+    judge = beneath.refuse_unfit
+    monkeypatch.setattr(beneath, "refuse_unfit", judge_and_replace)
     base.write_bytes(SECRET[::-1])
     assert await start_of(overlay(place, "base")) == SECRET[:-9:-1]
     base.unlink()

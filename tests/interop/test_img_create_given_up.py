@@ -41,7 +41,7 @@ async def ended(*args, **keywords):
     await trio.sleep(30)
 setattr(new_file.NewFile, name, ended)
 if not nameless:
-    new_file._open_nameless = lambda path: None
+    new_file.open_nameless = lambda path: None
 sys.exit(main(sys.argv[4:]))
 """
 
@@ -130,7 +130,7 @@ def test_a_full_disk_leaves_nothing(
     for function in ("posix_fallocate", "_write_zeroes", "_write_parts"):
         failing(function)
     if not nameless:
-        monkeypatch.setattr(new_file, "_open_nameless", lambda path: None)
+        monkeypatch.setattr(new_file, "open_nameless", lambda path: None)
     image = tmp_path / "i.qcow2"
     data = tmp_path / "data.raw"
     words = ["create", "-q", "-o", WAYS[way].replace("data.raw", str(data)), str(image), "40M"]

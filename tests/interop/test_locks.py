@@ -243,7 +243,7 @@ def test_a_lock_on_the_whole_file(image: str) -> None:
     """What other hypervisors do, one write lock over everything, is seen and named too."""
     fd = os.open(image, os.O_RDWR)
     try:
-        whole = locks_module._FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        whole = locks_module.FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         fcntl.fcntl(fd, fcntl.F_OFD_SETLK, whole)
         assert "open for writing by this process" in refusal(image, writable=False)
         assert "open for writing by this process" in refusal(image, writable=True)

@@ -26,7 +26,7 @@ def record(level: int, text: str) -> logging.LogRecord:
 
 def test_messages_reach_a_syslog_that_was_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Priority, name and text arrive, before and after a restart, and what comes in between ends nothing."""
-    monkeypatch.setattr(logs, "_SYSLOG", str(tmp_path / "log"))
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "log"))
     monkeypatch.setattr(logging, "raiseExceptions", False)
     listener = listen(tmp_path / "log")
     handler = logs.open_syslog()
@@ -42,5 +42,5 @@ def test_messages_reach_a_syslog_that_was_restarted(tmp_path: Path, monkeypatch:
 
 def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a syslog there is a log that goes nowhere."""
-    monkeypatch.setattr(logs, "_SYSLOG", str(tmp_path / "log"))
+    monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "log"))
     logs.open_syslog().emit(record(logging.INFO, "unheard"))

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import qcowfuse
-from qcowfuse.cli.img.main import _build_parser as build_img_parser
+from qcowfuse.cli.img.main import build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import sort_options
 from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser

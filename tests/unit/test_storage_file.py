@@ -44,6 +44,17 @@ async def storage(file_path: str) -> AsyncIterator[FileStorage]:
     await opened.aclose()
 
 
+@pytest.fixture
+async def nowait_storage(file_path: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStorage]:
+    """A storage that takes its file system for one where a read can decline to wait, whatever it is."""
+    monkeypatch.setattr(file_module, "MEMORY_FILE_SYSTEMS", frozenset())
+    monkeypatch.setattr(file_module, "takes_nowait", lambda fd: True)
+    Path(file_path).touch()
+    opened = await open_file_storage(file_path, writable=True)
+    yield opened
+    await opened.aclose()
+
+
 async def read(storage: FileStorage, host_offset: int, n_bytes: int) -> bytes:
     """As a caller does: inline first."""
     data = storage.try_pread(host_offset, n_bytes)
@@ -103,35 +114,35 @@ async def test_a_partly_cached_read_is_never_short(tmp_path: Path) -> None:
 
 
 async def test_a_short_nowait_read_inside_the_file_declines(
-    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+    nowait_storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A short answer before the end of the file means a thread; the same at the end is zero-filled."""
-    await write(storage, 0, b"z" * 8192)
-    monkeypatch.setattr(file_module, "_preadv", lambda fd, buffers, offset, flags: 100)
-    assert storage._nowait_pread(0, 4096) is None
-    assert storage._nowait_pread_into(0, memoryview(bytearray(4096))) is False
-    assert storage.counters.reads == 0
-    assert storage._nowait_pread(8092, 4096) is not None
+    await write(nowait_storage, 0, b"z" * 8192)
+    monkeypatch.setattr(file_module, "sys_preadv", lambda fd, buffers, offset, flags: 100)
+    assert nowait_storage.try_pread(0, 4096) is None
+    assert nowait_storage.try_pread_into(0, memoryview(bytearray(4096))) is False
+    assert nowait_storage.counters.reads == 0
+    assert nowait_storage.try_pread(8092, 4096) is not None
 
 
 async def test_a_file_system_that_refuses_nowait_later_is_not_asked_again(
-    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+    nowait_storage: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """EOPNOTSUPP on a read switches inline reads off; EIO passes through."""
 
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(file_module, "_preadv", refuse)
+    monkeypatch.setattr(file_module, "sys_preadv", refuse)
     number = errno.EIO
     with pytest.raises(OSError, match="error") as caught:
-        storage._nowait_pread(0, 4096)
+        nowait_storage.try_pread(0, 4096)
     assert caught.value.errno == errno.EIO
     number = errno.EOPNOTSUPP
-    assert storage._nowait_pread(0, 4096) is None
+    assert nowait_storage.try_pread(0, 4096) is None
     monkeypatch.undo()
-    assert storage.try_pread(0, 1) is None
-    assert storage.try_pread_into(0, memoryview(bytearray(1))) is False
+    assert nowait_storage.try_pread(0, 1) is None
+    assert nowait_storage.try_pread_into(0, memoryview(bytearray(1))) is False
 
 
 async def test_writes_past_the_end_grow(storage: FileStorage, file_path: str) -> None:
@@ -168,7 +179,7 @@ async def test_short_writes_are_finished(storage: FileStorage, monkeypatch: pyte
         return real_pwrite(fd, buffer[:3], offset)
 
     monkeypatch.setattr(os, "pwritev", short_pwritev)
-    monkeypatch.setattr(file_module, "_pwrite", short_pwrite)
+    monkeypatch.setattr(file_module, "sys_pwrite", short_pwrite)
     await storage.pwritev(10, [b"abcd", b"", b"efghijkl", b"m"])
     await write(storage, 50, b"0123456789")
     assert await read(storage, 10, 13) == b"abcdefghijklm"
@@ -360,7 +371,7 @@ async def test_counters(storage: FileStorage) -> None:
 async def test_use_after_close(storage: FileStorage) -> None:
     """A late call gets EBADF even through a method that was bound before; closing again is nothing."""
     await write(storage, 0, b"x")
-    bound_read, bound_write = storage._plain_pread, storage._plain_pwritev
+    bound_read, bound_write = storage.try_pread, storage.try_pwritev
     await storage.aclose()
     await storage.aclose()
     assert storage.try_pread(0, 1) is None

@@ -31,7 +31,7 @@ async def storage(tmp_path: Path) -> AsyncIterator[FileStorage]:
     path = tmp_path / "image"
     path.write_bytes(CONTENTS)
     opened = await open_file_storage(str(path), writable=True, io_uring=True)
-    assert opened._ring is not None
+    assert opened.ring is not None
     drop(opened)
     yield opened
     await opened.aclose()
@@ -92,7 +92,7 @@ async def test_a_cancelled_read_is_waited_for(storage: FileStorage) -> None:
     async with trio.open_nursery() as nursery:
         for number in range(20):
             nursery.start_soon(one, number * 7)
-        while storage._n_in_flight < 20 - len(ended):
+        while storage.n_in_flight < 20 - len(ended):
             await trio.lowlevel.checkpoint()
         nursery.cancel_scope.cancel()
     assert all(ended)
@@ -113,7 +113,7 @@ async def test_storages_share_a_ring_and_the_last_one_gives_it_up(tmp_path: Path
     for _ in range(3):
         first = await open_file_storage(str(path), writable=False, io_uring=True)
         second = await open_file_storage(str(path), writable=False, io_uring=True)
-        assert first._ring is second._ring
+        assert first.ring is second.ring
         await first.aclose()
         drop(second)
         assert await second.pread(4096, 4096) == CONTENTS[4096:8192]
@@ -242,7 +242,7 @@ async def test_a_storage_in_memory_needs_no_ring(tmp_path: Path) -> None:
     path.write_bytes(b"x")
     try:
         opened = await open_file_storage(str(path), writable=False, io_uring=True)
-        assert opened._ring is None
+        assert opened.ring is None
         await opened.aclose()
     finally:
         path.unlink()
@@ -256,7 +256,7 @@ async def test_a_refused_read_is_refused_again_once(storage: FileStorage, monkey
         asked.append(offset)
         raise BlockingIOError
 
-    monkeypatch.setattr(file_module, "_preadv", refuse)
+    monkeypatch.setattr(file_module, "sys_preadv", refuse)
     assert storage.try_pread(4096, 4096) is None
     assert storage.try_pread(4096, 4096) is None
     assert asked == [4096]

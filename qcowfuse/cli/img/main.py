@@ -70,7 +70,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ImgExit.FAILED, printable(f"{self.prog}: {message} (--help says more)") + "\n")
 
 
-def _build_parser() -> _Parser:
+def build_parser() -> _Parser:
     codes = "\n".join(f"  {code:2}  {text}" for code, text in _EXPLANATIONS.items())
     parser = _Parser(
         prog="qcowfuse-img",
@@ -207,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.warn_to_stderr("qcowfuse-img")
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        parser = _build_parser()
+        parser = build_parser()
         if words and words[0].startswith("-") and words[0] not in parser._option_string_actions:
             parser.error("the command comes first: qcowfuse-img COMMAND [OPTION]...")
         given = parser.parse_args(words)

@@ -61,8 +61,8 @@ from .metadata_space import LEAST_WRITE, NO_SPACE
 from .round import Part, Round, SharedFlush, SizeFields
 
 log = logging.getLogger(__name__)
-_RUNS_AT_ONCE = 1024
-_CLUSTERS_AT_ONCE = 4096
+RUNS_AT_ONCE = 1024
+CLUSTERS_AT_ONCE = 4096
 _WRITES_PER_CHECKPOINT = 32
 
 
@@ -418,8 +418,8 @@ class WriteBack:
                 continue
             # Everything is durable already: who gives up waiting now must not leave clusters behind.
             with trio.CancelScope(shield=True):
-                for first in range(0, len(runs), _RUNS_AT_ONCE):
-                    for run in merged(runs[first : first + _RUNS_AT_ONCE], self._cluster_size):
+                for first in range(0, len(runs), RUNS_AT_ONCE):
+                    for run in merged(runs[first : first + RUNS_AT_ONCE], self._cluster_size):
                         for part in _parts(run, self._cluster_size):
                             await self._release(part)
                     await trio.lowlevel.checkpoint()
@@ -435,8 +435,8 @@ class WriteBack:
 def _parts(run: HostRun, cluster_size: int) -> Iterator[HostRun]:
     """Runs that are given back while nobody waits too long."""
     host_offset, n_left, _ = run
-    while n_left > _CLUSTERS_AT_ONCE:
-        yield HostRun(host_offset, _CLUSTERS_AT_ONCE)
-        host_offset += _CLUSTERS_AT_ONCE * cluster_size
-        n_left -= _CLUSTERS_AT_ONCE
+    while n_left > CLUSTERS_AT_ONCE:
+        yield HostRun(host_offset, CLUSTERS_AT_ONCE)
+        host_offset += CLUSTERS_AT_ONCE * cluster_size
+        n_left -= CLUSTERS_AT_ONCE
     yield HostRun(host_offset, n_left)
