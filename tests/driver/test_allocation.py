@@ -253,6 +253,40 @@ async def test_a_block_that_is_being_written_stays_in_memory(monkeypatch: pytest
     assert len(allocator.take_dirty().blocks) == 1
 
 
+@pytest.mark.parametrize(
+    ("entry", "reason"), [(1 << 20, "past the end of the image file"), (512, "impossible"), (1 << 56, "impossible")]
+)
+async def test_a_refcount_table_that_points_nowhere(entry: int, reason: str) -> None:
+    """A block behind the end of the file, between two clusters or beyond all files is damage that names its place."""
+    allocator = RefcountAllocator(
+        MemoryStorage(bytes(8 * KIB)),
+        cluster_bits=10,
+        refcount_order=4,
+        table=parse_table(struct.pack(">2Q", 2 * KIB, entry) + bytes(KIB - 16)),
+        table_offset=KIB,
+        metadata=MetadataClusters(10),
+    )
+    assert await allocator.refcount(0) == 0
+    with pytest.raises(CorruptImageError, match=reason):
+        await allocator.refcount(512)
+
+
+async def test_changed_blocks_stay_in_memory_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound for blocks in memory gives way to blocks that the file does not have yet."""
+    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    built = build_image(ImageSpec(size=400 * KIB, refcount_bits=64, fill=1.0))
+    memory = MemoryStorage(built.top)
+    allocator = allocator_of(built.top, memory)
+    clusters = [block * 64 + 5 for block in range(8)]
+    for cluster in clusters:
+        assert await allocator.refcount(cluster) == 1
+        await allocator.release([HostRun(cluster * 512, 1)])
+    n_reads = memory.counters.reads
+    assert [await allocator.refcount(cluster) for cluster in clusters] == [0] * 8
+    assert memory.counters.reads == n_reads
+    assert len(allocator.take_dirty().blocks) == 8
+
+
 async def test_a_grown_table_that_could_not_be_written_is_written_next_time() -> None:
     """A round that fails between growing and writing hands out the moved table and its header field again."""
     built = build_image(ImageSpec(size=64 * KIB, refcount_bits=64))
