@@ -359,6 +359,22 @@ async def test_the_appending_allocator_takes_back_the_end() -> None:
     assert await allocator.allocate(1) == HostRun(4 * 4096, 1, True)
 
 
+async def test_a_version_1_image_that_can_not_grow_is_full() -> None:
+    """Behind the last offset that an entry can name there is no cluster: ENOSPC, and nothing is taken."""
+
+    class Huge(MemoryStorage):
+        def size(self) -> int:
+            return (1 << 56) - 8 * KIB
+
+    allocator = AppendAllocator(Huge(b""), 4096)
+    with pytest.raises(OSError, match="cannot take another cluster") as caught:
+        await allocator.allocate(3)
+    assert caught.value.errno == errno.ENOSPC
+    assert await allocator.allocate(2) == HostRun((1 << 56) - 8 * KIB, 2, True)
+    with pytest.raises(OSError, match="cannot take another cluster"):
+        await allocator.allocate(1)
+
+
 async def test_a_shared_cluster_is_copied_and_the_snapshot_stays() -> None:
     """Every cluster that a snapshot shares is copied on its first write; QEMU reads the snapshot as before."""
     for cluster_size in (512, 4096):

@@ -171,3 +171,18 @@ async def test_a_read_only_image_refuses() -> None:
     with pytest.raises(ReadOnlyImageError):
         await image.allocate(0, 512)
     await image.aclose()
+
+
+async def test_what_can_never_fit_is_refused_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A range that is larger than the free space of the host with all that the image has is not begun."""
+    built = build_image(SPECS["v3"])
+    image, faulty, _ = await opened(built)
+    monkeypatch.setattr(MemoryStorage, "free_bytes", lambda self: 4 * KIB)
+    monkeypatch.setattr(MemoryStorage, "allocated_bytes", lambda self: 2 * KIB)
+    with pytest.raises(OSError, match="No space") as caught:
+        await image.allocate(0, 6 * KIB + 1)
+    assert caught.value.errno == errno.ENOSPC
+    assert not [operation for operation in faulty.operations if operation.kind in ("write", "allocate")]
+    await image.allocate(0, 6 * KIB)
+    assert await read_whole(image) == built.contents
+    await image.aclose()

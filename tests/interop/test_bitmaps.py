@@ -261,9 +261,9 @@ async def test_nothing_else_in_the_header_changes(tmp_path: Path) -> None:
     assert qemu_dirty(path, "a") == [(0, 65536)]
 
 
-@pytest.mark.parametrize("what", ["entry", "refcount", "place"])
+@pytest.mark.parametrize("what", ["entry", "refcount", "place", "too long"])
 async def test_a_damaged_directory_gives_up_the_bitmaps(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, what: str
 ) -> None:
     """A directory that can't be trusted: a warning, the disk is served, the first write clears the autoclear bit."""
     path = tmp_path / "a.qcow2"
@@ -277,6 +277,8 @@ async def test_a_damaged_directory_gives_up_the_bitmaps(
     elif what == "refcount":
         block = struct.unpack_from(">Q", data, struct.unpack_from(">Q", data, 48)[0])[0]
         data[block + 2 * (place[0] >> 12) + 1] = 2
+    elif what == "too long":
+        monkeypatch.setattr(kept_bitmaps, "MAX_DIRECTORY_BYTES", 16)
     else:
         position = data.index(struct.pack(">I", 0x23852875)) + 24
         data[position : position + 8] = data[40:48]  # where the L1 table is
