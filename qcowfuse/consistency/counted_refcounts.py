@@ -38,6 +38,8 @@ _TABLES_PER_PART = 1 << 12
 DUBIOUS = 0xFFFF_FFFF
 """Of :class:`PagesOfTables`: the table needs a look at each entry."""
 _BLOCK_CACHE_BYTES = 16 << 20
+_LARGE_BLOCK_CACHE_BYTES = 4 << 20
+"""For blocks of 1 MiB and more: two of them describe terabytes, and of what is in work there are copies, too."""
 
 
 class StoredRefcounts:
@@ -52,7 +54,9 @@ class StoredRefcounts:
         self.table: array[int] = array("Q")
         self._blocks: OrderedDict[int, array[int]] = OrderedDict()
         self.empty = empty_refcounts(header.cluster_bits, header.refcount_order)
-        self._max_blocks = max(_BLOCK_CACHE_BYTES // (len(self.empty) * self.empty.itemsize), 1)
+        block_bytes = len(self.empty) * self.empty.itemsize
+        cache_bytes = _BLOCK_CACHE_BYTES if block_bytes < 1 << 20 else _LARGE_BLOCK_CACHE_BYTES
+        self._max_blocks = max(cache_bytes // block_bytes, 1)
 
     async def load_table(self) -> None:
         """Read the refcount table. Raises OSError."""

@@ -53,6 +53,8 @@ _L1_RESERVED = 0x7F00_0000_0000_01FF
 _L2_RESERVED = 0x3F00_0000_0000_01FE
 _REFCOUNT_TABLE_RESERVED = 0x1FF
 _TABLE_CHUNK = 1 << 20
+_PER_READ = 64
+"""What the read of a part of a table counts, beside its items."""
 _STEPS_PER_CHECKPOINT = 32
 ITEMS_PER_CHECKPOINT = 1 << 13
 """Of about 1 us each."""
@@ -257,7 +259,7 @@ class Walk:
             return
         self.count(l1_offset, l1_size * 8, "L1 table")
         for start in range(0, l1_size, ITEMS_PER_CHECKPOINT):
-            await self.handled(ITEMS_PER_CHECKPOINT)
+            await self.handled(_PER_READ + min(ITEMS_PER_CHECKPOINT, l1_size - start))
             for index, entry in self.used(await self.l1_part(l1_offset, l1_size, start), start):
                 if entry & _L1_RESERVED:
                     self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")

@@ -3,8 +3,8 @@
 1. Bit ``n`` stands for the guest bytes from ``n << granularity_bits`` on. Bit ``n`` of the stored form is bit
    ``n % 8``, counted from the lowest, of byte ``n // 8``; bits behind the end of the disk are stored as 0.
 2. Memory has one chunk per table entry, as long as a cluster, and only where a bit is or was set: a disk of 1 TiB
-   with granules of 64 KiB takes 2 MiB at most. All chunks that are stored as "all ones" are one object: bits are
-   only ever set, so nothing changes in it, and a table of such entries takes no more than itself.
+   with granules of 64 KiB takes 2 MiB at most. All chunks that hold nothing but ones when they are loaded are one
+   object: bits are only ever set, so nothing changes in it, and a table of such entries takes no more than itself.
 
 Source: qcow2 specification, "Bitmap table" and "Bitmap data".
 """
@@ -71,9 +71,7 @@ class DirtyBits:
         """Take over a stored chunk of a disk of ``size`` bytes; None for one that is all ones."""
         n_bits = divide_up(size, 1 << self._shift) - (number << self._chunk_shift)
         if data is None and n_bits > self._chunk_mask:
-            if self._ones is None:
-                self._ones = bytearray(b"\xff" * self.cluster_size)
-            self.chunks[number] = self._ones
+            self.chunks[number] = self._all_ones()
             return
         chunk = bytearray(b"\xff" * self.cluster_size if data is None else data)
         if n_bits <= self._chunk_mask:
@@ -82,7 +80,15 @@ class DirtyBits:
                 chunk[whole] &= (1 << left) - 1
                 whole += 1
             chunk[whole:] = bytes(len(chunk) - whole)
-        self.chunks[number] = chunk
+        if chunk.count(0xFF) == self.cluster_size:
+            self.chunks[number] = self._all_ones()
+        elif chunk.count(0) < self.cluster_size:
+            self.chunks[number] = chunk
+
+    def _all_ones(self) -> bytearray:
+        if self._ones is None:
+            self._ones = bytearray(b"\xff" * self.cluster_size)
+        return self._ones
 
     def contents(self, number: int) -> Contents:
         """What is to be stored for a chunk."""

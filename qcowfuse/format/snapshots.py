@@ -66,32 +66,14 @@ def parse_snapshot(data: Buffer, position: int) -> tuple[Snapshot, int]:
     ``data`` should hold :data:`MAX_SNAPSHOT_ENTRY` bytes from there on, or all there is; raises FormatError for an
     entry that is cut short or has too much extra data.
     """
-    if len(data) - position < _FIXED.size:
-        raise _error(position, f"{len(data) - position} bytes, expected at least {_FIXED.size}")
-    (
-        l1_table_offset,
-        l1_size,
-        id_size,
-        name_size,
-        date_sec,
-        date_nsec,
-        vm_clock_nsec,
-        vm_state_size,
-        n_extra,
-    ) = _FIXED.unpack_from(data, position)
-    if n_extra > MAX_SNAPSHOT_EXTRA:
-        raise _error(position, f"extra data of {n_extra} bytes, expected at most {MAX_SNAPSHOT_EXTRA}")
-    start = position + _FIXED.size
-    names = start + n_extra
-    end = names + id_size + name_size
-    if end > len(data):
-        raise _error(position, f"{len(data) - position} bytes, expected {end - position}")
-    extra = bytes(data[start:names])
+    fields, names, names_end, following = _fixed_part(data, position)
+    l1_table_offset, l1_size, id_size, _, date_sec, date_nsec, vm_clock_nsec, vm_state_size, n_extra = fields
+    extra = bytes(data[names - n_extra : names])
     known = extra[: _EXTRA.size].ljust(_EXTRA.size, b"\0")
     vm_state_size_large, disk_size, icount = _EXTRA.unpack(known)
     snapshot = Snapshot(
         snapshot_id=_decode(data[names : names + id_size]),
-        name=_decode(data[names + id_size : end]),
+        name=_decode(data[names + id_size : names_end]),
         l1_table_offset=l1_table_offset,
         l1_size=l1_size,
         date_sec=date_sec,
@@ -103,7 +85,28 @@ def parse_snapshot(data: Buffer, position: int) -> tuple[Snapshot, int]:
         n_extra=n_extra,
         unknown_extra=extra[_EXTRA.size :],
     )
-    return snapshot, position + -(-(end - position) // 8) * 8
+    return snapshot, following
+
+
+def end_of_snapshot(data: bytes | bytearray | memoryview, position: int) -> int:
+    """Where the entry behind the one at byte ``position`` begins; see :func:`parse_snapshot`."""
+    return _fixed_part(data, position)[3]
+
+
+def _fixed_part(data: bytes | bytearray | memoryview, position: int) -> tuple[tuple[int, ...], int, int, int]:
+    """The fixed fields of an entry, start and end of its names, and where the next one begins."""
+    start = position + _FIXED.size
+    if start > len(data):
+        raise _error(position, f"{len(data) - position} bytes, expected at least {_FIXED.size}")
+    fields = _FIXED.unpack_from(data, position)
+    n_extra = fields[8]
+    if n_extra > MAX_SNAPSHOT_EXTRA:
+        raise _error(position, f"extra data of {n_extra} bytes, expected at most {MAX_SNAPSHOT_EXTRA}")
+    names = start + n_extra
+    end = names + fields[2] + fields[3]
+    if end > len(data):
+        raise _error(position, f"{len(data) - position} bytes, expected {end - position}")
+    return fields, names, end, position + -(-(end - position) // 8) * 8
 
 
 def serialise_snapshots(snapshots: Iterable[Snapshot]) -> bytes:

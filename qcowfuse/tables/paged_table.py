@@ -24,18 +24,19 @@ MAX_PARTS_BYTES = 16 << 20
 """Memory for parts of the tables of one chain."""
 NOT_HERE = (1 << 64) - 1
 _MAX_PARTS_PASSED = 64
+_ZEROES = bytes(PART_ENTRIES * WORD_SIZE)
 _ZERO_PART_BYTES = 256
 """What the mere knowledge of a part costs."""
 
 
 class TableParts:
-    """The parts in memory, by table and number; the latest ones stay."""
+    """The parts in memory, by table and number; the latest ones stay. ``zeroes`` is every part that is all zero."""
 
     def __init__(self) -> None:
         self._parts: OrderedDict[tuple[int, int], array[int]] = OrderedDict()
         self._n_bytes = 0
         self._n_tables = 0
-        self._zeroes = array("Q", bytes(PART_ENTRIES * WORD_SIZE))
+        self.zeroes = array("Q", _ZEROES)
 
     def new_table(self) -> int:
         """A number for the first half of the keys of one table."""
@@ -51,14 +52,12 @@ class TableParts:
 
     def is_zero(self, part: array[int]) -> bool:
         """Whether it is one of those that are known to be all zero."""
-        return part is self._zeroes
+        return part is self.zeroes
 
     def put(self, key: tuple[int, int], part: array[int]) -> None:
         """Keep a part, and drop old ones for it."""
         if key in self._parts:
             return
-        if not any(part):
-            part = self._zeroes
         self._parts[key] = part
         self._n_bytes += self._cost(part)
         while self._n_bytes > MAX_PARTS_BYTES:
@@ -66,7 +65,7 @@ class TableParts:
             self._n_bytes -= self._cost(dropped)
 
     def _cost(self, part: array[int]) -> int:
-        return _ZERO_PART_BYTES if part is self._zeroes else len(part) * WORD_SIZE + _ZERO_PART_BYTES
+        return _ZERO_PART_BYTES if part is self.zeroes else len(part) * WORD_SIZE + _ZERO_PART_BYTES
 
 
 class PagedTable:
@@ -134,7 +133,10 @@ class PagedTable:
             first = number * PART_ENTRIES
             n_bytes = max(min(PART_ENTRIES, self._n_stored - first), 0) * WORD_SIZE
             data = await pread(self._storage, self._host_offset + first * WORD_SIZE, n_bytes) if n_bytes else b""
-            part = parse_table(data)
-            part.frombytes(bytes(PART_ENTRIES * WORD_SIZE - n_bytes))
+            if data == _ZEROES[:n_bytes]:  # one look at all bytes: a chain may have 15,000 such parts
+                part = self._parts.zeroes
+            else:
+                part = parse_table(data)
+                part.frombytes(bytes(PART_ENTRIES * WORD_SIZE - n_bytes))
             self._parts.put((self._number, number), part)
         return part[index % PART_ENTRIES]

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
@@ -25,15 +25,36 @@ MAX_EDITED_TABLE = 8 << 20
 _PER_CHECKPOINT = 256
 _PART = 1 << 13
 _MAX_NAMES_SHOWN = 20
+_Entry = TypeVar("_Entry")
 
 
-async def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple[Snapshot, int]]:
+def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple[Snapshot, int]]:
     """The snapshots one after the other, each with the length in bytes of the table up to its end. A table has up to
     64 MiB, and more as text, so that only who must keeps them. To be closed by ``aclosing`` unless it is run to its
     end. Raises FormatError, OSError."""
     if not header.n_snapshots:
+        return _each_entry(storage, header, None)
+    from ..format.snapshots import parse_snapshot
+
+    return _each_entry(storage, header, parse_snapshot)
+
+
+async def require_snapshots(storage: Storage, header: Qcow2Header) -> int:
+    """How many snapshots there are. Raises FormatError where :func:`each_snapshot` would, OSError."""
+    if header.n_snapshots:
+        from ..format.snapshots import end_of_snapshot
+
+        async for _ in _each_entry(storage, header, lambda data, position: (None, end_of_snapshot(data, position))):
+            pass
+    return header.n_snapshots
+
+
+async def _each_entry(
+    storage: Storage, header: Qcow2Header, parse: Callable[[bytes, int], tuple[_Entry, int]] | None
+) -> AsyncGenerator[tuple[_Entry, int]]:
+    if parse is None:
         return
-    from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE, parse_snapshot
+    from ..format.snapshots import MAX_SNAPSHOT_ENTRY, MAX_SNAPSHOT_TABLE_SIZE
 
     buffer = b""
     buffer_offset = position = 0
@@ -41,13 +62,13 @@ async def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator
         if len(buffer) - position < MAX_SNAPSHOT_ENTRY:
             buffer_offset, buffer, position = buffer_offset + position, buffer[position:], 0
             buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _CHUNK)
-        snapshot, position = parse_snapshot(buffer, position)
+        entry, position = parse(buffer, position)
         if number % _PER_CHECKPOINT == 0:
             await trio.lowlevel.checkpoint()
         if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
             detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
             raise FormatError("snapshot table", header.snapshots_offset, detail)
-        yield snapshot, buffer_offset + position
+        yield entry, buffer_offset + position
 
 
 async def load_snapshots(storage: Storage, header: Qcow2Header) -> tuple[tuple[Snapshot, ...], int]:

@@ -37,7 +37,7 @@ from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..tables.bitmap_listing import each_bitmap
 from ..tables.header import read_header
-from ..tables.snapshot_table import each_snapshot
+from ..tables.snapshot_table import each_snapshot, require_snapshots
 
 _SECTOR = 512
 
@@ -118,9 +118,8 @@ async def describing(path: str, *, force_share: bool = False) -> AsyncIterator[D
         header = await read_header(storage, for_info=True)
         info = _describe(path, storage, header)
         if isinstance(header, Qcow2Header):
-            n_snapshots = n_bitmaps = 0
-            async for _ in each_snapshot(storage, header):
-                n_snapshots += 1
+            n_bitmaps = 0
+            n_snapshots = await require_snapshots(storage, header)
             if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
                 n_snapshots = 0  # to QEMU an external data file knows none, whatever the table says
             if header.crypt_method == CRYPT_LUKS:

@@ -66,6 +66,7 @@ from ..tables.snapshot_table import (
     load_l1_table,
     load_snapshot_l1_table,
     load_snapshots,
+    require_snapshots,
 )
 from .shadow_refcounts import ShadowRefcounts
 
@@ -85,10 +86,7 @@ async def listing_snapshots(
     storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
     try:
         header = await read_header(storage)
-        n_snapshots = 0
-        if isinstance(header, Qcow2Header):
-            async for _ in each_snapshot(storage, header):
-                n_snapshots += 1
+        n_snapshots = await require_snapshots(storage, header) if isinstance(header, Qcow2Header) else 0
         async with aclosing(_listed(storage, header)) as snapshots:
             yield n_snapshots, snapshots
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from array import array
 from pathlib import Path
@@ -49,11 +50,20 @@ def test_l1_tables_of_a_long_chain_take_what_their_files_hold(tmp_path: Path, id
     assert done.peak - idle < LIMIT_KIB
 
 
-def with_scattered_clusters(path: Path, n_clusters: int, *, dirty: bool = False) -> Path:
-    """An image with counts of 64 bits whose one L2 table names clusters that have a refcount block each."""
-    size, distance = 1 << CLUSTER_BITS, 1 << CLUSTER_BITS - 3
+def with_scattered_clusters(
+    path: Path, n_clusters: int, *, dirty: bool = False, cluster_bits: int = CLUSTER_BITS, distance: int = 1 << 13
+) -> Path:
+    """An image with counts of 64 bits whose one L2 table names clusters ``distance`` of them apart; by default each
+    has a refcount block of its own."""
+    size = 1 << cluster_bits
     entries = [1 << 63 | (64 + number * distance) * size for number in range(n_clusters)]
-    start = header(size=n_clusters * size, l1_offset=2 * size, refcount_order=6, incompatible=int(dirty))
+    start = header(
+        cluster_bits=cluster_bits,
+        size=n_clusters * size,
+        l1_offset=2 * size,
+        refcount_order=6,
+        incompatible=int(dirty),
+    )
     parts = {0: start[:4096], 2 * size: struct.pack(">Q", 1 << 63 | 3 * size)}
     parts[3 * size] = struct.pack(f">{n_clusters}Q", *entries)
     return write_sparse(path, parts, (65 + n_clusters * distance) * size)
@@ -77,9 +87,18 @@ def test_counts_have_a_limit_that_follows_the_size_on_the_host(tmp_path: Path, i
     assert done.peak - idle < LIMIT_KIB
 
 
-def test_a_repair_takes_no_memory_for_what_lies_between(tmp_path: Path, idle: int) -> None:
-    """A small dirty image, repaired when it is opened for writing."""
-    image = with_scattered_clusters(tmp_path / "a.qcow2", 1200, dirty=True)
+@pytest.mark.parametrize(
+    ("n_clusters", "cluster_bits", "distance"),
+    [(1200, CLUSTER_BITS, 1 << 13), pytest.param(2900, 21, 1300, id="2 MiB")],
+)
+def test_a_repair_takes_no_memory_for_what_lies_between(
+    n_clusters: int, cluster_bits: int, distance: int, tmp_path: Path, idle: int
+) -> None:
+    """A small dirty image, repaired when it is opened for writing; with clusters of 2 MiB there is a page of counts
+    for each, which is as many as there may be, and a block of 2 MiB for hundreds of them."""
+    image = with_scattered_clusters(
+        tmp_path / "a.qcow2", n_clusters, dirty=True, cluster_bits=cluster_bits, distance=distance
+    )
     done = run_img(tmp_path, "resize", image, "+512")
     assert done.code == 0, done.stderr
     assert done.peak - idle < LIMIT_KIB
@@ -155,6 +174,64 @@ def test_names_of_bitmaps_are_not_kept(tmp_path: Path, idle: int) -> None:
     done = run_img(tmp_path, "resize", image, "1M")
     assert done.code == 0, done.stderr
     assert "more than 4194304; the disk can be used, but its persistent bitmaps will be given up" in done.stderr
+    assert done.peak - idle < LIMIT_KIB // 4
+
+
+def with_bitmaps_of_ones(path: Path, n_bitmaps: int, *, cluster_bits: int, size: int) -> Path:
+    """Bitmaps with granules of 512 bytes, each of whose tables says that all of it is ones."""
+    cluster_size = 1 << cluster_bits
+    n_entries = -(-size // (512 * 8 * cluster_size))
+    entries, parts = b"", {}
+    for number in range(n_bitmaps):
+        place = (5 + number) * cluster_size
+        entries += struct.pack(">QIIBBHI8s", place, n_entries, 2, 1, 9, 8, 0, b"%08d" % number)
+        parts[place] = struct.pack(">Q", 1) * n_entries
+    n_l1 = -(-size >> 2 * cluster_bits - 3)
+    extension = struct.pack(">IIQQ", n_bitmaps, 0, len(entries), 4 * cluster_size)
+    start = header(
+        cluster_bits=cluster_bits,
+        size=size,
+        l1_size=n_l1,
+        l1_offset=3 * cluster_size,
+        autoclear=1,
+        extensions=((0x23852875, extension),),
+    )
+    counts = struct.pack(">H", 1) * (5 + n_bitmaps)
+    assert max(len(counts), n_l1 * 8, n_entries * 8, len(entries)) <= cluster_size
+    parts |= {0: start, cluster_size: struct.pack(">Q", 2 * cluster_size), 2 * cluster_size: counts}
+    parts[4 * cluster_size] = entries
+    return write_sparse(path, parts, (5 + n_bitmaps) * cluster_size)
+
+
+@pytest.mark.parametrize(
+    ("n_bitmaps", "size", "n_kept"),
+    [pytest.param(1, 1 << 36, 1, id="one of 256 parts"), pytest.param(2000, 1 << 20, 765, id="many of one part")],
+)
+def test_bitmaps_of_ones_take_no_memory(n_bitmaps: int, size: int, n_kept: int, tmp_path: Path, idle: int) -> None:
+    """The first write loads them. The last part of each takes a cluster; those that do not fit are marked."""
+    image = with_bitmaps_of_ones(tmp_path / "a.qcow2", n_bitmaps, cluster_bits=16, size=size)
+    assert run_img(tmp_path, "check", image).code == 0
+    done = run_img(tmp_path, "resize", image, "+512")
+    assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
+    assert done.stderr.count("can't be kept") == min(n_bitmaps - n_kept, 21)
+    listed = json.loads(run_img(tmp_path, "info", "--output=json", image).stdout)
+    flags = [bitmap["flags"] for bitmap in listed["format-specific"]["data"]["bitmaps"]]
+    assert flags.count(["auto"]) == n_kept
+    assert flags.count(["in-use", "auto"]) == n_bitmaps - n_kept
+    assert run_img(tmp_path, "check", image).code == 0
+
+
+def test_more_bitmaps_than_can_be_kept_are_given_up(tmp_path: Path, idle: int) -> None:
+    """65,535 of them, in a directory of 2 MiB, by the first write."""
+    place = L1_OFFSET + (1 << CLUSTER_BITS)
+    entries = b"".join(struct.pack(">QIIBBHI8s", place, 1, 0, 1, 16, 8, 0, b"%08d" % n) for n in range(65535))
+    extension = struct.pack(">IIQQ", 65535, 0, len(entries), 2 * L1_OFFSET)
+    start = header(autoclear=1, extensions=((0x23852875, extension),))
+    image = write_sparse(tmp_path / "a.qcow2", {0: start, 2 * L1_OFFSET: entries})
+    done = run_img(tmp_path, "resize", image, "1M")
+    assert done.code == 0, done.stderr
+    assert "65535 bitmaps, more than 4096; the disk can be used, but its persistent bitmaps will be" in done.stderr
     assert done.peak - idle < LIMIT_KIB // 4
 
 

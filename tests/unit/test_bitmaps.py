@@ -38,6 +38,19 @@ def test_chunks_of_ones_take_no_memory_and_stay_ones() -> None:
     assert granules(other) == {0}
 
 
+def test_what_is_stored_as_zeroes_or_ones_is_not_kept() -> None:
+    """A cluster of zeroes, as a hole of the file reads, takes nothing; one of ones is the one that all share."""
+    bits = DirtyBits(granularity=512, cluster_size=512)
+    for number, data in enumerate((bytes(512), b"\xff" * 512, None, bytes(511) + b"\x80")):
+        bits.load(number, data, size=4 * 8 * 512 * 512)
+    assert sorted(bits.chunks) == [1, 2, 3]
+    assert bits.chunks[1] is bits.chunks[2]
+    kinds = [bits.contents(number) for number in range(4)]
+    assert kinds == [Contents.ZEROES, Contents.ONES, Contents.ONES, Contents.MIXED]
+    bits.mark(0, 512)
+    assert granules(bits) == {0, *range(8 * 512, 3 * 8 * 512), 4 * 8 * 512 - 1}
+
+
 @pytest.mark.parametrize("granularity", [512, 1024, 65536])
 @pytest.mark.parametrize("cluster_size", [512, 4096])
 def test_every_granule_touched_is_set_and_no_other(granularity: int, cluster_size: int) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+from array import array
 
 import pytest
 
+from qcowfuse.format import entries
 from qcowfuse.tables import paged_table
 from qcowfuse.tables.paged_table import NOT_HERE, PART_ENTRIES, PagedTable, TableParts
 from tests.support.memory_storage import MemoryStorage
@@ -55,6 +57,22 @@ async def test_what_is_not_stored_is_zero() -> None:
     assert await table.load(3 * PART_ENTRIES) == 0
     cut = PagedTable(stored(PART_ENTRIES + 3), TableParts(), 512, 2 * PART_ENTRIES)
     assert [await cut.load(PART_ENTRIES + index) for index in (2, 3)] == [PART_ENTRIES + 3, 0]
+
+
+async def test_zeroes_are_not_parsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part that is all zero is one look at its bytes: an image may name thousands of them, all holes."""
+    parsed: list[int] = []
+
+    def parse_table(data: bytes) -> array[int]:
+        parsed.append(len(data))
+        return entries.parse_table(data)
+
+    monkeypatch.setattr(paged_table, "parse_table", parse_table)
+    table = PagedTable(stored(), TableParts(), 512, N_ENTRIES)
+    assert [await table.load(number * PART_ENTRIES) for number in (0, 2, 4)] == [0, 0, 0]
+    assert parsed == []
+    assert await table.load(5 * PART_ENTRIES) == 5 * PART_ENTRIES + 1
+    assert parsed == [100 * 8]
 
 
 async def test_memory_for_parts_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:

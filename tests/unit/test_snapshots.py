@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from qcowfuse.format.snapshots import (
     EXPECTED_EXTRA,
     MAX_SNAPSHOT_EXTRA,
     Snapshot,
+    end_of_snapshot,
     parse_snapshot,
     serialise_snapshots,
 )
@@ -79,8 +81,11 @@ def test_any_bytes_are_an_entry_or_an_error(data: bytes, position: int) -> None:
     """Arbitrary bytes give an entry that lies inside them, but for the padding, or FormatError."""
     try:
         _, end = parse_snapshot(data, position)
-    except FormatError:
+    except FormatError as error:
+        with pytest.raises(FormatError, match=re.escape(str(error))):
+            end_of_snapshot(data, position)
         return
+    assert end_of_snapshot(data, position) == end
     assert position + 40 <= end < len(data) + 8
 
 

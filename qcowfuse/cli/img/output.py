@@ -249,7 +249,7 @@ SNAPSHOT_HEADING = f"{'ID':<8}{'TAG':<16}{'VM_SIZE':>10}{'DATE':>21}{'VM_CLOCK':
 def snapshot_line(snapshot: Snapshot) -> str:
     """A line below :data:`SNAPSHOT_HEADING`."""
     try:
-        date = datetime.fromtimestamp(snapshot.date_sec).strftime("%Y-%m-%d %H:%M:%S")
+        date = datetime.fromtimestamp(snapshot.date_sec).isoformat(" ")
     except (OverflowError, OSError, ValueError):
         date = "?"
     seconds, milliseconds = divmod(snapshot.vm_clock_nsec // 1_000_000, 1000)

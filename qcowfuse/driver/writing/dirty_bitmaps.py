@@ -57,13 +57,18 @@ log = logging.getLogger(__name__)
 MAX_BITMAP_BYTES = 256 << 20
 """Memory that the bitmaps of one image may come to when a guest writes all over the disk; QEMU's limit is 512 MiB for
 each."""
-MAX_LOADED_BYTES = 64 << 20
-"""Contents of bitmaps that are read from one image."""
+MAX_LOADED_BYTES = 48 << 20
+"""Memory for what the bitmaps of one image hold when the first write comes."""
+MAX_BITMAPS = 4096
+"""Of a directory whose bitmaps are kept right. QEMU's limit is 65,535."""
 MAX_DIRECTORY_BYTES = 4 << 20
 """Of a directory whose bitmaps are kept right: it is in memory as a whole. QEMU's limit is 64 MiB."""
 _MAX_RUN_BYTES = 8 << 20
 _MAX_RUN_CLUSTERS = 256
 _CHECKPOINT_EVERY = 256
+_CHUNK_OVERHEAD = 192
+"""Bytes of memory that a part of a bitmap takes beside its contents, which all parts of ones share."""
+_MAX_WARNINGS = 20
 
 
 @dataclass(slots=True)
@@ -105,6 +110,8 @@ async def load_kept_bitmaps(
     try:
         if n_bytes > MAX_DIRECTORY_BYTES:
             raise FormatError("bitmap directory", host_offset, f"{n_bytes} bytes, more than {MAX_DIRECTORY_BYTES}")
+        if n_bitmaps > MAX_BITMAPS:
+            raise FormatError("bitmap directory", host_offset, f"{n_bitmaps} bitmaps, more than {MAX_BITMAPS}")
         await kept.require_own(host_offset, n_bytes, "bitmap directory")
         directory = bytes(await storage.pread(host_offset, n_bytes))
         entries = parse_bitmap_directory(directory, n_bitmaps, cluster_size)
@@ -144,6 +151,7 @@ class DirtyBitmaps:
         self._kept: list[_Kept] = []
         self._tracked: list[DirtyBits] = []
         self._n_loaded = 0
+        self._n_warnings = 0
         self._unsound: dict[int, QcowFuseError] = {}
         self._lock = trio.Lock()
 
@@ -158,7 +166,7 @@ class DirtyBitmaps:
             try:
                 await self._guard_table(entry)
             except QcowFuseError as error:
-                self._unsound[entry.position] = error
+                self._unsound[entry.position] = error.with_traceback(None)  # which would keep all frames
 
     async def _guard_table(self, entry: BitmapEntry) -> None:
         cluster_size = self._cluster_size
@@ -246,9 +254,12 @@ class DirtyBitmaps:
         if not entry.flags & AUTO:
             return _Kept(entry, None, table)
         bits = DirtyBits(granularity=entry.granularity, cluster_size=self._cluster_size)
-        n_loaded = self._n_loaded
         n_clusters = sum(1 for word in table if word & TABLE_ENTRY_OFFSET_MASK)
-        if n_loaded + n_clusters * self._cluster_size > MAX_LOADED_BYTES:
+        if table and table[-1] == TABLE_ENTRY_ALL_ONES:
+            n_clusters += 1  # it may end inside, and is no part of ones then
+        n_parts = len(table) - table.count(0)
+        n_loaded = self._n_loaded + n_clusters * self._cluster_size + n_parts * _CHUNK_OVERHEAD
+        if n_loaded > MAX_LOADED_BYTES:
             detail = f"has {n_clusters} clusters, which takes all bitmaps above {MAX_LOADED_BYTES} bytes in the image"
             raise FormatError("bitmap", None, detail)
         for number, word in enumerate(table):
@@ -259,7 +270,7 @@ class DirtyBitmaps:
                 bits.load(number, None, size=self._size)
             if number % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
-        self._n_loaded = n_loaded + n_clusters * self._cluster_size
+        self._n_loaded = n_loaded
         return _Kept(entry, bits, table)
 
     async def _read_cluster(self, host_offset: int, seen: set[int]) -> Buffer:
@@ -284,6 +295,11 @@ class DirtyBitmaps:
 
     def _warn(self, entry: BitmapEntry, error: Exception) -> None:
         name = self._storage.name
+        self._n_warnings += 1
+        if self._n_warnings > _MAX_WARNINGS:
+            if self._n_warnings == _MAX_WARNINGS + 1:
+                log.warning("%s: more of its bitmaps can't be kept and are marked as inconsistent", name)
+            return
         log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, _shown(entry), error)
 
     async def store(self, write_back: WriteBack, size: int) -> None:
