@@ -402,13 +402,13 @@ def _plan(
     needed = _blocks_in_use(counts) if in_use is None else set(in_use)
     while True:
         n_table_clusters = -(-(max(needed) + 1) * 8 >> cluster_bits)
+        if n_table_clusters << cluster_bits > MAX_REFCOUNT_TABLE_SIZE:  # before its own clusters are counted
+            raise FormatError("image", None, "its refcount table would be larger than QEMU allows: cannot be rebuilt")
         plan = _Plan(start, sorted(needed), n_table_clusters, n_more)
         own = range(start >> counts.block_bits, (start + plan.n_clusters - 1 >> counts.block_bits) + 1)
         if needed.issuperset(own):
             break
         needed.update(own)
-    if n_table_clusters << cluster_bits > MAX_REFCOUNT_TABLE_SIZE:
-        raise FormatError("image", None, "its refcount table would be larger than QEMU allows: cannot be rebuilt")
     return plan
 
 

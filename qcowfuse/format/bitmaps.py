@@ -84,6 +84,8 @@ class DirtyBits:
             self.chunks[number] = self._all_ones()
         elif chunk.count(0) < self.cluster_size:
             self.chunks[number] = chunk
+        else:
+            self.chunks.pop(number, None)
 
     def _all_ones(self) -> bytearray:
         if self._ones is None:

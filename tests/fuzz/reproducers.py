@@ -18,6 +18,8 @@ REPRODUCERS = (
     Case("whole", "v2-snapshot-4k", (("snapshot[0].id_size", 4097), ("refcount_table[1]", 0)), (("repair-all",),)),
     # More snapshots than there are.
     Case("whole", "v2-snapshot-4k", (("header.n_snapshots", 999),), (("repair-all",), ("info",))),
+    # A reference far behind the end: the table for counts behind it was itself to be counted, without an end.
+    Case("whole", "v2-aes", (("header.l1_size", 25600),), (("repair-all",),)),
     # A disk of no bytes.
     Case("whole", "v2-snapshot-4k", (("header.size", 0),), (("rw",), ("map",), ("write", 0, 1, 1))),
 )

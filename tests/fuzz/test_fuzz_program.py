@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
 from pathlib import Path
 
 import pytest
+import trio
 
+from qcowfuse.cli.mount import arguments, parser
+from qcowfuse.daemon import outside
+from qcowfuse.driver.layers.encryption import EncryptedData
 from qcowfuse.driver.writing.append_allocation import AppendAllocator
 from qcowfuse.format import luks
 from qcowfuse.partitions.table import find_table
+from qcowfuse.storage import beneath
 from tests.support.checker import check_image_bytes
-from tests.support.fuzzing import differential, judging, parsers
+from tests.support.fuzzing import differential, judging, parsers, whole
 from tests.support.fuzzing.cases import Case, changed, parse_case, random_changes, random_steps
 from tests.support.fuzzing.disks import DISKS
+from tests.support.fuzzing.encrypted import PASSPHRASE
 from tests.support.fuzzing.judging import QEMU, TARGETS, WHOLE, judge, judge_apart, shrink_case
-from tests.support.fuzzing.subjects import IMAGES, SIZE, subject
+from tests.support.fuzzing.subjects import ENCRYPTED, IMAGES, SIZE, subject
 from tests.support.fuzzing.workers import Fuzzing
 from tests.support.mutation import break_line
 from tests.support.partition_tables import answer
@@ -41,6 +49,23 @@ def test_disks_are_sound(name: str) -> None:
     table = answer(find_table(len(data)), data)
     assert table.problems == ()
     assert [part.problem for part in table.partitions] == [""] * (6 if name == "mbr" else 3)
+
+
+@pytest.mark.parametrize("name", ENCRYPTED)
+def test_encrypted_subjects_are_sound(name: str, tmp_path: Path) -> None:
+    """As above; what QEMU reads with the passphrase is what we read."""
+    report = check_image_bytes(subject(name).data)
+    assert (report.errors, report.leaks) == ([], 0)
+    (tmp_path / "image").write_bytes(subject(name).data)
+    kind = "aes" if "aes" in name else "luks"
+    options = f"driver=qcow2,file.filename={tmp_path}/image,encrypt.key-secret=k,encrypt.format={kind}"
+    secret = f"secret,id=k,data={PASSPHRASE.decode()}"
+    convert = ["qemu-img", "convert", "--object", secret, "--image-opts", options, "-O", "raw", f"{tmp_path}/raw"]
+    subprocess.run(convert, check=True, timeout=60)
+    data = (tmp_path / "raw").read_bytes()
+    assert len(data.strip(b"\0")) > SIZE // 2
+    assert bytes(trio.run(whole._Session(Case(WHOLE, name)).disk) or b"") == data
+    assert judge(Case(WHOLE, name, (), (("check",), ("info",), ("map",), ("rw",), ("write", 700, 9000, 7)))) is None
 
 
 @pytest.mark.parametrize("case", REPRODUCERS, ids=lambda case: f"{case.subject}: {case.changes[0][0]}")
@@ -103,9 +128,40 @@ def test_a_broken_parser_is_found_and_shrunk(monkeypatch: pytest.MonkeyPatch) ->
     assert judge(shortest) is not None
 
 
+def test_a_way_out_of_the_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links that the kernel follows by itself lead anywhere."""
+    monkeypatch.setattr(beneath, "_PATH_FLAGS", os.O_PATH | os.O_CLOEXEC)
+    texts = [finding.text for finding in Fuzzing(SEED, ["names"], n_cases=40).run()]
+    assert any(" led to " in text for text in texts), texts
+
+
+def test_a_request_with_more_than_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text that gets to a call on the mount."""
+    break_line(
+        monkeypatch, outside, "_parse", "all(isinstance(value, int) for value in args)", "isinstance(args, list)"
+    )
+    assert next(Fuzzing(SEED, ["requests"], n_cases=40).run()).text.startswith("AssertionError")
+
+
+def test_a_message_of_several_lines_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is wrong with a command line is said on one line, whatever is in it."""
+    monkeypatch.setattr(arguments, "printable", str)
+    monkeypatch.setattr(parser, "printable", str)
+    texts = [finding.text for finding in Fuzzing(SEED, ["arguments"], n_cases=200).run()]
+    assert any("not fit to be shown" in text for text in texts), texts
+
+
+def test_a_cipher_that_numbers_sectors_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written in one session is read as something else in the next."""
+    numbers = iter(range(1 << 30))
+    monkeypatch.setattr(EncryptedData, "_sector", lambda *_: next(numbers))
+    case = Case(WHOLE, "v3-luks", (), (("rw",), ("write", 700, 9000, 7), ("read", 0, 20_000)))
+    assert "reading 20000 bytes at 0x0 differs" in (judge_apart(case) or "")
+
+
 def test_a_broken_allocator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """Version 1 clusters put on top of others: a clean image that is not clean any more."""
-    break_line(monkeypatch, AppendAllocator, "try_allocate", "round_up(start,", "round_up(4096,")
+    break_line(monkeypatch, AppendAllocator, "_allocate", "round_up(start,", "round_up(4096,")
     case = Case(WHOLE, "v1", (), (("rw",), ("read", 0, 512), ("write", 600, 10, 7), ("write", 9000, 5000, 9)))
     shortest = shrink_case(case, judge_apart(case) or "")
     assert "clean image 2" in (judge_apart(shortest) or "")
@@ -115,8 +171,6 @@ def test_a_broken_allocator_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("what", "said"), [("exit", "Died"), ("memory", "MemoryError"), ("spin", "Hang")])
 def test_processes_that_end_are_findings(what: str, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A case that ends its process, takes too much memory or too long is found, and the next ones are run."""
-    import os
-
     numbers = iter(range(1 << 30))
 
     def run(_case: Case) -> None:

@@ -9,14 +9,14 @@ from qcowfuse.buffer import Buffer
 
 from .memory_storage import MemoryStorage
 
-STORAGE_LIMIT = 32 << 20
+STORAGE_LIMIT = 16 << 20
 """Bytes that the storage holds; a write beyond is EFBIG."""
-READ_LIMIT = 40 << 20
-"""Bytes that nothing may ask for at once: the largest table is an L1 table of 32 MiB."""
+READ_LIMIT = 9 << 20
+"""Bytes that nothing may ask for at once: the largest that is read as a whole is a refcount table of 8 MiB."""
 
 
 class BoundedStorage(MemoryStorage):
-    """A MemoryStorage that is full at 32 MiB and fails the test when it is asked for too much at once."""
+    """A MemoryStorage that is full at 16 MiB and fails the test when it is asked for too much at once."""
 
     def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
         """See Storage."""

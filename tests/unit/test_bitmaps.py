@@ -47,6 +47,9 @@ def test_what_is_stored_as_zeroes_or_ones_is_not_kept() -> None:
     assert bits.chunks[1] is bits.chunks[2]
     kinds = [bits.contents(number) for number in range(4)]
     assert kinds == [Contents.ZEROES, Contents.ONES, Contents.ONES, Contents.MIXED]
+    bits.load(3, bytes(512), size=4 * 8 * 512 * 512)
+    assert sorted(bits.chunks) == [1, 2]
+    bits.load(3, bytes(511) + b"\x80", size=4 * 8 * 512 * 512)
     bits.mark(0, 512)
     assert granules(bits) == {0, *range(8 * 512, 3 * 8 * 512), 4 * 8 * 512 - 1}
 

@@ -16,17 +16,19 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from ..bounded_storage import STORAGE_LIMIT
 from ..shrink import shrink
 from .cases import Case, changed, random_changes, random_steps
 from .differential import run_qemu
 from .parsers import PARSERS
-from .subjects import IMAGES, SIZE, subject
+from .subjects import ENCRYPTED, IMAGES, SIZE, subject
 from .whole import run_whole
 
 WHOLE, QEMU = "whole", "qemu"
 TARGETS = (*PARSERS, WHOLE, QEMU)
-MEMORY = 256 << 20
-"""Bytes of data that a case may add to its process."""
+MEMORY = (64 << 20) + 3 * STORAGE_LIMIT
+"""Bytes of data that a case may add to its process: what an image may make us take, beside the copies of it that are
+held here, one of them as the file."""
 CPU_SECONDS = 30.0
 """Of processor time that a case may take: other work on the machine doesn't make it one that hangs."""
 WALL_SECONDS = 180.0
@@ -44,7 +46,8 @@ def case_of(seed: int, target: str, number: int) -> Case:
         name = chooser.choice(PARSERS[target][1])
         raw = 0.7 if not subject(name).fields or target in ("deflate", "zstd") else 0.1
         return Case(target, name, random_changes(chooser, name, raw=raw))
-    name = chooser.choice(tuple(IMAGES))
+    names = (*IMAGES, *ENCRYPTED) if target == WHOLE else tuple(IMAGES)
+    name = chooser.choice(names)
     intact = chooser.random() < (0.15 if target == WHOLE else 0.05)
     size = 4 * SIZE if "extended" in name else SIZE
     steps = random_steps(chooser, size) if target == WHOLE or chooser.random() < 0.3 else ()

@@ -34,6 +34,7 @@ from qcowfuse.format.snapshots import parse_snapshot, serialise_snapshots
 from qcowfuse.format.subclusters import lookup_run_extended, plan_write_extended
 from qcowfuse.tools.peek import may_need_passphrase
 
+from . import outer_parsers
 from .disks import DISKS, judge_disk
 from .subjects import IMAGES, Subject
 
@@ -315,6 +316,9 @@ PARSERS: dict[str, tuple[Parser, tuple[str, ...]]] = {
     "configuration": (_configuration, ("configuration",)),
     "quick-look": (_quick_look, tuple(IMAGES)),
     "partitions": (judge_disk, tuple(DISKS)),
+    "arguments": (outer_parsers.arguments, ("command-line",)),
+    "names": (outer_parsers.names, ("names",)),
+    "requests": (outer_parsers.requests, ("requests",)),
 }
 """By name: the target and the subjects that it takes."""
 __all__ = ["PARSERS", "judge_header"]

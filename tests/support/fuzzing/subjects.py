@@ -17,6 +17,8 @@ from typing import Literal
 
 import zstandard
 
+from .encrypted import LUKS_SECTORS, encrypt, luks_key
+
 SIZE = 96 << 10
 COPIED = 1 << 63
 COMPRESSED = 1 << 62
@@ -72,6 +74,8 @@ class Qcow2:
     bitmaps: int = 0
     backing: bool = False
     data_file: bool = False
+    crypt: int = 0
+    """The method: 1 is AES, 2 LUKS."""
     extensions: tuple[tuple[int, bytes], ...] = ()
     size: int = SIZE
 
@@ -134,6 +138,8 @@ class _Qcow2Builder:
             extensions.append((0x44415441, b"data"))
         if spec.bitmaps:
             extensions.append((0x23852875, self.bitmap_extension()))
+        if spec.crypt == 2:
+            extensions.append((0x0537BE77, self.luks()))
         refcount_table = self.refcounts()
         self.header(n_l1, l1, refcount_table, snapshots, extensions)
         return subject
@@ -171,7 +177,10 @@ class _Qcow2Builder:
             subject.files["data"] = stored[:offset] + contents(guest, size) + stored[offset + size :]
         else:
             offset = subject.allocate(size)
-            subject.data[offset : offset + size] = contents(guest, size)
+            data = contents(guest, size)
+            if spec.crypt:
+                data = encrypt(spec.crypt, data, offset, guest * size)
+            subject.data[offset : offset + size] = data
             self.use(offset, size, times)
         if spec.extended:
             bitmap = 0x0F0F_00FF << 32 | 0xF0F0_FF00 if kind == "zero-data" else 0xFFFF_FFFF
@@ -228,6 +237,14 @@ class _Qcow2Builder:
             subject.put_bytes(f"bitmap[{number}].name", position, b"%c" % (97 + number))
         return struct.pack(">IIQQ", spec.bitmaps, 0, entry_size * spec.bitmaps, directory)
 
+    def luks(self) -> bytes:
+        area = self.table(LUKS_SECTORS * 512)
+        put_luks_header(self.subject, area, key_bytes=32, slot_sectors=256)
+        digest, salt, material = luks_key()
+        for place, value in ((112, digest), (208 + 8, salt), (8 * 512, material)):
+            self.subject.data[area + place : area + place + len(value)] = value
+        return struct.pack(">QQ", area, LUKS_SECTORS * 512)
+
     def refcounts(self) -> int:
         """Table of one cluster and as many blocks as that takes."""
         spec, subject, size = self.spec, self.subject, self.cluster_size
@@ -265,7 +282,7 @@ class _Qcow2Builder:
         name = b"base" if spec.backing else b""
         subject.put_bytes("backing_name", position + 8, name)
         values: tuple[int, ...] = (0x514649FB, spec.version, position + 8 if name else 0, len(name),
-                  spec.cluster_bits, spec.size, 0,
+                  spec.cluster_bits, spec.size, spec.crypt,
                   n_l1, l1, refcount_table, 1, spec.snapshots, snapshots)  # fmt: skip
         names: tuple[tuple[str, int], ...] = (("magic", 4), ("version", 4), ("backing_file_offset", 8),
                  ("backing_file_size", 4),
@@ -338,21 +355,30 @@ def build_qcow1(*, cluster_bits: int, l2_bits: int, packed: bool = False, backin
 def build_luks_header() -> Subject:
     """The first 592 bytes of a LUKS area, keys of 64 bytes for AES in XTS; nobody has the passphrase."""
     subject = Subject()
-    subject.put_bytes("magic", 0, b"LUKS\xba\xbe")
-    subject.put("version", 6, 2, 1)
+    put_luks_header(subject, 0, key_bytes=64, slot_sectors=504)
+    return subject
+
+
+def put_luks_header(subject: Subject, start: int, *, key_bytes: int, slot_sectors: int) -> None:
+    """A LUKS header at ``start``, with room for eight keys behind it, the first of which is in use."""
+    subject.put_bytes("luks.magic", start, b"LUKS\xba\xbe")
+    subject.put("luks.version", start + 6, 2, 1)
     for name, place, text in (("cipher", 8, b"aes"), ("mode", 40, b"xts-plain64"), ("hash", 72, b"sha256")):
-        subject.put_bytes(name, place, text)
-    for name, place, value in (("payload", 104, 4040), ("key_bytes", 108, 64), ("iterations", 164, 1000)):
-        subject.put(name, place, 4, value)
-    subject.put_bytes("uuid", 168, b"8c3aa3a6-0000-4000-8000-000000000000")
+        subject.put_bytes(f"luks.{name}", start + place, text)
+    for name, place, value in (
+        ("payload", 104, 8 + 8 * slot_sectors),
+        ("key_bytes", 108, key_bytes),
+        ("iterations", 164, 1000),
+    ):
+        subject.put(f"luks.{name}", start + place, 4, value)
+    subject.put_bytes("luks.uuid", start + 168, b"8c3aa3a6-0000-4000-8000-000000000000")
     for number in range(8):
-        place = 208 + 48 * number
-        values = (0x00AC71F3 if number == 0 else 0xDEAD, 1000, 8 + 504 * number, 4000)
+        place = start + 208 + 48 * number
+        values = (0x00AC71F3 if number == 0 else 0xDEAD, 1000, 8 + slot_sectors * number, 4000)
         for name, at, value in zip(
             ("state", "iterations", "key_sector", "stripes"), (0, 4, 40, 44), values, strict=True
         ):
-            subject.put(f"slot[{number}].{name}", place + at, 4, value)
-    return subject
+            subject.put(f"luks.slot[{number}].{name}", place + at, 4, value)
 
 
 _DATA: tuple[Kind, ...] = ("data", "none", "data", "zero", "zero-data")
@@ -380,20 +406,29 @@ IMAGES: dict[str, Callable[[], Subject]] = {
     "v1-backing": lambda: build_qcow1(cluster_bits=10, l2_bits=6, backing=True),
 }
 """Whole images, by name."""
+ENCRYPTED: dict[str, Callable[[], Subject]] = {
+    "v3-luks": lambda: build_qcow2(Qcow2(cluster_bits=12, kinds=_DATA, crypt=2)),
+    "v3-luks-snapshot": lambda: build_qcow2(Qcow2(cluster_bits=12, crypt=2, snapshots=1)),
+    "v2-aes": lambda: build_qcow2(Qcow2(version=2, cluster_bits=10, kinds=_V2, crypt=1)),
+}
+"""Whole images that the passphrase of :mod:`.encrypted` opens, by name."""
 TEXTS = {
     "options": b"ro,allow_other,allow-dir=/srv\\,x,uid=0,x-systemd.automount,backing_format=raw,noatime,name=d",
     "configuration": b"# bases\nallow-dir = /srv/bases\n\nallow-dir=/mnt/\xc3\xa4\nother = 1\n",
+    "command-line": b"-f\0a.qcow2\0/mnt/x\0-o\0ro,allow_other,umask=022\0--l2-cache-size\0" + b"64M\0--name=d",
+    "names": b"f\0a/../f\0b\0../in/f\0l1\0l0/./f\0/",
+    "requests": b'[1, "check_served", [4096, true]]\n[2, "adopt", []]\n[3, "mend_served", [1, 0, 1, 0]]',
 }
 """What is no image."""
 
 
 @cache
 def subject(name: str) -> Subject:
-    """The image, ``luks``, a disk with partitions, or a text: ``options``, ``configuration``; not to be changed."""
+    """The image, ``luks``, a disk with partitions, or one of :data:`TEXTS`; not to be changed."""
     from .disks import DISKS  # it builds on this module
 
     if name == "luks":
         return build_luks_header()
     if name in TEXTS:
         return Subject(bytearray(TEXTS[name]))
-    return (IMAGES | DISKS)[name]()
+    return (IMAGES | ENCRYPTED | DISKS)[name]()
