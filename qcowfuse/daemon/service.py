@@ -123,8 +123,7 @@ class _Service:
         failure: Exception | None = None
         try:
             async with trio.open_nursery() as nursery:
-                mount.extra.nursery = nursery
-                nursery.start_soon(mount.answer_requests)
+                nursery.start_soon(mount.answer_requests, nursery)
                 try:
                     await mount.check()
                     if self._stop.reason is not None:

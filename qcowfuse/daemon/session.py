@@ -19,10 +19,7 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
-from ..fuse.libfuse.direct_requests import DirectRequests
-from ..fuse.libfuse.extra_operations import ExtraOperations
-from ..fuse.libfuse.request_wait import PollFirstTrio
-from ..fuse.libfuse.session_hook import SessionHook
+from ..fuse.libfuse.extended_session import ExtendedSession
 from ..fuse.operations import Operations, Ownership
 from ..fuse.request_gate import RequestGate
 from . import mountpoint
@@ -70,7 +67,7 @@ class MountSession:
         self._outside = outside
         self._looks_keep_busy = False
         self._has_discarded = trio.Event()
-        self._gate = RequestGate()
+        gate = RequestGate()
         self._final_ownership = self._ownership()
         self._operations = Operations(
             image,
@@ -78,12 +75,15 @@ class MountSession:
             ownership=self._final_ownership,
             folder_mode=self._folder_mode(),
             mtime_ns=_mtime_ns(image.path),
-            gate=self._gate,
+            gate=gate,
             growable=settings.growable,
             on_release=on_release,
             on_discard=self._note_discard,
         )
-        self.add_statistics({"pid": os.getpid()})  # for whoever wants to send a signal
+        wants_cache = settings.writeback_cache and not image.read_only
+        self._session = ExtendedSession(self._operations, gate, writeback_cache=wants_cache)
+        self._statistics = {"pid": os.getpid()}  # for whoever wants to send a signal
+        self._operations.daemon_statistics = lambda: self.statistics
 
     @property
     def file_path(self) -> str:
@@ -109,13 +109,11 @@ class MountSession:
         options.add("fsname=" + escape_option(self._settings.source or os.path.abspath(self._image.path)))
         if self._image.read_only:
             options.add("ro")
-        self.extra = ExtraOperations(self._operations)
-        hook = self._hook = SessionHook(self.extra)  # kept, since libfuse holds addresses of what it owns
+        self._session.prepare()
         said = ""
         with captured_stderr() as captured:
             try:
-                with hook.active():
-                    pyfuse3.init(self._operations, self._place.target, options)
+                self._session.init(self._place.target, options)
             except (RuntimeError, ValueError) as exc:
                 said = captured() or str(exc)
         if not self._place.is_in_place:
@@ -123,22 +121,14 @@ class MountSession:
             raise MountError(f"{self.path}: the mount point was moved or replaced while the image was opened")
         if said:
             raise MountError(f"{self.path}: mounting failed: {_one_line(said)}")
-        if hook.refusal is not None:
-            _log.warning(
-                "FUSE session not tuned, slower and without discard (no write-back cache either): %s", hook.refusal
-            )
-        self._operations.enable_writeback_cache = (
-            self._settings.writeback_cache and not self._image.read_only and hook.refusal is None
-        )
-        pyfuse3.trio = PollFirstTrio(self._gate)  # type: ignore[attr-defined]
+        self._session.report()
         self.device = self._place.device_on_top()
         self._place.close()
 
-    async def answer_requests(self) -> None:
-        """Answer until the connection is closed; sets :attr:`ended`."""
+    async def answer_requests(self, nursery: trio.Nursery) -> None:
+        """Answer until the connection is closed; sets :attr:`ended`. ``nursery`` is closed before the session."""
         try:
-            with DirectRequests(self._operations, self._gate).active():
-                await pyfuse3.main(MIN_TASKS, MAX_TASKS)
+            await self._session.main(MIN_TASKS, MAX_TASKS, nursery)
         except Exception as exc:
             _log.critical("serving failed, the mount is dead now", exc_info=exc)
             self._failure = exc
@@ -148,11 +138,11 @@ class MountSession:
     @property
     def statistics(self) -> dict[str, int]:
         """Counters of the daemon, beside those of the image."""
-        return self._operations.daemon_statistics
+        return self._statistics | self._session.statistics()
 
     def add_statistics(self, statistics: dict[str, int]) -> None:
         """Show these as well, as extended attributes and in the log."""
-        self._operations.daemon_statistics |= statistics
+        self._statistics |= statistics
 
     async def check(self) -> None:
         """See from outside that the mount answers, and tell the kernel the size. Raises MountError."""
@@ -160,6 +150,7 @@ class MountSession:
         with trio.move_on_after(_CHECK_SECONDS):
             try:
                 await self._check_from_outside()
+                _log.debug("%s", self._session)  # by now INIT has been answered
                 mountpoint.raise_read_ahead(self.device)  # only now: the answer to INIT sets it
                 return
             except OSError as exc:

@@ -98,7 +98,7 @@ class Operations(pyfuse3.Operations):
         self.has_declined = False
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
-        self.daemon_statistics: dict[str, int] = {}
+        self.daemon_statistics: Callable[[], dict[str, int]] = dict
         self._n_writers = 0
         self._image = image
         self._seeker = Seeker(image)
@@ -410,7 +410,7 @@ class Operations(pyfuse3.Operations):
 
     def _statistics(self) -> dict[str, int]:
         try:
-            return self._image.statistics() | self.daemon_statistics
+            return self._image.statistics() | self.daemon_statistics()
         except Exception as exc:
             self._fail("statistics", exc)
 

@@ -341,7 +341,7 @@ def test_readiness_is_told_to_systemd(image: Path, mount_point: Path, tmp_path: 
 UNTUNED = """
 import sys
 from qcowfuse.fuse.libfuse import session_hook
-session_hook._SESSION_NEW = {"no_such_function": None}
+session_hook.SESSION_NEW = {"no_such_function": ()}
 from qcowfuse.cli.mount.main import main
 sys.exit(main(sys.argv[1:]))
 """

@@ -1,6 +1,8 @@
 """What touches libfuse or pyfuse3 beyond their public interface, and nothing else does.
 
-Modules: ``session_hook`` and ``init_reply`` (the parameters of the FUSE connection that pyfuse3 leaves alone),
-``extra_operations`` (fallocate and lseek), ``request_wait`` (a cheaper wait for requests), ``direct_requests`` (a
-shorter way for what need not wait).
+``extended_session`` is the facade: one session with everything that can be had, and the state of each part, which
+``features`` lists. Below it: ``session_hook`` (gets between pyfuse3 and libfuse), ``operations_table`` and
+``extra_operations`` (fallocate and lseek), ``connection`` and ``init_reply`` (what is negotiated with the kernel),
+``request_wait`` (a cheaper wait for requests), ``direct_requests`` (a shorter way for what need not wait),
+``callbacks`` (functions that libfuse calls).
 """

@@ -14,15 +14,16 @@ import ctypes
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Protocol
 
 import pyfuse3
 import trio
 
+from .callbacks import Callbacks
+
 _log = logging.getLogger(__name__)
 
-_FALLOCATE = ctypes.CFUNCTYPE(
-    None,
+_FALLOCATE = (
     ctypes.c_void_p,  # request
     ctypes.c_uint64,  # inode
     ctypes.c_int,  # mode
@@ -30,7 +31,7 @@ _FALLOCATE = ctypes.CFUNCTYPE(
     ctypes.c_int64,  # length
     ctypes.c_void_p,  # file info
 )
-_LSEEK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+_LSEEK = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
 
 
 class ExtraHandlers(Protocol):
@@ -51,22 +52,23 @@ class ExtraOperations:
     def __init__(self, handlers: ExtraHandlers) -> None:
         self.nursery: trio.Nursery | None = None
         self._handlers = handlers
-        self._callbacks: list[object] = []
         self._reply_error: Callable[[int, int], int] | None = None
         self._reply_lseek: Callable[[int, int], int] | None = None
         self._is_interrupted: Callable[[int], int] | None = None
 
-    def callbacks(self, library: ctypes.CDLL) -> dict[str, int]:
-        """Addresses by operation. Raises AttributeError where this libfuse cannot answer them."""
-        reply_error, reply_lseek = library.fuse_reply_err, library.fuse_reply_lseek
-        reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    def fallocate_callback(self, library: ctypes.CDLL, callbacks: Callbacks) -> int:
+        """The address of a callback for fallocate. Raises AttributeError where this libfuse cannot answer it, and
+        SlotError."""
+        self._reply_error = _error_reply(library)
+        return callbacks.address(self._on_fallocate, None, *_FALLOCATE)
+
+    def lseek_callback(self, library: ctypes.CDLL, callbacks: Callbacks) -> int:
+        """The same for lseek."""
+        reply_lseek, interrupted = library.fuse_reply_lseek, library.fuse_req_interrupted
         reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        interrupted = library.fuse_req_interrupted
         interrupted.argtypes = (ctypes.c_void_p,)
-        self._reply_error, self._reply_lseek, self._is_interrupted = reply_error, reply_lseek, interrupted
-        wanted: dict[str, Any] = {"fallocate": _FALLOCATE(self._on_fallocate), "lseek": _LSEEK(self._on_lseek)}
-        self._callbacks = list(wanted.values())
-        return {name: ctypes.cast(callback, ctypes.c_void_p).value or 0 for name, callback in wanted.items()}
+        self._reply_error, self._reply_lseek, self._is_interrupted = _error_reply(library), reply_lseek, interrupted
+        return callbacks.address(self._on_lseek, None, *_LSEEK)
 
     def _on_fallocate(self, request: int, inode: int, mode: int, off: int, length: int, info: int) -> None:
         self._start(request, lambda: self._handlers.fallocate(mode, off, length))
@@ -102,8 +104,14 @@ class ExtraOperations:
 
     def _reply(self, request: int, value: int | None, error: int) -> None:
         assert self._reply_error is not None
-        assert self._reply_lseek is not None
         if error or value is None:
             self._reply_error(request, error)
         else:
+            assert self._reply_lseek is not None
             self._reply_lseek(request, value)
+
+
+def _error_reply(library: ctypes.CDLL) -> Callable[[int, int], int]:
+    reply_error = library.fuse_reply_err
+    reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
+    return reply_error
