@@ -33,7 +33,6 @@ ALLOWED: dict[str, int] = {
     "tests/export/test_at_once.py": 22,
     "tests/export/test_outside.py": 1,
     "tests/export/test_seeking.py": 2,
-    "tests/export/test_session_hook.py": 12,
     "tests/fuzz/test_fuzz_program.py": 4,
     "tests/interop/test_bitmaps.py": 7,
     "tests/support/fuzzing/outer_parsers.py": 6,
