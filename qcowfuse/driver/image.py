@@ -24,7 +24,7 @@ class Image(Protocol):
 
     @property
     def format_name(self) -> str:
-        """``raw``, ``qcow`` or ``qcow2``."""
+        """``raw``, ``qcow`` or ``qcow2``, and which part of the disk it is, for a person."""
 
     @property
     def size(self) -> int:

@@ -23,7 +23,9 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     *(f"qcowfuse.tools.{name}" for name in ("check", "create", "info")),
     "qcowfuse.consistency.repair",
     "qcowfuse.driver.layers.encryption",
+    "qcowfuse.driver.partition_window",
     "qcowfuse.driver.writing.dirty_bitmaps",
+    *(f"qcowfuse.partitions.{name}" for name in ("table", "values")),
     *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "luks", "snapshots")),
     *(f"qcowfuse.storage.measuring.{name}" for name in ("latency", "memory")),
 }

@@ -28,6 +28,7 @@ class Arguments(NamedTuple):
     image: str
     mount_point: str
     open_options: OpenOptions
+    partition: str | None
     foreground: bool
     debug: bool
     log_file: str | None
@@ -129,6 +130,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     detect_zeroes = value("detect-zeroes") or DetectZeroes.OFF
     if detect_zeroes is DetectZeroes.UNMAP and not discard:
         _refuse("--detect-zeroes unmap and --discard ignore exclude each other")
+    partition, growable = value("partition"), flag("growable")
+    if partition is not None and growable:
+        _refuse("--growable and --partition exclude each other: what follows a partition belongs to others")
     backing_file, no_backing = value("backing-file"), flag("no-backing")
     allow_dirs = repeated("allow-dir")
     try:
@@ -154,6 +158,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             io_delay=io_delay,
             image_in_memory=flag("debug-image-in-memory"),
         ),
+        partition=partition,
         foreground=flag("foreground") or flag("debug"),
         debug=flag("debug"),
         log_file=value("log-file"),
@@ -167,7 +172,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         gid=value("gid"),
         umask=value("umask"),
         counts_allocated=io_delay is None,
-        growable=flag("growable"),
+        growable=growable,
         uses_sandbox=not flag("no-sandbox"),
         user=value("user"),
     )

@@ -16,6 +16,13 @@ OPTIONS = (
     Option("read-only", "do not write to the image", _COMMON, "r"),
     Option("snapshot", "serve an internal snapshot, with its own size; implies -r", _COMMON, metavar="NAME_OR_ID"),
     Option(
+        "partition",
+        "serve one partition of the disk: its number, or its label or UUID in the partition table",
+        _COMMON,
+        metavar="NUMBER|LABEL|UUID",
+        convert=values.partition,
+    ),
+    Option(
         "key-file",
         "the passphrase of an encrypted image, the whole file (a newline counts); "
         "default: systemd's credential qcowfuse.key, else a prompt",

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 import sdnotify
 import trio
@@ -19,6 +19,7 @@ from ...daemon.outside import Outside
 from ...daemon.process import Starter, leave_session
 from ...daemon.service import serve
 from ...driver.chain import open_image
+from ...driver.image import Image
 from ...printable import printable
 from .. import logs
 from ..exit_codes import ExitCode
@@ -54,9 +55,26 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     def stopping(text: str) -> None:
         notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
 
-    opener = functools.partial(open_image, arguments.image, arguments.open_options._replace(passphrase=key))
+    opener: Callable[[], Awaitable[Image]] = functools.partial(
+        open_image, arguments.image, arguments.open_options._replace(passphrase=key)
+    )
+    if arguments.partition is not None:
+        opener = functools.partial(_open_partition, opener, arguments.partition)
     settings = arguments.mount_settings()
     check_fuse()
     place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
     with Outside(MountClient(place, settings.file_name)) as outside:
         trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))
+
+
+async def _open_partition(open_disk: Callable[[], Awaitable[Image]], wanted: str) -> Image:
+    """A partition of the disk that ``open_disk`` opens. Raises what that does, and ImageUsageError."""
+    from ...driver.partition_window import open_partition
+
+    disk = await open_disk()
+    try:
+        return await open_partition(disk, wanted)
+    except BaseException:
+        with trio.CancelScope(shield=True):
+            await disk.aclose()
+        raise

@@ -41,6 +41,13 @@ def file_name(text: str) -> str:
     return text
 
 
+def partition(text: str) -> str:
+    """Anything but nothing."""
+    if not text:
+        raise ValueError("expected a number, a label or a UUID")
+    return text
+
+
 def user_or_group_id(text: str) -> int:
     """0 to 2^32 - 2: the last number means "none" to the kernel."""
     if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= (1 << 32) - 1:
