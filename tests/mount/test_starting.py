@@ -127,7 +127,8 @@ sys.exit({program}())
 
 
 SLOW_FORK = """
-import os, time
+import os, time, warnings
+warnings.simplefilter("ignore")  # Python 3.12 and later warn of a fork in __main__, where the product's is not
 usual = os.fork
 def fork():
     pid = usual()

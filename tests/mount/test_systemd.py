@@ -25,7 +25,7 @@ exec >/srv/out.log 2>&1
 set -x
 fail() {
     set +x; echo "FAILED: $*"
-    systemctl --no-pager -l status "qcowfuse@*"; journalctl --no-pager -u qcowfuse@one -n 40
+    systemctl --no-pager -l status "qcowfuse@*"; journalctl --no-pager -n 100
     exit 1
 }
 expect() { [ "$1" = "$2" ] || fail "$1 is not $2"; }
