@@ -87,6 +87,42 @@ async def test_concurrent_fsyncs_share_one_flush() -> None:
     assert kinds(faulty, first) == ["flush", "flush"]
 
 
+async def test_a_shared_flush_that_is_given_up_is_begun_again() -> None:
+    """The one that leads the next flush is cancelled while it waits its turn: those that share it get one still."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0))
+    await image.write(0, b"x" * 100)
+    await image.flush()
+    hold = Hold(lambda operation: operation.kind == "flush")
+    faulty.gate = hold
+    first = len(faulty.operations)
+    leader = trio.CancelScope()
+    done: list[int] = []
+
+    async def lead() -> None:
+        with leader:
+            await image.flush()
+
+    async def share(number: int) -> None:
+        await image.flush()
+        done.append(number)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        await hold.reached.wait()
+        nursery.start_soon(lead)
+        await wait_all_tasks_blocked()
+        for number in range(3):
+            nursery.start_soon(share, number)
+        await wait_all_tasks_blocked()
+        leader.cancel()
+        await wait_all_tasks_blocked()
+        assert not done, "the flush that runs began before theirs was asked for"
+        hold.release()
+    assert sorted(done) == [0, 1, 2]
+    assert kinds(faulty, first) == ["flush", "flush"]
+    await image.aclose()
+
+
 async def test_a_failed_flush_of_header_bits_is_final() -> None:
     """The flush between the header bits and the first write is one like all others: its failure ends the writing."""
     built = build_image(ImageSpec(fill=0.5))
