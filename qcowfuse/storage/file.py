@@ -32,25 +32,18 @@ from typing import Any, Protocol, TypeVar
 import trio
 
 from ..buffer import Buffer
-from ..system.mountinfo import mount_table
+from . import file_systems
 from .base import StorageCounters
+from .blocking import read_all, read_all_into, write_all, zero_range
 from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
 from .space import allocate_range
-from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, fallocate
+from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from .workers import retain_worker_pool
-
-IOV_MAX = 1024
-"""Buffers that one pwritev takes (Linux: UIO_MAXIOV)."""
 
 MAX_INLINE_WRITE = 1 << 20
 """Bytes; longer writes to a disk file system go to a thread, which copies them without the interpreter lock."""
 
-_ZERO_CHUNK = 1 << 20
-MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
-_PLAIN_WRITE_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
-COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
-_NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
 
 _RWF_NOWAIT = os.RWF_NOWAIT
 sys_pread = os.pread
@@ -72,111 +65,6 @@ class _TryPwritev(Protocol):
     def __call__(self, host_offset: int, buffers: Sequence[Buffer]) -> bool: ...
 
 
-def read_all(fd: int, host_offset: int, n_bytes: int) -> bytes:
-    """All ``n_bytes``, zero-filled past the end of the file; blocks. Raises OSError."""
-    data = sys_pread(fd, n_bytes, host_offset)
-    if len(data) == n_bytes:
-        return data
-    parts = [data]
-    n_done = len(data)
-    while data and n_done < n_bytes:
-        data = sys_pread(fd, n_bytes - n_done, host_offset + n_done)
-        parts.append(data)
-        n_done += len(data)
-    parts.append(bytes(n_bytes - n_done))
-    return b"".join(parts)
-
-
-def read_all_into(fd: int, host_offset: int, buffer: memoryview) -> None:
-    """Fill ``buffer``, with zeroes past the end of the file; blocks. Raises OSError."""
-    n_done = 0
-    n_bytes = len(buffer)
-    while n_done < n_bytes:
-        n_read = sys_preadv(fd, (buffer[n_done:],), host_offset + n_done)
-        if n_read == 0:
-            buffer[n_done:] = bytes(n_bytes - n_done)
-            return
-        n_done += n_read
-
-
-def write_all(fd: int, host_offset: int, buffers: Sequence[Buffer]) -> int:
-    """Write all buffers back to back, in as many system calls as it takes; blocks.
-
-    Gives the number of bytes written. Raises OSError; then any first part of them is written.
-    """
-    n_done = 0
-    for first in range(0, len(buffers), IOV_MAX):
-        group = buffers[first : first + IOV_MAX]
-        n_group = sum(map(len, group))
-        n_written = os.pwritev(fd, group, host_offset + n_done) if n_group else 0
-        if n_written != n_group:
-            n_written = _write_rest(fd, host_offset + n_done, group, n_written)
-        n_done += n_written
-    return n_done
-
-
-def _write_rest(fd: int, host_offset: int, group: Sequence[Buffer], n_written: int) -> int:
-    """Finish a short vectored write of ``group``, one buffer at a time (it is rare). Gives the whole length."""
-    n_before = 0
-    for buffer in group:
-        n_end = n_before + len(buffer)
-        view = memoryview(buffer)
-        while n_written < n_end:
-            n_more = sys_pwrite(fd, view[n_written - n_before :], host_offset + n_written)
-            if n_more == 0:
-                raise OSError(errno.EIO, "a write wrote nothing")
-            n_written += n_more
-        n_before = n_end
-    return n_written
-
-
-def _write_zero_chunks(fd: int, host_offset: int, n_bytes: int) -> None:
-    zeroes = memoryview(bytes(min(n_bytes, _ZERO_CHUNK)))
-    for n_done in range(0, n_bytes, _ZERO_CHUNK):
-        write_all(fd, host_offset + n_done, (zeroes[: n_bytes - n_done],))
-
-
-def zero_range(fd: int, mode: int, host_offset: int, n_bytes: int) -> bool:
-    """Zero by fallocate ``mode`` (0: not), or by writing; blocks. False when the file system has no such fallocate.
-    Raises OSError."""
-    if mode:
-        try:
-            fallocate(fd, mode, host_offset, n_bytes)
-            return True
-        except OSError as error:
-            if error.errno not in _NOT_SUPPORTED:
-                raise
-            # EINVAL is about this range (a block device wants whole sectors), the others about the file system.
-            supported = error.errno == errno.EINVAL
-    else:
-        supported = False
-    _write_zero_chunks(fd, host_offset, n_bytes)
-    return supported
-
-
-def _file_system_of(fd: int) -> str:
-    """The type of the file system below ``fd`` ("" when it can't be found; block devices have none)."""
-    try:
-        if is_block_device(fd):
-            return ""
-        with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
-            mount_id = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
-        return next(mount.file_system for mount in mount_table() if mount.mount_id == int(mount_id))
-    except (OSError, StopIteration, IndexError, ValueError):
-        return ""
-
-
-def takes_nowait(fd: int) -> bool:
-    try:
-        sys_preadv(fd, (bytearray(1),), 0, _RWF_NOWAIT)
-    except BlockingIOError:
-        return True
-    except OSError as error:
-        # A medium error is for the first real read to report.
-        return error.errno not in _NOT_SUPPORTED
-    return True
-
-
 class FileStorage:
     """A Storage on an open file descriptor, which it owns from now on. Make it inside a trio run.
 
@@ -193,15 +81,15 @@ class FileStorage:
         self._name = path
         self._writable = writable
         self._size = length_of(fd)
-        self._file_system = _file_system_of(fd)
-        self._in_memory = self._file_system in MEMORY_FILE_SYSTEMS
+        self._file_system = file_systems.type_of(fd)
+        self._in_memory = self._file_system in file_systems.MEMORY_FILE_SYSTEMS
         self._flush_errno = 0
         self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
         self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
         self._can_allocate = True
         self._reserve_fd: int | None = None
-        if writable and self._file_system in COPY_ON_WRITE_FILE_SYSTEMS:
+        if writable and self._file_system in file_systems.COPY_ON_WRITE_FILE_SYSTEMS:
             from .reserve import open_reserve
 
             self._reserve_fd = open_reserve(fd, path)
@@ -222,12 +110,12 @@ class FileStorage:
         if self._in_memory:
             self.try_pread = self._plain_pread
             self.try_pread_into = self._plain_pread_into
-        elif takes_nowait(self._fd):
+        elif file_systems.takes_nowait(self._fd):
             self.try_pread = self._nowait_pread
             self.try_pread_into = self._nowait_pread_into
         else:
             self._decline_reads()
-        if self._writable and (self._in_memory or self._file_system in _PLAIN_WRITE_FILE_SYSTEMS):
+        if self._writable and (self._in_memory or self._file_system in file_systems.PLAIN_WRITE_FILE_SYSTEMS):
             self.try_pwritev = self._plain_pwritev
 
     def _decline_reads(self) -> None:

@@ -21,7 +21,7 @@ from functools import partial
 import trio
 
 from ..errors import ImageUsageError
-from ..storage.file import zero_range
+from ..storage.blocking import zero_range
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
 from ..storage.syscalls import FALLOC_ZERO_RANGE

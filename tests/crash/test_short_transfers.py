@@ -14,6 +14,7 @@ from qcowfuse.buffer import Buffer
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.storage import blocking
 from qcowfuse.storage import file as file_module
 from tests.support.checker import check_image_bytes
 from tests.support.images import ImageSpec, build_image, write_chain
@@ -36,9 +37,10 @@ class ShortCalls:
         self.chooser = chooser
         self.n_writes = n_writes
         self.n_short = 0
-        monkeypatch.setattr(file_module, "sys_pread", self.pread)
-        monkeypatch.setattr(file_module, "sys_preadv", self.preadv)
-        monkeypatch.setattr(file_module, "sys_pwrite", self.pwrite)
+        for module in (file_module, blocking):
+            monkeypatch.setattr(module, "sys_pread", self.pread)
+            monkeypatch.setattr(module, "sys_preadv", self.preadv)
+            monkeypatch.setattr(module, "sys_pwrite", self.pwrite)
         monkeypatch.setattr(os, "pwritev", self.pwritev)
         self._real = os.pread, os.preadv, os.pwrite
 

@@ -14,9 +14,10 @@ from pathlib import Path
 import pytest
 import trio
 
+from qcowfuse.storage import blocking, file_systems, space
 from qcowfuse.storage import file as file_module
-from qcowfuse.storage import space
-from qcowfuse.storage.file import IOV_MAX, FileStorage, open_file_storage
+from qcowfuse.storage.blocking import IOV_MAX
+from qcowfuse.storage.file import FileStorage, open_file_storage
 from tests.support.container import need_loop_devices
 
 SHM = Path("/dev/shm")
@@ -47,8 +48,8 @@ async def storage(file_path: str) -> AsyncIterator[FileStorage]:
 @pytest.fixture
 async def nowait_storage(file_path: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStorage]:
     """A storage that takes its file system for one where a read can decline to wait, whatever it is."""
-    monkeypatch.setattr(file_module, "MEMORY_FILE_SYSTEMS", frozenset())
-    monkeypatch.setattr(file_module, "takes_nowait", lambda fd: True)
+    monkeypatch.setattr(file_systems, "MEMORY_FILE_SYSTEMS", frozenset())
+    monkeypatch.setattr(file_systems, "takes_nowait", lambda fd: True)
     Path(file_path).touch()
     opened = await open_file_storage(file_path, writable=True)
     yield opened
@@ -179,7 +180,8 @@ async def test_short_writes_are_finished(storage: FileStorage, monkeypatch: pyte
         return real_pwrite(fd, buffer[:3], offset)
 
     monkeypatch.setattr(os, "pwritev", short_pwritev)
-    monkeypatch.setattr(file_module, "sys_pwrite", short_pwrite)
+    for module in (file_module, blocking):
+        monkeypatch.setattr(module, "sys_pwrite", short_pwrite)
     await storage.pwritev(10, [b"abcd", b"", b"efghijkl", b"m"])
     await write(storage, 50, b"0123456789")
     assert await read(storage, 10, 13) == b"abcdefghijklm"
@@ -225,7 +227,7 @@ async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pyte
         calls.append(arguments)
         raise OSError(errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(file_module, "fallocate", refuse)
+    monkeypatch.setattr(blocking, "fallocate", refuse)
     n_bytes = (2 << 20) + 777
     await write(storage, 0, b"w" * (n_bytes + 100))
     await storage.write_zeroes(50, n_bytes)
@@ -389,7 +391,7 @@ async def test_use_after_close(storage: FileStorage) -> None:
 
 async def test_close_waits_for_calls_in_flight(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     """The descriptor is not closed below a thread that uses it, cancelled or not."""
-    real_write = file_module.write_all
+    real_write = blocking.write_all
     ended = []
 
     def slow(fd: int, host_offset: int, buffers: list[bytes]) -> int:

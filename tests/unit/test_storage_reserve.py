@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.storage import file as file_module
+from qcowfuse.storage import file_systems
 from qcowfuse.storage.file import open_file_storage
 
 
@@ -34,7 +34,7 @@ async def test_elsewhere_nothing_is_kept(tmp_path: Path) -> None:
 @pytest.mark.root
 async def test_space_is_kept_and_given_up(small_tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is kept can't be had by others until it is given up, or the storage closed; no name of it is seen."""
-    monkeypatch.setattr(file_module, "COPY_ON_WRITE_FILE_SYSTEMS", frozenset({"tmpfs"}))
+    monkeypatch.setattr(file_systems, "COPY_ON_WRITE_FILE_SYSTEMS", frozenset({"tmpfs"}))
     path = small_tmpfs / "image"
     path.write_bytes(bytes(4096))
     storage = await open_file_storage(str(path), writable=True)
@@ -59,7 +59,7 @@ async def test_space_is_kept_and_given_up(small_tmpfs: Path, monkeypatch: pytest
 @pytest.mark.root
 async def test_a_folder_that_may_not_be_written(small_tmpfs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Then nothing is kept, and the image is opened all the same."""
-    monkeypatch.setattr(file_module, "COPY_ON_WRITE_FILE_SYSTEMS", frozenset({"tmpfs"}))
+    monkeypatch.setattr(file_systems, "COPY_ON_WRITE_FILE_SYSTEMS", frozenset({"tmpfs"}))
     path = small_tmpfs / "image"
     path.write_bytes(bytes(4096))
     real_open = os.open

@@ -16,7 +16,8 @@ from collections.abc import Sequence
 
 from ...buffer import Buffer
 from ..base import StorageCounters
-from ..file import FileStorage, read_all, read_all_into
+from ..blocking import read_all, read_all_into
+from ..file import FileStorage
 from ..syscalls import LockedMapping
 
 _log = logging.getLogger(__name__)

@@ -1,0 +1,39 @@
+"""What lies below a file: the kinds of file systems that are treated in their own way, and how one is told."""
+
+from __future__ import annotations
+
+import os
+
+from ..system.mountinfo import mount_table
+from .blocking import NOT_SUPPORTED
+from .opened import is_block_device
+
+MEMORY_FILE_SYSTEMS = frozenset({"tmpfs", "ramfs"})
+"""Reads and writes never wait, and RWF_NOWAIT is refused."""
+PLAIN_WRITE_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
+"""A plain buffered write ends in microseconds."""
+COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
+"""Writing over something takes new space."""
+
+
+def type_of(fd: int) -> str:
+    """The type of the file system below ``fd`` ("" when it can't be found; block devices have none)."""
+    try:
+        if is_block_device(fd):
+            return ""
+        with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
+            mount_id = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
+        return next(mount.file_system for mount in mount_table() if mount.mount_id == int(mount_id))
+    except (OSError, StopIteration, IndexError, ValueError):
+        return ""
+
+
+def takes_nowait(fd: int) -> bool:
+    try:
+        os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
+    except BlockingIOError:
+        return True
+    except OSError as error:
+        # A medium error is for the first real read to report.
+        return error.errno not in NOT_SUPPORTED
+    return True
