@@ -24,9 +24,9 @@ The packages, from the lowest to the highest; each imports only from those above
     cli                 arguments to open and serve; exit codes; the only reader of the environment
       mount, img        the two programs
 
-The way of a read: ``DirectRequests`` -> ``QcowImage.try_read`` -> ``FileStorage.try_pread``: plain calls, one
-dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine, and
-then it is ``Operations.read`` -> ``QcowImage.read``.
+The way of a read: ``DirectRequests`` -> ``QcowImage.start_read`` -> ``FileStorage.try_pread``: plain calls, one
+dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine:
+``start_read`` gives a ``PendingRead``, and ``Operations.read`` awaits its end.
 
 The way of a write and of fsync, and the rules that make them safe, are in :mod:`qcowfuse.driver`.
 """

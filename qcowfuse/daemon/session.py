@@ -19,8 +19,9 @@ import trio
 
 from ..driver.image import Image
 from ..errors import MountError
+from ..fuse.attributes import Ownership
 from ..fuse.libfuse.extended_session import ExtendedSession
-from ..fuse.operations import Operations, Ownership
+from ..fuse.operations import Operations
 from ..fuse.request_gate import RequestGate
 from . import mountpoint
 from .mount_client import MountClient

@@ -57,17 +57,15 @@ from .layers.mapping import Layer, Mapping, RawLayer
 from .layers.table_cache import TableCache
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
-from .reading.decompression import CompressedSource
-from .reading.reader import ChainReader
-from .writing.allocation import Allocator, RefcountAllocator
+from .reading.decoding import CompressedSource
+from .writing.allocation import RefcountAllocator
+from .writing.changes import WritableParts
 from .writing.feature_bits import FeatureBits
-from .writing.guarded_clusters import MetadataClusters
 from .writing.host_clusters import load_host_clusters
 
 if TYPE_CHECKING:
     from .layers.encryption import EncryptedData
     from .writing.dirty_bitmaps import DirtyBitmaps
-    from .writing.unguarded import UnguardedClusters
 
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
@@ -280,39 +278,43 @@ async def _assemble(path: str, opened: list[_Opened], options: OpenOptions) -> Q
     top_mapping = layers[0]
     assert isinstance(top_mapping, Mapping)
     cache.budget = _cache_budget(top_mapping.geometry, options.l2_cache_size)
-    metadata = MetadataClusters(header.cluster_bits)
-    allocator: Allocator | None = None
-    bitmaps: DirtyBitmaps | None = None
-    unguarded: UnguardedClusters | None = None
-    data_clusters: DataClusters | None = None
-    if not options.read_only:
-        assert not isinstance(top.l1_table, PagedTable)
-        allocator, metadata, unguarded = await load_host_clusters(
-            path, top.storage, header, entry_format=top_mapping.entry_format, l1_table=top.l1_table
-        )
-        if isinstance(allocator, RefcountAllocator) and isinstance(header, Qcow2Header) and _may_have_bitmaps(header):
-            from .writing.dirty_bitmaps import load_kept_bitmaps
-
-            bitmaps = await load_kept_bitmaps(
-                top.storage, header, size=top_mapping.size, allocator=allocator, metadata=metadata
-            )
-        if top.data is not None:
-            cluster_size = 1 << header.cluster_bits
-            data_clusters = DataClusters(top.data, cluster_size=cluster_size, is_raw=has_raw_data_file(header))
     return QcowImage(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
-        mapping=top_mapping,
-        reader=ChainReader(layers, sources, cache),
+        layers=layers,
+        sources=sources,
         cache=cache,
         storages=[storage for layer in opened for storage in (layer.storage, layer.data) if storage is not None],
+        parts=None if options.read_only else await _writable_parts(path, top, top_mapping, options),
+    )
+
+
+async def _writable_parts(path: str, top: _Opened, mapping: Mapping, options: OpenOptions) -> WritableParts:
+    header = top.header
+    assert header is not None
+    assert not isinstance(top.l1_table, PagedTable)
+    allocator, metadata, unguarded = await load_host_clusters(
+        path, top.storage, header, entry_format=mapping.entry_format, l1_table=top.l1_table
+    )
+    bitmaps: DirtyBitmaps | None = None
+    if isinstance(allocator, RefcountAllocator) and isinstance(header, Qcow2Header) and _may_have_bitmaps(header):
+        from .writing.dirty_bitmaps import load_kept_bitmaps
+
+        bitmaps = await load_kept_bitmaps(
+            top.storage, header, size=mapping.size, allocator=allocator, metadata=metadata
+        )
+    data_clusters: DataClusters | None = None
+    if top.data is not None:
+        cluster_size = 1 << header.cluster_bits
+        data_clusters = DataClusters(top.data, cluster_size=cluster_size, is_raw=has_raw_data_file(header))
+    return WritableParts(
         allocator=allocator,
-        data_clusters=data_clusters,
         metadata=metadata,
         l1_table_offset=header.l1_table_offset,
         feature_bits=_feature_bits_of(top, header, kept_autoclear=0 if bitmaps is None else AUTOCLEAR_BITMAPS),
         bitmaps=bitmaps,
         unguarded=unguarded,
+        data_clusters=data_clusters,
         discard=options.discard,
         detect_zeroes=options.detect_zeroes,
         cache_budget=lambda geometry: _cache_budget(geometry, options.l2_cache_size),

@@ -1,7 +1,8 @@
 """The Image protocol: what export sees of a virtual disk, whatever its format.
 
-1. ``try_`` calls are plain functions for the hot path: an answer now, or None / False, and then the
-   caller awaits the other call with the same arguments.
+1. A request is started by a plain function, which gives the answer or a pending object (:mod:`.pending`). The caller
+   awaits ``finish`` of that, once, or calls ``abandon``. What goes wrong at the start is raised there; corruption is
+   raised by ``finish``, since the image has to be marked first.
 2. Requests must lie inside ``0 <= guest_offset, guest_offset + n_bytes <= size``; else OutOfRangeError.
 3. A completed write is visible to every later read and durable after the next successful ``flush``.
 4. Overlapping requests in flight may land in any order, but never mix inside one image sector of 512 bytes
@@ -10,9 +11,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 from ..buffer import Buffer
+from .pending import PendingRead, PendingWrite
+
+
+def never() -> bool:
+    """For ``is_alone``: somebody may be waiting."""
+    return False
+
+
+class StartRead(Protocol):
+    """``start_read`` of an Image."""
+
+    def __call__(
+        self, guest_offset: int, n_bytes: int, is_alone: Callable[[], bool] = never, /
+    ) -> Buffer | PendingRead:
+        """The bytes when they can be had at once. ``is_alone`` tells whether nobody else waits for an answer; it is
+        asked once at most, where the bytes could be computed on the spot, which may take some 100 us. Raises
+        OutOfRangeError, FormatError, OSError."""
+
+
+class StartWrite(Protocol):
+    """``start_write`` of an Image."""
+
+    def __call__(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+        """None when all of the data was written at once, into new clusters where that was needed. ``data`` is only
+        lent to a write that ends here, and to a pending one until it is finished. Raises OutOfRangeError,
+        ReadOnlyImageError, OSError."""
 
 
 class Image(Protocol):
@@ -38,28 +66,21 @@ class Image(Protocol):
     def read_only(self) -> bool:
         """True when opened read-only, and from the moment on that an error made it so."""
 
-    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """The bytes when they can be had at once, else None."""
+    @property
+    def start_read(self) -> StartRead:
+        """Starts reads."""
 
-    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """After :meth:`try_read` has declined, and while nobody else waits for an answer: the bytes, if they can be
-        computed here, which may take some 100 us; else None. Raises FormatError, OSError."""
+    @property
+    def start_write(self) -> StartWrite:
+        """Starts writes."""
 
-    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
-        """The bytes. ``may_block_loop``: nobody else waits for an answer now, so it may be computed on the spot.
-
-        Raises OutOfRangeError, CorruptImageError, OSError.
-        """
-
-    def try_write(self, guest_offset: int, data: Buffer) -> bool:
-        """True when the data was written in place at once; False: await :meth:`write`."""
-
-    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
-        """True when all of the data was written at once, into new clusters where that was needed; False: await
-        :meth:`write`, a part of the data may have been written. Raises OSError."""
+    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
+        """The bytes: :attr:`start_read`, and its pending read finished. Raises OutOfRangeError, CorruptImageError,
+        FormatError, OSError."""
 
     async def write(self, guest_offset: int, data: Buffer) -> None:
-        """Write. Raises OutOfRangeError, ReadOnlyImageError, CorruptImageError, OSError."""
+        """Write: :attr:`start_write`, and its pending write finished. Raises OutOfRangeError, ReadOnlyImageError,
+        CorruptImageError, OSError."""
 
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         """Make the range read as zeroes; ``unmap``: whole clusters may give their space back. Raises as write."""

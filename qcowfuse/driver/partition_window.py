@@ -11,14 +11,15 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 
 from ..buffer import Buffer
 from ..errors import ImageUsageError, OutOfRangeError
 from ..partitions.file_systems import find_file_system
 from ..partitions.table import choose_partition, find_table
 from ..partitions.values import Partition, PartitionTable, T
-from .image import Image
+from .image import Image, never
+from .pending import PendingRead, PendingWrite
 
 _COUNTS = 3
 """Attempts at a count during which nothing is written."""
@@ -39,42 +40,31 @@ class PartitionWindow:
         self._allocated = 0
         self._allocated_then: int | None = None
         """Of all of the image, when ``_allocated`` was right."""
-        self._try_read = image.try_read
-        self._try_write = image.try_write
-        self._try_allocate_write = image.try_allocate_write
+        self._start_read = image.start_read
+        self._start_write = image.start_write
 
     @property
     def read_only(self) -> bool:
         """See Image."""
         return self._image.read_only
 
-    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+    def start_read(
+        self, guest_offset: int, n_bytes: int, is_alone: Callable[[], bool] = never, /
+    ) -> Buffer | PendingRead:
         """See Image."""
         if 0 <= guest_offset <= self.size - n_bytes:
-            return self._try_read(self._start + guest_offset, n_bytes)
-        return None
+            return self._start_read(self._start + guest_offset, n_bytes, is_alone)
+        raise self._out_of_range(guest_offset, n_bytes)
 
-    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """See Image."""
-        if 0 <= guest_offset <= self.size - n_bytes:
-            return self._image.try_read_alone(self._start + guest_offset, n_bytes)
-        return None
-
-    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
-        """See Image."""
-        return await self._image.read(self._moved(guest_offset, n_bytes), n_bytes, may_block_loop=may_block_loop)
-
-    def try_write(self, guest_offset: int, data: Buffer) -> bool:
+    def start_write(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
         """See Image."""
         if 0 <= guest_offset <= self.size - len(data):
-            return self._try_write(self._start + guest_offset, data)
-        return False
+            return self._start_write(self._start + guest_offset, data)
+        raise self._out_of_range(guest_offset, len(data))
 
-    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
+    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
         """See Image."""
-        if 0 <= guest_offset <= self.size - len(data):
-            return self._try_allocate_write(self._start + guest_offset, data)
-        return False
+        return await self._image.read(self._moved(guest_offset, n_bytes), n_bytes)
 
     async def write(self, guest_offset: int, data: Buffer) -> None:
         """See Image."""
@@ -139,10 +129,13 @@ class PartitionWindow:
 
     def _moved(self, guest_offset: int, n_bytes: int) -> int:
         if guest_offset < 0 or n_bytes < 0 or guest_offset + n_bytes > self.size:
-            raise OutOfRangeError(
-                f"request for {n_bytes} bytes at {guest_offset:#x} of a partition of {self.size} bytes"
-            )
+            raise self._out_of_range(guest_offset, n_bytes)
         return self._start + guest_offset
+
+    def _out_of_range(self, guest_offset: int, n_bytes: int) -> OutOfRangeError:
+        return OutOfRangeError(
+            f"request for {n_bytes} bytes at {guest_offset:#x} of a partition of {self.size} bytes"
+        )
 
 
 async def read_partition_table(image: Image) -> PartitionTable:

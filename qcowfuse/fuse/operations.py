@@ -4,9 +4,7 @@
    :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
 2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
 3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
-4. Owner, mode and times can be changed, and live as long as the mount. There are no set-id bits. (With the
-   write-back cache the kernel keeps the times. For a root inode it then never moves them by itself: a file that
-   is mounted over a file shows the time that utimens gave it last.)
+4. Owner, mode and times can be changed, and live as long as the mount: :mod:`.attributes`.
 5. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
    is open for writing somewhere: before it tells of the release it has written everything. So holes are where
    the image has them while there is no writer; while there is one, all of the file counts as data. When the disk
@@ -23,7 +21,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NoReturn
 
 import pyfuse3
@@ -31,17 +29,17 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from ..buffer import Buffer
 from ..driver.image import Image
+from ..driver.pending import PendingRead, PendingWrite
+from .attributes import Attributes, Ownership
 from .errnos import errno_of
 from .request_gate import RequestGate
 from .seeking import Seeker, never
 from .sizes import Sizes
+from .started import StartedRequest
 
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
 
-# The name of the file never changes; its attributes do: blocks get allocated.
-_ENTRY_TIMEOUT = 3600.0
-_ATTRIBUTES_TIMEOUT = 1.0
 _MAX_BLOCK_SIZE = 1 << 20
 _MIN_BLOCK_SIZE = 4096
 
@@ -53,22 +51,6 @@ _WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True)
-class Ownership:
-    """Who owns the served file (and folder), and the permission bits of the file."""
-
-    uid: int
-    gid: int
-    mode: int
-
-
-@dataclass(slots=True)
-class _Times:
-    atime_ns: int
-    mtime_ns: int
-    ctime_ns: int
 
 
 class Operations(pyfuse3.Operations):
@@ -95,18 +77,15 @@ class Operations(pyfuse3.Operations):
     ) -> None:
         super().__init__()
         self.enable_writeback_cache = False
-        self.has_declined = False
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
         self.daemon_statistics: Callable[[], dict[str, int]] = dict
         self._n_writers = 0
         self._image = image
         self._seeker = Seeker(image)
-        self._size = image.size
-        self.try_read = image.try_read
-        self.try_read_alone = image.try_read_alone
-        self._try_write_in_place = image.try_write
-        self._try_write_new = image.try_allocate_write
+        self.started = StartedRequest()
+        self.start_read = image.start_read
+        self._start_write = image.start_write
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
         self.sizes = Sizes(
@@ -115,13 +94,10 @@ class Operations(pyfuse3.Operations):
             growable=growable,
             slow=self._slow,
             note_write=self._note_write,
-            on_change=self._note_size,
             trusts_kernel=lambda: self.enable_writeback_cache,
         )
-        self._ownership = ownership
-        self._folder_ownership = replace(ownership, mode=folder_mode)
-        self._times = _Times(mtime_ns, mtime_ns, mtime_ns)
-        self._folder_times = replace(self._times)
+        self._file = Attributes(self._file_inode, ownership, mtime_ns)
+        self._folder = Attributes(pyfuse3.ROOT_INODE, replace(ownership, mode=folder_mode), mtime_ns)
         self._n_writes = 0
         self._n_flushed = 0
         self._on_release = on_release
@@ -135,62 +111,55 @@ class Operations(pyfuse3.Operations):
         """The inode of the one file."""
         return self._file_inode
 
-    def try_write(self, off: int, data: Buffer) -> bool:
-        """Whether all of ``data`` was written at once; if not, :meth:`write` must be asked, and a part of it may have
-        been written. Raises what the image raises; ``data`` is not kept."""
-        n_bytes = len(data)
-        if off + n_bytes > self._size or not (self._try_write_in_place(off, data) or self._try_write_new(off, data)):
-            return False
-        self._note_write()
-        return True
-
-    def _note_size(self, n_bytes: int) -> None:
-        self._size = n_bytes
+    def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
+        """None when all of ``data``, which is only lent, was written at once; else :meth:`write` goes on with what it
+        finds in :attr:`started`. Raises what the image raises."""
+        pending = self._start_write(off, data)
+        if pending is None:
+            self._note_write()
+        return pending
 
     def _note_write(self) -> None:
         self._n_writes += 1
-        self._times.mtime_ns = self._times.ctime_ns = time.time_ns()
+        self._file.mtime_ns = self._file.ctime_ns = time.time_ns()
 
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
         """The bytes at ``off``, less at the end of the disk."""
         try:
-            if off + size > self._size:
-                size = self._size - off
+            started: Buffer | PendingRead | None = self.started.take_read(off, size)
+            if started is None:
+                size = min(size, self._image.size - off)
                 if size <= 0:
                     return b""
-            if self.has_declined:
-                self.has_declined = False
-            else:
-                data = self.try_read(off, size)
-                if data is not None:
-                    return data
-            may_block_loop = self.gate.is_idle()
-            with self._slow():
-                return await self._image.read(off, size, may_block_loop=may_block_loop)
+                started = self.start_read(off, size, self.gate.is_idle)
+            if not isinstance(started, PendingRead):
+                return started
+            self.gate.n_slow += 1
+            try:
+                return await started.finish()
+            finally:
+                self.gate.n_slow -= 1
         except Exception as exc:
             self._fail("read", exc)
 
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         """Write ``buf``."""
         try:
-            if off + len(buf) > self._size:
+            if off + len(buf) > self._image.size:
                 return await self.sizes.write_past_end(off, buf)
-            if self.has_declined:
-                self.has_declined = False
-            elif self._try_write_in_place(off, buf):
+            try:
+                pending = self.started.take_write(off, len(buf))
+                if pending is None:
+                    pending = self._start_write(off, buf)
+                if pending is not None:
+                    pending.use(buf)
+                    with self._slow():
+                        await pending.finish()
+            finally:
                 self._note_write()
-                return len(buf)
-            await self._write_slowly(off, buf)
         except Exception as exc:
             self._fail("write", exc)
         return len(buf)
-
-    async def _write_slowly(self, off: int, data: Buffer) -> None:
-        try:
-            with self._slow():
-                await self._image.write(off, data)
-        finally:
-            self._note_write()
 
     # ---- holes (called through ExtraOperations) ----
 
@@ -203,11 +172,11 @@ class Operations(pyfuse3.Operations):
             kind = mode & ~FALLOC_KEEP_SIZE
             if kind not in (0, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE):
                 raise FUSEError(errno.EOPNOTSUPP)
-            if off + length > self._size and not mode & FALLOC_KEEP_SIZE:
+            if off + length > self._image.size and not mode & FALLOC_KEEP_SIZE:
                 if not self.sizes.is_growable:
                     raise FUSEError(errno.ENOSPC)
                 await self.sizes.grow_to(off + length)
-            length = min(length, self._size - off)
+            length = min(length, self._image.size - off)
             if length <= 0:
                 return
             try:
@@ -235,13 +204,13 @@ class Operations(pyfuse3.Operations):
             if self._n_writers and self.enable_writeback_cache:
                 if self.sizes.is_growable:
                     raise FUSEError(errno.EINVAL)
-                if not 0 <= off < self._size:
+                if not 0 <= off < self._image.size:
                     raise FUSEError(errno.ENXIO)
-                return off if whence == os.SEEK_DATA else self._size
-            if not 0 <= off < self._size:
+                return off if whence == os.SEEK_DATA else self._image.size
+            if not 0 <= off < self._image.size:
                 raise FUSEError(errno.ENXIO)
             with self._slow():
-                found = await self._seeker.seek(off, self._size, whence, is_interrupted)
+                found = await self._seeker.seek(off, self._image.size, whence, is_interrupted)
             if found is None:
                 raise FUSEError(errno.ENXIO)
             return found
@@ -311,7 +280,7 @@ class Operations(pyfuse3.Operations):
     ) -> EntryAttributes:
         """Owner, mode, times, size. Who may do what has been checked by the kernel."""
         is_file = inode == self._file_inode
-        shown = self._size
+        shown = self._image.size
         if fields.update_size:
             if not is_file:
                 raise FUSEError(errno.EISDIR)
@@ -319,22 +288,9 @@ class Operations(pyfuse3.Operations):
                 shown = await self.sizes.truncate(attr.st_size, ctx.pid)
             except Exception as exc:
                 self._fail("truncate", exc)
-        ownership = self._ownership if is_file else self._folder_ownership
-        times = self._times if is_file else self._folder_times
-        if fields.update_mode:
-            ownership.mode = stat.S_IMODE(attr.st_mode) & 0o777
-        if fields.update_uid:
-            ownership.uid = attr.st_uid
-        if fields.update_gid:
-            ownership.gid = attr.st_gid
-        now = time.time_ns()
-        if fields.update_atime:
-            times.atime_ns = attr.st_atime_ns
-        if fields.update_mtime:
-            times.mtime_ns = attr.st_mtime_ns
-        times.ctime_ns = attr.st_ctime_ns if fields.update_ctime else now
+        (self._file if is_file else self._folder).change(attr, fields)
         entry = self._attributes_of(inode)
-        if is_file and shown < self._size:
+        if is_file and shown < self._image.size:
             entry.st_size = shown
             entry.attr_timeout = 0
             self._on_discard()
@@ -348,10 +304,8 @@ class Operations(pyfuse3.Operations):
         raise FUSEError(errno.ESTALE)
 
     def _file_attributes(self) -> EntryAttributes:
-        entry = _entry(self._file_inode, self._ownership, self._times)
-        entry.st_mode = stat.S_IFREG | self._ownership.mode
-        entry.st_nlink = 1
-        entry.st_size = self._size
+        entry = self._file.entry(stat.S_IFREG, 1)
+        entry.st_size = self._image.size
         entry.st_blksize = min(max(self._image.cluster_size, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
         try:
             entry.st_blocks = -(-self._image.allocated_bytes() // 512)
@@ -360,9 +314,7 @@ class Operations(pyfuse3.Operations):
         return entry
 
     def _folder_attributes(self) -> EntryAttributes:
-        entry = _entry(pyfuse3.ROOT_INODE, self._folder_ownership, self._folder_times)
-        entry.st_mode = stat.S_IFDIR | self._folder_ownership.mode
-        entry.st_nlink = 2
+        entry = self._folder.entry(stat.S_IFDIR, 2)
         entry.st_size = 0
         return entry
 
@@ -378,7 +330,7 @@ class Operations(pyfuse3.Operations):
             self._fail("statfs", exc)
         stats = StatvfsData()
         stats.f_bsize = stats.f_frsize = self._image.cluster_size
-        stats.f_blocks = -(-self._size // self._image.cluster_size)
+        stats.f_blocks = -(-self._image.size // self._image.cluster_size)
         stats.f_bfree = stats.f_bavail = min(n_free, stats.f_blocks)
         stats.f_files = 1
         stats.f_namemax = 255
@@ -468,17 +420,3 @@ class Operations(pyfuse3.Operations):
             else:
                 _log.error("%s", message)
         raise FUSEError(errno.EIO if number is None else number) from None
-
-
-def _entry(inode: int, ownership: Ownership, times: _Times) -> EntryAttributes:
-    entry = EntryAttributes()
-    entry.st_ino = inode
-    entry.generation = 0
-    entry.entry_timeout = _ENTRY_TIMEOUT
-    entry.attr_timeout = _ATTRIBUTES_TIMEOUT
-    entry.st_uid = ownership.uid
-    entry.st_gid = ownership.gid
-    entry.st_atime_ns = times.atime_ns
-    entry.st_mtime_ns = times.mtime_ns
-    entry.st_ctime_ns = times.ctime_ns
-    return entry

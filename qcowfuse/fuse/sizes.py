@@ -62,8 +62,8 @@ def store_in_kernel(inode: int, off: int, data: bytes) -> None:
 
 
 class Sizes:
-    """Of one file. ``slow`` surrounds whatever waits, ``note_write`` is told of every change, ``on_change`` of every
-    new size. ``trusts_kernel``: whether the write-back cache is on."""
+    """Of one file. ``slow`` surrounds whatever waits, ``note_write`` is told of every change.
+    ``trusts_kernel``: whether the write-back cache is on."""
 
     def __init__(
         self,
@@ -73,16 +73,13 @@ class Sizes:
         growable: bool,
         slow: Callable[[], AbstractContextManager[None]],
         note_write: Callable[[], None],
-        on_change: Callable[[int], None],
         trusts_kernel: Callable[[], bool],
     ) -> None:
-        self.n_bytes = image.size
         self.is_growable = growable
         self._image = image
         self._inode = inode
         self._slow = slow
         self._note_write = note_write
-        self._on_change = on_change
         self._trusts_kernel = trusts_kernel
         self._lock = trio.Lock()
         self._truncated_by: int | None = None
@@ -94,6 +91,11 @@ class Sizes:
         self._mended = trio.Event()
         self._mended.set()
 
+    @property
+    def n_bytes(self) -> int:
+        """The size, which the image owns."""
+        return self._image.size
+
     # ---- changing it ----
 
     async def grow_to(self, n_bytes: int) -> None:
@@ -102,8 +104,6 @@ class Sizes:
             async with self._lock:
                 if n_bytes > self.n_bytes:
                     await self._image.grow(n_bytes)
-                    self.n_bytes = self._image.size
-                    self._on_change(self.n_bytes)
 
     async def truncate(self, n_bytes: int, pid: int) -> int:
         """What rule 1 says, for the process ``pid``; gives the size to answer with. Raises FUSEError, and what the

@@ -15,8 +15,7 @@
 2. The descriptor is looked up on each call and is -1 after :meth:`FileStorage.aclose`: a late call gets
    EBADF and can never reach another file that was given the same number.
 3. Buffers are bytes, bytearrays, or contiguous memoryviews of bytes.
-4. A refused RWF_NOWAIT read has set the disk to work already. Who asks for the same bytes again is refused
-   without asking the kernel, once: callers go on to :meth:`FileStorage.pread` with several attempts on their way.
+4. A refused RWF_NOWAIT read has set the disk to work already; the caller goes on to :meth:`FileStorage.pread`.
 5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB; all else
    goes to a thread.
 """
@@ -98,7 +97,6 @@ class FileStorage:
         self._is_closing = False
         self._closed = trio.Event()
         self.counters = StorageCounters()
-        self._declined_offset = -1
         self._pool = retain_worker_pool()
         self.ring: ReadRing | None = None
         if io_uring and not self._in_memory:
@@ -173,14 +171,10 @@ class FileStorage:
         return data + read_all(self._fd, host_offset + len(data), n_bytes - len(data))
 
     def _nowait_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        if host_offset == self._declined_offset:
-            self._declined_offset = -1
-            return None
         buffer = bytearray(n_bytes)
         try:
             n_read = sys_preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
         except BlockingIOError:
-            self._declined_offset = host_offset
             return None
         except OSError as error:
             self._on_nowait_error(error)

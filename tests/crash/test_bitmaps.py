@@ -207,8 +207,8 @@ async def run_with_fault(
             try:
                 if number % 4 == 3:
                     await image.write_zeroes(start, 9000, unmap=True)
-                elif not image.try_write(start, data := chooser.randbytes(4000)):
-                    await image.write(start, data)
+                else:
+                    await image.write(start, chooser.randbytes(4000))
                 if number == 5:
                     await image.flush()
                 if number == 4 and grows:
@@ -254,12 +254,12 @@ async def test_the_harness_catches_a_mark_that_is_not_durable(monkeypatch: pytes
     """Marking bitmaps as in use without a flush before the first write is seen."""
     original = DirtyBitmaps.begin
 
-    async def begin(self: DirtyBitmaps, write_back: object) -> None:
+    async def begin(self: DirtyBitmaps, write_back: object, size: int) -> None:
         class WithoutFlush:
             async def flush_storage(self) -> None:
                 await trio.lowlevel.checkpoint()
 
-        await original(self, WithoutFlush())  # type: ignore[arg-type]
+        await original(self, WithoutFlush(), size)  # type: ignore[arg-type]
 
     built = await image_with_bitmaps("full")
     monkeypatch.setattr(DirtyBitmaps, "begin", begin)

@@ -90,7 +90,7 @@ class Run:
         try:
             if kind != "write":
                 await self.image.write_zeroes(offset, len(data), unmap=kind == "discard")
-            elif not self.image.try_write(offset, data) and not self.image.try_allocate_write(offset, data):
+            else:
                 await self.image.write(offset, data)
         except OSError as error:
             self.note_full(kind, error)

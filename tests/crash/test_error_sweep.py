@@ -76,8 +76,7 @@ class Run:
         """A guest write; an error is noted."""
         begun = self.record.begin_write(guest_offset, data)
         try:
-            if not self.image.try_write(guest_offset, data):
-                await self.image.write(guest_offset, data)
+            await self.image.write(guest_offset, data)
         except (OSError, ReadOnlyImageError) as error:
             self.errors.append(error)
         else:
@@ -340,7 +339,6 @@ async def test_a_failed_flush_is_final(inline: bool) -> None:
         await run.image.flush()
     assert run.image.read_only
     n_before = len([operation for operation in run.faulty.operations if operation.kind == "write"])
-    assert not run.image.try_write(0, b"c" * 512)
     with pytest.raises(ReadOnlyImageError):
         await run.image.write(0, b"c" * 512)
     with pytest.raises(ReadOnlyImageError):

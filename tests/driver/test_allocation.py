@@ -99,7 +99,8 @@ async def test_overwritten_clusters_are_freed_after_a_flush_and_not_before(compr
         assert check_image_bytes(memory.data).exit_code == 0
         again = await open_memory_image({TOP: bytes(memory.data)}, read_only=True)
         assert await again.read(0, 64 * KIB) == b"1" * 64 * KIB
-        allocator = image._allocator
+        assert image.changes is not None
+        allocator = image.changes.allocator
         assert allocator is not None
         run = await allocator.allocate(1)
         assert run.host_offset < len(built.top), "the clusters of the compressed data were not reused"
@@ -160,8 +161,8 @@ async def test_a_write_in_one_step_keeps_off_a_claim() -> None:
         nursery.start_soon(image.write, 8 * KIB, b"first")
         await wait_all_tasks_blocked()
         made[0].inline = True
-        assert image._writer is not None
-        image._writer._allocates_at_once = True  # it was put off when the storage declined
+        assert image.changes is not None
+        image.changes.writer.allocates_at_once = True  # it was put off when the storage declined
         nursery.start_soon(image.write, 8 * KIB + 10, b"second")
         await wait_all_tasks_blocked()
         hold.release()

@@ -15,10 +15,11 @@ import trio.testing
 
 from qcowfuse.buffer import Buffer
 from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.driver.pending import PendingRead
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.reading import decoded_cache, decompression
+from qcowfuse.driver.reading import decoded_cache, decoding
 from qcowfuse.driver.reading.decoded_cache import CACHE_BYTES, DecodedCache
-from qcowfuse.driver.reading.decompression import AHEAD_BYTES, SequentialReads
+from qcowfuse.driver.reading.read_ahead import AHEAD_BYTES, SequentialReads
 from qcowfuse.driver.reading.reader import ChainReader
 from qcowfuse.errors import FormatError
 from qcowfuse.format.compression import Outcome, decompress_cluster, decompress_clusters
@@ -26,6 +27,7 @@ from qcowfuse.storage.base import Storage
 from tests.support.faults import FaultyStorage, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
+from tests.support.starting import read_alone, read_at_once
 
 KIB, MIB = 1 << 10, 1 << 20
 CLUSTER = 64 * KIB
@@ -41,39 +43,37 @@ async def opened(
     built = build_image(spec)
     image = await open_memory_image(built.files, read_only=read_only, **options)  # type: ignore[arg-type]
     try:
-        yield image, image._reader, built.contents
+        yield image, image.reader, built.contents
     finally:
         await image.aclose()
 
 
 async def read(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
     """As export reads."""
-    data = image.try_read(guest_offset, n_bytes)
-    return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
+    return bytes(await image.read(guest_offset, n_bytes))
 
 
 def if_ready(image: QcowImage, guest_offset: int, n_bytes: int) -> Buffer | None:
     """The bytes, if all of them were decoded before."""
     n_decoded = image.statistics()["decoded_clusters.misses"]
-    data = image.try_read(guest_offset, n_bytes)
+    data = read_at_once(image, guest_offset, n_bytes)
     return data if image.statistics()["decoded_clusters.misses"] == n_decoded else None
 
 
 async def until_idle(reader: ChainReader) -> None:
     """Wait until nothing is decoded ahead."""
     with trio.fail_after(10):
-        for ended in list(reader.decoded._runners.values()):
-            await ended.wait()
+        await reader.compressed.ahead.wait_until_idle()
 
 
 def held(reader: ChainReader) -> int:
     """Bytes of all buffers in which anything that can be found lies."""
-    return sum(len(run.buffer) for run in reader.decoded._cache._runs.values())
+    return sum(reader.compressed.decoded.cache.buffer_sizes())
 
 
 def last_used(reader: ChainReader) -> int:
     """Bytes of the buffer that was used last."""
-    return len(next(reversed(reader.decoded._cache._runs.values())).buffer)
+    return reader.compressed.decoded.cache.buffer_sizes()[-1]
 
 
 @pytest.fixture
@@ -89,8 +89,8 @@ def decodings(monkeypatch: pytest.MonkeyPatch) -> list[bytes]:
         seen.extend(map(bytes, packed))
         return decompress_clusters(packed, compression_type, cluster_size)
 
-    monkeypatch.setattr(decompression, "decompress_cluster", noting)
-    monkeypatch.setattr(decompression, "decompress_clusters", noting_all)
+    monkeypatch.setattr(decoding, "decompress_cluster", noting)
+    monkeypatch.setattr(decoding, "decompress_clusters", noting_all)
     return seen
 
 
@@ -166,58 +166,66 @@ async def test_two_sequential_readers_at_once() -> None:
 
 
 @pytest.mark.parametrize("n_threads", [2, 4])
-@pytest.mark.parametrize("may_block_loop", [False, True], ids=["in a thread", "on the spot"])
+@pytest.mark.parametrize("is_alone", [False, True], ids=["in a thread", "on the spot"])
 async def test_random_small_reads_decode_only_the_start(
-    may_block_loop: bool, n_threads: int, decodings: list[bytes]
+    is_alone: bool, n_threads: int, decodings: list[bytes]
 ) -> None:
     """A read that follows no other has its cluster decoded as far as it reads; one further on is right."""
     async with opened() as (image, reader, contents):
-        reader.decoded._n_threads = n_threads
+        reader.compressed.decoded.n_threads = n_threads
         for number in (90, 3, 70, 20, 50, 110):
             for in_cluster in (20 * KIB, 4 * KIB, 40 * KIB, 5 * KIB + 7):
                 guest_offset = number * CLUSTER + in_cluster
-                found = image.try_read(guest_offset, KIB)
-                if found is None:
-                    found = await image.read(guest_offset, KIB, may_block_loop=may_block_loop)
+                found = await read_alone(image, guest_offset, KIB, is_alone=is_alone)
                 assert bytes(found) == contents[guest_offset : guest_offset + KIB]
                 if in_cluster == 20 * KIB:
                     assert last_used(reader) == 21 * KIB
             assert last_used(reader) == CLUSTER
         assert len(decodings) == 6
-        assert held(reader) == reader.decoded._cache.used
+        assert held(reader) == reader.compressed.decoded.cache.used
 
 
 async def test_a_read_without_company_is_computed_at_once() -> None:
-    """A random read in one compressed cluster needs no awaited call while nobody else waits; one across two clusters
-    and one of a cluster that is not compressed do, and are no other reads for it."""
+    """A random read in one compressed cluster does not wait while nobody else does, which is asked once; one across
+    two clusters waits, and one of a cluster that is not compressed does not ask."""
+    n_asked = 0
+
+    def is_alone() -> bool:
+        nonlocal n_asked
+        n_asked += 1
+        return True
+
     async with opened() as (image, reader, contents):
         await reader.lookup(0, image.size)  # has the tables in memory
-        reader.decoded._n_threads = 4
+        reader.compressed.decoded.n_threads = 4
         for number in (90, 3, 70):
             guest_offset = number * CLUSTER + 20 * KIB
-            assert image.try_read(guest_offset, KIB) is None
-            found = image.try_read_alone(guest_offset, KIB)
+            assert read_at_once(image, guest_offset + 2 * MIB, KIB) is None
+            found = read_at_once(image, guest_offset, KIB, is_alone)
             assert found is not None
             assert bytes(found) == contents[guest_offset : guest_offset + KIB]
             assert last_used(reader) == 21 * KIB
-        assert reader.decoded.misses == 3
-        assert image.try_read_alone(5 * CLUSTER - KIB, 2 * KIB) is None
-        assert image.try_read_alone(image.size - KIB, 2 * KIB) is None
-        assert image.try_read_alone(-KIB, KIB) is None
+        assert reader.compressed.decoded.misses == n_asked == 3
+        assert read_at_once(image, 5 * CLUSTER - KIB, 2 * KIB, is_alone) is None
     async with opened(ImageSpec(size=MIB, cluster_size=CLUSTER, fill=1.0)) as (image, _, _contents):
-        assert image.try_read_alone(20 * KIB, KIB) is None
+        await image.read(20 * KIB, KIB)
+        assert read_at_once(image, 20 * KIB, KIB, is_alone) is not None
+    assert n_asked == 3
 
 
-async def test_a_read_that_was_tried_alone_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The awaited read that follows a vain try is the same read: it is still a random one."""
+async def test_a_pending_read_of_a_cluster_is_one_read() -> None:
+    """What goes on later is no second read: it is still a random one, and counted once."""
     async with opened() as (image, reader, contents):
-        monkeypatch.setattr(reader.decoded, "try_decode", lambda wanted, *, may_block_loop: None)
+        await reader.lookup(0, image.size)
+        reader.compressed.decoded.n_threads = 4
+        hits = image.statistics()["l2_cache.hits"]
         guest_offset = 70 * CLUSTER + 20 * KIB
-        assert image.try_read_alone(guest_offset, KIB) is None
-        monkeypatch.undo()
-        found = await image.read(guest_offset, KIB)
-        assert bytes(found) == contents[guest_offset : guest_offset + KIB]
+        pending = image.start_read(guest_offset, KIB)
+        assert isinstance(pending, PendingRead)
+        assert bytes(await pending.finish()) == contents[guest_offset : guest_offset + KIB]
         assert last_used(reader) == 21 * KIB
+        assert image.statistics()["l2_cache.hits"] == hits + 1
+        assert image.statistics()["decoded_clusters.misses"] == 1
 
 
 async def test_the_cache_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,7 +235,7 @@ async def test_the_cache_stays_within_its_budget(monkeypatch: pytest.MonkeyPatch
     async with opened(spec) as (image, reader, _):
         for guest_offset in range(0, spec.size, CLUSTER):
             await read(image, guest_offset, CLUSTER)
-            assert held(reader) == reader.decoded._cache.used <= decoded_cache.CACHE_BYTES
+            assert held(reader) == reader.compressed.decoded.cache.used <= decoded_cache.CACHE_BYTES
         assert image.statistics()["decoded_clusters.misses"] == spec.size // CLUSTER
 
 
@@ -241,9 +249,9 @@ async def test_one_large_read_decodes_on_two_processors(monkeypatch: pytest.Monk
             barrier.wait()
         return decompress_clusters(packed, compression_type, cluster_size)
 
-    monkeypatch.setattr(decompression, "decompress_clusters", meeting)
+    monkeypatch.setattr(decoding, "decompress_clusters", meeting)
     async with opened() as (image, reader, contents):
-        reader.decoded._n_threads = 2
+        reader.compressed.decoded.n_threads = 2
         assert bytes(await image.read(0, MIB)) == contents[:MIB]
 
 
@@ -256,14 +264,14 @@ async def test_reads_at_the_same_time_are_decoded_together(
     of its own."""
     n_jobs = 0
     async with opened(spec, suspend=suspend) as (image, reader, contents):
-        run_jobs = reader.decoded._run_jobs
+        run_jobs = reader.compressed.decoded.run_jobs
 
-        async def counting(jobs: Sequence[decompression._Job]) -> list[decompression.Outcomes]:
+        async def counting(jobs: Sequence[decoding.Job]) -> list[decoding.Outcomes]:
             nonlocal n_jobs
             n_jobs += len(jobs)
             return await run_jobs(jobs)
 
-        monkeypatch.setattr(reader.decoded, "_run_jobs", counting)
+        monkeypatch.setattr(reader.compressed.decoded, "run_jobs", counting)
 
         async def check(number: int) -> None:
             guest_offset = number * 5 % 16 * 8 * CLUSTER + 5 * KIB
@@ -279,9 +287,9 @@ async def test_reads_at_the_same_time_are_decoded_together(
         else:
             assert n_decoded == len(decodings) == 16
         assert n_jobs <= 6
-        assert len(reader.decoded._cache._runs) == 16
-        assert not reader.decoded._decoding
-        assert held(reader) == reader.decoded._cache.used
+        assert len(reader.compressed.decoded.cache.buffer_sizes()) == 16
+        assert not reader.compressed.decoded.decoding
+        assert held(reader) == reader.compressed.decoded.cache.used
 
 
 @pytest.mark.parametrize("compression", ["zlib", "zstd"])
@@ -292,8 +300,8 @@ async def test_an_error_among_reads_at_the_same_time(compression: Literal["zlib"
     image = await open_memory_image(built.files, read_only=True)
     places = []
     for number in range(8):
-        extent = (await image._reader.lookup(number * 3 * CLUSTER, CLUSTER))[0]
-        source = image._reader._sources[0]
+        extent = (await image.reader.lookup(number * 3 * CLUSTER, CLUSTER))[0]
+        source = image.reader.compressed.sources[0]
         assert source is not None
         places.append(source.entry_format.compressed_cluster(extent.value))
     await image.aclose()
@@ -340,36 +348,35 @@ async def test_single_clusters_are_decoded_where_that_is_quickest(spec: ImageSpe
     async with opened(spec) as (image, reader, contents):
         await reader.lookup(0, 1)
         for n_threads in (1, 2, 3, 8):
-            reader.decoded._n_threads = n_threads
+            reader.compressed.decoded.n_threads = n_threads
             guest_offset = (20 + 10 * n_threads) * CLUSTER + 700
-            data = image.try_read(guest_offset, 900)
+            data = read_at_once(image, guest_offset, 900)
             if spec is ZSTD or n_threads <= 2:
                 assert data == contents[guest_offset : guest_offset + 900]
             else:
                 assert data is None
-            assert image.try_read(guest_offset + 5 * CLUSTER, CLUSTER) is None
+            assert read_at_once(image, guest_offset + 5 * CLUSTER - 100, CLUSTER) is None
     large = ImageSpec(size=4 * MIB, cluster_size=128 * KIB, fill=1.0, compression=spec.compression)
     async with opened(large) as (image, reader, _):
-        reader.decoded._n_threads = 1
+        reader.compressed.decoded.n_threads = 1
         await reader.lookup(0, 1)
-        assert image.try_read(5 * KIB, KIB) is None
+        assert read_at_once(image, 5 * KIB, KIB) is None
     built = build_image(spec)
     async with opened(spec) as (image, reader, _):
         extent = (await reader.lookup(6 * CLUSTER, CLUSTER))[0]
-        source = reader._sources[0]
+        source = reader.compressed.sources[0]
         assert source is not None
         where = source.entry_format.compressed_cluster(extent.value)
     broken = bytearray(built.files[TOP])
     broken[where.host_offset : where.host_offset + 16] = b"\xff" * 16
     image = await open_memory_image({**built.files, TOP: bytes(broken)}, read_only=True)
-    image._reader.decoded._n_threads = 1
-    await image._reader.lookup(6 * CLUSTER, CLUSTER)
+    image.reader.compressed.decoded.n_threads = 1
+    await image.reader.lookup(6 * CLUSTER, CLUSTER)
     for _ in range(2):
-        assert image.try_read(6 * CLUSTER, KIB) is None
-        for may_block_loop in (False, True):
+        for is_alone in (False, True):
             with pytest.raises(FormatError, match="compressed cluster"):
-                await image.read(6 * CLUSTER, KIB, may_block_loop=may_block_loop)
-    assert image.try_read(7 * CLUSTER, KIB) == built.contents[7 * CLUSTER : 7 * CLUSTER + KIB]
+                await read_alone(image, 6 * CLUSTER, KIB, is_alone=is_alone)
+    assert read_at_once(image, 7 * CLUSTER, KIB) == built.contents[7 * CLUSTER : 7 * CLUSTER + KIB]
     await image.aclose()
 
 
@@ -378,7 +385,7 @@ async def test_a_read_that_is_cancelled_while_others_want_the_same(monkeypatch: 
     async with opened(suspend=True) as (image, reader, contents):
         expected = contents[3 * CLUSTER + 100 : 3 * CLUSTER + 200]
         for n_steps in range(12):
-            fresh = reader.decoded._cache = DecodedCache()
+            fresh = reader.compressed.decoded.cache = DecodedCache()
             with trio.CancelScope() as scope:
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(image.read, 3 * CLUSTER + 100, 100)
@@ -387,7 +394,7 @@ async def test_a_read_that_is_cancelled_while_others_want_the_same(monkeypatch: 
                     scope.cancel()
             assert bytes(await image.read(3 * CLUSTER + 100, 100)) == expected
             assert len(fresh) == 1
-            assert not reader.decoded._decoding
+            assert not reader.compressed.decoded.decoding
 
 
 async def test_closing_while_reads_wait() -> None:
@@ -405,7 +412,7 @@ async def test_closing_while_reads_wait() -> None:
                 await trio.lowlevel.checkpoint()
             await reader.aclose()
         assert results == {n: contents[n * CLUSTER + 100 : n * CLUSTER + 200] for n in range(0, 60, 2)}
-        assert not reader.decoded._runners
+        assert reader.compressed.ahead.is_idle
 
 
 async def test_a_read_of_what_was_decoded_together_copies_nothing() -> None:
@@ -442,11 +449,11 @@ def test_the_cache_counts_whole_buffers(monkeypatch: pytest.MonkeyPatch) -> None
     assert cache.used <= 1000
     assert not cache.has((0, 3), 1)
     assert not cache.has((0, 2), 1)
-    assert len(cache) == len(cache._runs)
+    assert len(cache) == len(cache.buffer_sizes())
     cache.insert([(0, 38)], bytes(200))  # more of a cluster takes the place of its start
     assert cache.has((0, 38), 200)
     assert cache.used <= 1000
-    assert sum(len(run.buffer) for run in cache._runs.values()) == cache.used
+    assert sum(cache.buffer_sizes()) == cache.used
 
 
 async def test_an_error_ahead_is_for_the_read_that_meets_it() -> None:
@@ -455,7 +462,7 @@ async def test_an_error_ahead_is_for_the_read_that_meets_it() -> None:
     files = dict(built.files)
     async with opened() as (image, reader, _):
         extent = (await reader.lookup(6 * CLUSTER, CLUSTER))[0]
-        source = reader._sources[0]
+        source = reader.compressed.sources[0]
         assert source is not None
         where = source.entry_format.compressed_cluster(extent.value)
     broken = bytearray(files[TOP])
@@ -464,7 +471,7 @@ async def test_an_error_ahead_is_for_the_read_that_meets_it() -> None:
     image = await open_memory_image(files, read_only=True)
     for number in range(6):
         await read(image, number * CLUSTER, CLUSTER)
-    await until_idle(image._reader)
+    await until_idle(image.reader)
     for _ in range(2):
         with pytest.raises(FormatError, match="compressed cluster"):
             await read(image, 6 * CLUSTER, CLUSTER)
@@ -484,8 +491,8 @@ async def test_an_unexpected_error_ahead_does_not_end_the_program(
             raise ZeroDivisionError
 
         with monkeypatch.context() as patch:
-            patch.setattr(decompression, "decompress_cluster", failing)
-            patch.setattr(decompression, "decompress_clusters", failing)
+            patch.setattr(decoding, "decompress_cluster", failing)
+            patch.setattr(decoding, "decompress_clusters", failing)
             with pytest.raises(ZeroDivisionError):
                 await image.read(2 * CLUSTER, CLUSTER)
             await until_idle(reader)
@@ -503,9 +510,9 @@ async def test_closing_ends_what_is_decoded_ahead() -> None:
         return faulty[0]
 
     image = await open_memory_image(build_image(SPEC).files, read_only=True, wrap=wrap)
-    reader = image._reader
+    reader = image.reader
     extent = (await reader.lookup(4 * CLUSTER, CLUSTER))[0]
-    source = reader._sources[0]
+    source = reader.compressed.sources[0]
     assert source is not None
     first_held = source.entry_format.compressed_cluster(extent.value).host_offset
 
@@ -517,12 +524,12 @@ async def test_closing_ends_what_is_decoded_ahead() -> None:
     for number in range(4):
         await read(image, number * CLUSTER, CLUSTER)
     await trio.testing.wait_all_tasks_blocked()
-    assert reader.decoded._runners
+    assert not reader.compressed.ahead.is_idle
     with trio.fail_after(5):
         await reader.aclose()
         await image.aclose()
-    assert not reader.decoded._runners
-    assert not reader.decoded._decoding
+    assert reader.compressed.ahead.is_idle
+    assert not reader.compressed.decoded.decoding
     for _ in range(500):
         if threading.active_count() <= n_threads:
             break

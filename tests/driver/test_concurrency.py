@@ -20,6 +20,7 @@ from tests.support.faults import FaultyStorage, Hold, Operation
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_read
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import read_image
+from tests.support.starting import read_at_once
 
 KIB = 1 << 10
 
@@ -84,8 +85,7 @@ async def test_many_writers_in_the_same_clusters(spec: ImageSpec, suspend: bool)
                 offset = (own.randrange(image.size // 512 // 8) * 8 + number) * 512
                 data = own.randbytes(512)
                 oracle[offset : offset + 512] = data
-                if not image.try_write(offset, data):
-                    await image.write(offset, data)
+                await image.write(offset, data)
                 assert await read_image(image, offset, 512) == data
                 await trio.lowlevel.checkpoint()
 
@@ -206,7 +206,8 @@ async def test_a_freed_cluster_is_not_reused_under_a_reader() -> None:
     """A read in flight keeps the cluster that it looks at out of circulation, over any number of flushes."""
     built = build_image(ImageSpec(size=32 * KIB, cluster_size=4096, fill=1.0, compression="zlib"))
     image, faulty, memory = await held_image(built)
-    allocator = image._allocator
+    assert image.changes is not None
+    allocator = image.changes.allocator
     assert allocator is not None
     await image.write(28 * KIB, b"t" * 4096)
     await image.flush()
@@ -248,7 +249,8 @@ async def test_a_freed_table_is_not_reused_under_who_asks_for_holes(monkeypatch:
     old_table = int.from_bytes(memory.data[l1_offset : l1_offset + 8], "big") & ~(1 << 63)
     memory.data[l1_offset : l1_offset + 8] = old_table.to_bytes(8, "big")  # as if it were shared
     image, faulty, memory = await held_image(BuiltImage(built.spec, {TOP: bytes(memory.data)}, b""))
-    allocator = image._allocator
+    assert image.changes is not None
+    allocator = image.changes.allocator
     assert isinstance(allocator, RefcountAllocator)
     hold = Hold(lambda operation: operation.kind == "read" and operation.host_offset == old_table + 512)
     faulty.gate = hold
@@ -280,11 +282,11 @@ async def test_what_is_linked_during_a_flush_belongs_to_the_next() -> None:
             for number in range(8):
                 hold.wanted = lambda operation: False
                 await image.write((number * 8 + stage) * 1024, b"%d" % stage * 1024)
-            assert image.try_read(stage * 1024, 1024) is None  # everything is awaited here
+            assert read_at_once(image, stage * 1024, 1024) is None  # everything is awaited here
             assert await image.read(stage * 1024, 1024) == b"%d" % stage * 1024
             hold.release()
-    assert image._write_back is not None
-    assert image._write_back.is_dirty
+    assert image.changes is not None
+    assert image.changes.write_back.is_dirty
     await image.flush()
     oracle = await read_image(image, 0, image.size)
     again = await open_memory_image({TOP: bytes(memory.data)}, read_only=True)

@@ -38,7 +38,7 @@ async def data_sectors(image: QcowImage) -> list[bool]:
     """By a look-up of every sector on its own, down the chain."""
     found: list[bool] = []
     for place in range(0, image.size, SECTOR):
-        extents = await image._reader.lookup(place, min(SECTOR, image.size - place))
+        extents = await image.reader.lookup(place, min(SECTOR, image.size - place))
         found.append(extents[0].kind != ClusterKind.ZERO)
     return found
 
@@ -77,7 +77,7 @@ async def test_extents_are_those_of_all_sectors(name: str, suspend: bool) -> Non
         if chooser.random() < 0.5:
             await image.flush()
     assert await by_extents(image, chooser) == await data_sectors(image)
-    assert all(not slice_.n_pins for slice_ in image._cache.slices.values())
+    assert all(not slice_.n_pins for slice_ in image.cache.slices.values())
     await image.aclose()
 
 
@@ -150,12 +150,12 @@ async def test_a_table_is_looked_at_once(entry: int) -> None:
     memory = MemoryStorage(with_one_table(one_table(n_tables), entry))
     image = await open_memory_image({TOP: memory}, read_only=True)
     await image.read(100 * 32 * KIB, SECTOR)
-    slices_before, reads_before = set(image._cache.slices), memory.counters.reads
+    slices_before, reads_before = set(image.cache.slices), memory.counters.reads
     n_calls, n_turns = await searched(image)
     assert n_calls == n_tables
     assert memory.counters.reads - reads_before == n_tables - 1, "the table in memory needs no read"
     assert n_turns >= n_tables // LOOKS_PER_CHECKPOINT - 1
-    assert set(image._cache.slices) - slices_before == {0}, "only the first table of a search is kept"
+    assert set(image.cache.slices) - slices_before == {0}, "only the first table of a search is kept"
     await image.aclose()
 
 
@@ -214,11 +214,11 @@ async def test_a_slice_that_is_loaded_meanwhile_counts_as_it_is_in_memory() -> N
             if images:
                 image = images.pop()
                 await image.write(place, b"x")
-                assert image._cache.slices
+                assert image.cache.slices
             return data
 
     image = await open_memory_image({TOP: bytes(memory.data)}, wrap=WritesMeanwhile)
-    assert not image._cache.slices
+    assert not image.cache.slices
     images.append(image)
     assert (await image.find_extent(place, 65536, keep=False)) == (True, 65536)
     assert not images

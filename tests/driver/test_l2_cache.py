@@ -13,6 +13,7 @@ from trio.testing import wait_all_tasks_blocked
 from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.layers.table_cache import L2Slice, TableCache
 from qcowfuse.driver.options import L2CacheSize
+from qcowfuse.driver.pending import PendingRead
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage.base import Storage
 from tests.support.faults import FaultyStorage, Hold
@@ -69,19 +70,19 @@ async def test_hits_and_misses_are_counted_once_per_request() -> None:
 
 
 async def test_a_request_that_was_declined_first_counts_once() -> None:
-    """Where nothing can be had at once, a try and the awaited call that follows it are one hit."""
+    """Where nothing can be had at once, the start and the end of a request are one hit."""
     image, _ = await open_counted(None)
     await image.write(0, b"w" * 512)
     for offset in (0, 700):
         hits = image.statistics()["l2_cache.hits"]
-        assert image.try_read(offset, 512) is None
-        assert image.try_read_alone(offset, 512) is None
-        await image.read(offset, 512)
+        pending = image.start_read(offset, 512)
+        assert isinstance(pending, PendingRead)
+        await pending.finish()
         assert image.statistics()["l2_cache.hits"] - hits == 1
         hits = image.statistics()["l2_cache.hits"]
-        assert not image.try_write(offset, b"w" * 200)
-        assert not image.try_allocate_write(offset, b"w" * 200)
-        await image.write(offset, b"w" * 200)
+        pending_write = image.start_write(offset, b"w" * 200)
+        assert pending_write is not None
+        await pending_write.finish()
         assert image.statistics()["l2_cache.hits"] - hits == 1
 
 
@@ -158,7 +159,7 @@ async def test_a_load_that_fails_or_is_cancelled_leaves_nothing() -> None:
         await image.read(32 * KIB, 512)
     faulty.check = None
     assert await image.read(32 * KIB, 512) == build_image(FULL).contents[32 * KIB : 32 * KIB + 512]
-    assert not image._cache._loading
+    assert not image.cache.is_loading
 
 
 async def test_a_read_does_not_fail_for_a_write_back(monkeypatch: pytest.MonkeyPatch) -> None:

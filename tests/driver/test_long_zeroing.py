@@ -156,8 +156,7 @@ async def test_writes_between_the_steps(suspend: bool) -> None:
         while True:
             sector = chooser.randrange(N_CLUSTERS)
             written[sector] = data = chooser.randbytes(CLUSTER)
-            if not image.try_write(sector * CLUSTER, data):
-                await image.write(sector * CLUSTER, data)
+            await image.write(sector * CLUSTER, data)
             await trio.lowlevel.checkpoint()
 
     async with trio.open_nursery() as nursery:

@@ -52,7 +52,9 @@ async def test_many_tables_are_kept_in_an_array(monkeypatch: pytest.MonkeyPatch)
     plain = await open_memory_image(built.files)
     monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 5)
     image = await open_memory_image(built.files)
-    in_set, in_array = plain._metadata_clusters, image._metadata_clusters
+    assert plain.changes is not None
+    assert image.changes is not None
+    in_set, in_array = plain.changes.metadata.clusters, image.changes.metadata.clusters
     assert isinstance(in_set, set)
     assert isinstance(in_array, SortedClusters)
     for cluster in range(len(built.top) // 512 + 10):

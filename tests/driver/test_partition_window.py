@@ -11,6 +11,7 @@ from qcowfuse.driver.partition_window import PartitionWindow, open_partition, re
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import ImageUsageError, OutOfRangeError
 from qcowfuse.partitions.values import Partition
+from tests.support import battery
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_image import MemoryImage
 from tests.support.memory_storage import MemoryStorage
@@ -53,8 +54,7 @@ async def test_the_window_is_the_partition_and_nothing_else(spec: str) -> None:
         data = chooser.randbytes(n_bytes)
         match chooser.randrange(6):
             case 0:
-                if not (window.try_write(at, data) or window.try_allocate_write(at, data)):
-                    await window.write(at, data)
+                await battery.write(window, at, data)
             case 1:
                 await window.write(at, data)
             case 2 | 3 as kind:
@@ -64,9 +64,7 @@ async def test_the_window_is_the_partition_and_nothing_else(spec: str) -> None:
                 await window.allocate(at, n_bytes)
                 continue
             case _:
-                quick = window.try_read(at, n_bytes)
-                found = await window.read(at, n_bytes) if quick is None else quick
-                assert bytes(found) == disk[START + at : START + at + n_bytes]
+                assert await battery.read(window, at, n_bytes) == disk[START + at : START + at + n_bytes]
                 continue
         disk[START + at : START + at + n_bytes] = data
     await window.flush()
@@ -81,7 +79,7 @@ async def test_the_window_is_the_partition_and_nothing_else(spec: str) -> None:
 
 @pytest.mark.parametrize("inline", [True, False])
 async def test_nothing_outside_is_ever_reached(inline: bool) -> None:
-    """Each call with each place that is not wholly inside: declined at once, refused when awaited."""
+    """Each call with each place that is not wholly inside: refused at the start, and when awaited."""
     image = MemoryImage(1 << 20, inline=inline)
     image.data[:] = b"x" * len(image.data)
     window = window_of(image)
@@ -89,10 +87,10 @@ async def test_nothing_outside_is_ever_reached(inline: bool) -> None:
     places = [(-1, 1), (-512, 1024), (N_BYTES, 1), (N_BYTES - 1, 2), (0, N_BYTES + 1), (huge, 512), (-START, 512)]
     for at, n_bytes in places:
         data = bytes(n_bytes)
-        assert window.try_read(at, n_bytes) is None
-        assert window.try_read_alone(at, n_bytes) is None
-        assert not window.try_write(at, data)
-        assert not window.try_allocate_write(at, data)
+        with pytest.raises(OutOfRangeError):
+            window.start_read(at, n_bytes)
+        with pytest.raises(OutOfRangeError):
+            window.start_write(at, data)
         for call in (
             window.read(at, n_bytes),
             window.write(at, data),

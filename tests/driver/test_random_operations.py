@@ -78,8 +78,7 @@ async def perform(
         n_bytes = min(n_bytes, image.size - offset)
         if kind == "write":
             data = random.Random(value).randbytes(n_bytes)
-            if not image.try_write(offset, data):
-                await image.write(offset, memoryview(data))
+            await image.write(offset, memoryview(data))
             oracle[offset : offset + n_bytes] = data
         elif kind in ("zero", "discard"):
             n_bytes = min(n_bytes * (1 + value % 16), image.size - offset)
@@ -133,8 +132,7 @@ async def test_qemu_agrees_after_many_writes(name: str) -> None:
         n_bytes = chooser.choice([1, 511, 512, 700, 4096, 20_000])
         offset = chooser.randrange(image.size - n_bytes)
         data = chooser.randbytes(n_bytes)
-        if not image.try_write(offset, data):
-            await image.write(offset, data)
+        await image.write(offset, data)
         oracle[offset : offset + n_bytes] = data
         if number % 5 == 0:
             n_bytes = chooser.choice([512, 5000, 70_000])
@@ -158,7 +156,7 @@ async def test_qemu_agrees_after_many_writes(name: str) -> None:
 
 
 async def test_requests_outside_the_disk_are_refused() -> None:
-    """Past the end, before the start: OutOfRangeError, no answer from the try calls, nothing written."""
+    """Past the end, before the start: OutOfRangeError, nothing written."""
     built = build_image(ImageSpec(fill=0.5))
     memory = MemoryStorage(built.top)
     image = await open_memory_image({TOP: memory})
@@ -166,8 +164,6 @@ async def test_requests_outside_the_disk_are_refused() -> None:
     await image.write(0, b"x")
     before = bytes(memory.data)
     for offset, n_bytes in [(size, 1), (size - 1, 2), (-1, 1), (-512, 512), (size + (1 << 40), 1), (0, size + 1)]:
-        assert image.try_read(offset, n_bytes) is None
-        assert not image.try_write(offset, bytes(n_bytes))
         with pytest.raises(OutOfRangeError):
             await image.read(offset, n_bytes)
         with pytest.raises(OutOfRangeError):
@@ -184,7 +180,6 @@ async def test_a_read_only_image_is_not_written() -> None:
     memory = MemoryStorage(built.top)
     image = await open_memory_image({TOP: memory}, read_only=True)
     assert image.read_only
-    assert not image.try_write(0, b"x")
     with pytest.raises(ReadOnlyImageError):
         await image.write(0, b"x")
     await image.flush()

@@ -110,8 +110,9 @@ async def fill(image: QcowImage) -> None:
             if not extent[0]:
                 await image.write(start, bytes([round_ + 1]) * (CLUSTER // 2))
         await image.flush()
-        assert image._unguarded is not None
-        await image._unguarded.wait()
+        assert image.changes is not None
+        assert image.changes.unguarded is not None
+        await image.changes.unguarded.wait()
         for start in range(SIZE - 4 * CLUSTER, SIZE, CLUSTER):
             await image.write_zeroes(start, CLUSTER, unmap=True)
         await image.flush()
@@ -228,8 +229,9 @@ async def test_a_refcount_block_that_is_missing(way: str, caplog: pytest.LogCapt
         for start in written:
             await image.write_zeroes(start, 4 * KIB, unmap=True)
         await image.flush()
-        assert image._unguarded is not None
-        await image._unguarded.wait()
+        assert image.changes is not None
+        assert image.changes.unguarded is not None
+        await image.changes.unguarded.wait()
         for start in written:
             await image.write(start, b"n" * 4 * KIB)
     with suppress(CorruptImageError):

@@ -12,9 +12,10 @@ from collections.abc import Iterator
 
 import pytest
 
+from qcowfuse.fuse.attributes import Ownership
 from qcowfuse.fuse.libfuse import direct_requests
 from qcowfuse.fuse.libfuse.direct_requests import DirectRequests, _Buffer, _FuseBuf
-from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
+from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations
 from qcowfuse.fuse.request_gate import RequestGate
 from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
@@ -156,7 +157,7 @@ def test_what_is_not_plain_is_handed_on(kernel: Kernel, image: MemoryImage, requ
 
 @pytest.mark.parametrize("request_", [read_request(0, 512), write_request(0, b"x" * 512)])
 def test_what_would_have_to_wait_is_handed_on(image: MemoryImage, request_: bytes) -> None:
-    """An image that declines is asked again by pyfuse3's handlers."""
+    """What was started goes on in pyfuse3's handlers."""
     image.inline = False
     kernel = Kernel(image)
     assert kernel.receive(request_) == len(request_)
@@ -165,33 +166,70 @@ def test_what_would_have_to_wait_is_handed_on(image: MemoryImage, request_: byte
     kernel.close()
 
 
-class Counting(MemoryImage):
-    """Never inline; counts what it is asked."""
+async def test_what_was_started_is_finished_by_its_handler(image: MemoryImage) -> None:
+    """The handler that a request is handed on to goes on with what was started, and with its own copy of the data;
+    the request after that is started anew."""
+    image.inline = False
+    kernel = Kernel(image)
+    n_starts = 0
+    start_read, start_write = image.start_read, image.start_write
 
-    def __init__(self) -> None:
-        super().__init__(inline=False)
-        self.n_tries = 0
+    def counted_read(guest_offset: int, n_bytes: int, is_alone: object = None, /) -> object:
+        nonlocal n_starts
+        n_starts += 1
+        return start_read(guest_offset, n_bytes)
 
-    def try_read(self, guest_offset: int, n_bytes: int) -> None:
-        self.n_tries += 1
+    def counted_write(guest_offset: int, data: bytes, /) -> object:
+        nonlocal n_starts
+        n_starts += 1
+        return start_write(guest_offset, data)
 
-    def try_write(self, guest_offset: int, data: object) -> bool:
-        self.n_tries += 1
-        return False
-
-
-async def test_what_was_declined_is_not_tried_again() -> None:
-    """One try for each request: the handler that the request is handed on to goes straight to the awaited call, and
-    the request after that is tried again."""
-    image = Counting()
+    image.start_read, image.start_write = counted_read, counted_write  # type: ignore[assignment,method-assign]
     kernel = Kernel(image)
     kernel.receive(write_request(0, b"x" * 512))
-    assert await kernel.operations.write(FILE, 0, b"x" * 512) == 512
+    assert await kernel.operations.write(FILE, 0, b"y" * 512) == 512
     kernel.receive(read_request(0, 512))
-    assert bytes(await kernel.operations.read(FILE, 0, 512)) == b"x" * 512
-    assert image.n_tries == 2
+    assert bytes(await kernel.operations.read(FILE, 0, 512)) == b"y" * 512
+    assert n_starts == 2
     await kernel.operations.read(FILE, 0, 512)
-    assert image.n_tries == 3
+    assert n_starts == 3
+    assert not image.guard.epochs.n_in_flight
+    kernel.close()
+
+
+@pytest.mark.parametrize("request_", [read_request(0, 512), write_request(0, b"x" * 512)])
+async def test_what_libfuse_never_hands_on_is_abandoned(image: MemoryImage, request_: bytes) -> None:
+    """A request that its handler never gets is no longer in flight when the next one comes, or at the end."""
+    image.inline = False
+    kernel = Kernel(image)
+    libfuse = Libfuse(kernel, header(26, 104) + bytes(64))
+    libfuse.ask()
+    kernel.socket.send(request_)
+    libfuse.ask()
+    assert kernel.operations.started.is_kept
+    assert image.guard.epochs.n_in_flight == 1
+    libfuse.ask()
+    assert not kernel.operations.started.is_kept
+    assert image.guard.epochs.n_in_flight == 0
+    with kernel.at_once.active():
+        kernel.receive(request_)
+    assert image.guard.epochs.n_in_flight == 0
+    kernel.close()
+
+
+@pytest.mark.parametrize("place", [(0, 511), (1, 512)])
+async def test_another_request_than_the_started_one(image: MemoryImage, place: tuple[int, int]) -> None:
+    """A handler that is asked for something else starts that, and the started one is given up."""
+    image.inline = False
+    kernel = Kernel(image)
+    kernel.receive(read_request(0, 512))
+    off, size = place
+    assert bytes(await kernel.operations.read(FILE, off, size)) == bytes(image.data[off : off + size])
+    assert image.guard.epochs.n_in_flight == 0
+    kernel.receive(read_request(0, 512))
+    assert await kernel.operations.write(FILE, 0, b"z" * 512) == 512
+    assert image.guard.epochs.n_in_flight == 0
+    assert image.data[:512] == b"z" * 512
     kernel.close()
 
 
@@ -214,7 +252,7 @@ def test_answered_requests_before_one_that_is_handed_on(kernel: Kernel) -> None:
     assert kernel.handed_on(len(last)) == last
     assert kernel.reply()[0] == 1
     assert not kernel.has_reply()
-    assert kernel.at_once._receive_into(kernel._buffer) == -errno.EINTR
+    assert kernel.receive() == -errno.EINTR
     assert kernel.reply()[0] == 3
 
 
@@ -274,6 +312,10 @@ class Libfuse:
     def address(self) -> int:
         return ctypes.addressof(self.fuse_buf)
 
+    def ask(self) -> int:
+        """What pyfuse3 gets when it asks for a request."""
+        return self.kernel.at_once._receive(0, self.address)
+
     def receive(self, session: int, address: int) -> int:
         self.n_received += 1
         ctypes.memmove(self.memory, self.request, len(self.request))
@@ -285,13 +327,13 @@ def test_a_buffer_is_libfuses_until_it_is_known(kernel: Kernel) -> None:
     """The first request of each buffer goes libfuse's way; then requests are received here, until it has another."""
     init = header(26, 104) + bytes(64)
     libfuse = Libfuse(kernel, init)
-    assert kernel.at_once._receive(0, libfuse.address) == len(init)
+    assert libfuse.ask() == len(init)
     kernel.socket.send(read_request(0, 512))
-    assert kernel.at_once._receive(0, libfuse.address) == -errno.EINTR
+    assert libfuse.ask() == -errno.EINTR
     assert kernel.reply()[0] == 7
     assert libfuse.n_received == 1
     libfuse.fuse_buf.mem = None
-    assert kernel.at_once._receive(0, libfuse.address) == len(init)
+    assert libfuse.ask() == len(init)
     assert libfuse.n_received == 2
     assert kernel.at_once.refusal is None
 
@@ -313,7 +355,7 @@ def test_an_unknown_kind_of_buffer_ends_it(kernel: Kernel, surprise: str, monkey
 
     kernel.at_once._receive_by_libfuse = receive
     for _ in range(3):
-        assert kernel.at_once._receive(0, libfuse.address) == len(init)
+        assert libfuse.ask() == len(init)
     assert libfuse.n_received == 3
     assert kernel.at_once.refusal is not None
 
@@ -322,16 +364,16 @@ def test_the_end_of_the_connection_is_for_libfuse(kernel: Kernel, monkeypatch: p
     """ENODEV is met again by libfuse, which ends the session; EAGAIN from it means: ask again."""
     init = header(26, 104) + bytes(64)
     libfuse = Libfuse(kernel, init)
-    kernel.at_once._receive(0, libfuse.address)
+    libfuse.ask()
 
     def readv(fd: int, buffers: object) -> int:
         raise OSError(errno.ENODEV, "unmounted")
 
     monkeypatch.setattr(os, "readv", readv)
     kernel.at_once._receive_by_libfuse = lambda session, address: 0
-    assert kernel.at_once._receive(0, libfuse.address) == 0
+    assert libfuse.ask() == 0
     kernel.at_once._receive_by_libfuse = lambda session, address: -errno.EAGAIN
-    assert kernel.at_once._receive(0, libfuse.address) == -errno.EINTR
+    assert libfuse.ask() == -errno.EINTR
 
 
 def test_without_a_slot_nothing_is_diverted(monkeypatch: pytest.MonkeyPatch, image: MemoryImage) -> None:

@@ -11,6 +11,7 @@ import pyfuse3
 import pytest
 import trio
 
+from qcowfuse.fuse.attributes import Ownership
 from qcowfuse.fuse.libfuse import extended_session, init_reply, request_wait
 from qcowfuse.fuse.libfuse.connection import CAP_HANDLE_KILLPRIV_V2, CAP_WRITEBACK_CACHE
 from qcowfuse.fuse.libfuse.direct_requests import DirectRequests
@@ -18,7 +19,7 @@ from qcowfuse.fuse.libfuse.extended_session import ExtendedSession
 from qcowfuse.fuse.libfuse.extra_operations import ExtraOperations
 from qcowfuse.fuse.libfuse.features import Feature, Features
 from qcowfuse.fuse.libfuse.init_reply import InitReplyFlag
-from qcowfuse.fuse.operations import Operations, Ownership
+from qcowfuse.fuse.operations import Operations
 from qcowfuse.fuse.request_gate import RequestGate
 from qcowfuse.system.import_slot import SlotError
 from tests.support.libfuse_tables import Libfuse, connection

@@ -17,7 +17,8 @@ from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
 
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.fuse import sizes
-from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations, Ownership
+from qcowfuse.fuse.attributes import Ownership
+from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations
 from tests.support.memory_image import MemoryImage
 
 CTX = cast(RequestContext, SimpleNamespace(pid=1))
@@ -372,11 +373,10 @@ async def test_waiting_handlers_are_counted_as_slow() -> None:
     operations = serve(image)
     seen: list[int] = []
 
-    async def read_slowly(guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> bytes:
-        assert may_block_loop
+    async def read_slowly(guest_offset: int, n_bytes: int) -> bytes:
         seen.append(operations.gate.n_slow)
         return bytes(n_bytes)
 
-    image.read = read_slowly  # type: ignore[method-assign]
+    image.read_later = read_slowly  # type: ignore[method-assign]
     await operations.read(FILE, 0, 10)
     assert (seen, operations.gate.n_slow) == ([1], 0)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.layers.mapping import Mapping
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.writing import dirty_bitmaps as kept_bitmaps
 from tests.support import qemu
@@ -31,8 +32,7 @@ GRANULARITIES = {"g512": 512, "g4k": 4096, "g64k": 65536, "g2m": 2 << 20, "g2g":
 
 async def write(image: QcowImage, start: int, data: bytes) -> Range:
     """As the mount writes."""
-    if not image.try_write(start, data):
-        await image.write(start, data)
+    await image.write(start, data)
     return start, len(data)
 
 
@@ -355,8 +355,8 @@ async def test_no_room_for_the_bitmap_leaves_it_in_use(
     async def no_space(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    assert image._allocator is not None
-    monkeypatch.setattr(image._allocator, "allocate", no_space)
+    assert image.changes is not None
+    monkeypatch.setattr(image.changes.allocator, "allocate", no_space)
     with caplog.at_level(logging.ERROR):
         await image.aclose()
     assert "could not be stored" in caplog.text
@@ -378,14 +378,18 @@ async def test_bitmaps_grow_with_the_disk(tmp_path: Path, cluster_size: str) -> 
     add_bitmap(path, "disabled", 4096, enabled=False)
     image = await open_image(str(path))
     ranges = [(MIB, 65536), await write(image, 8 * MIB, b"x" * 5000)]
-    assert image._bitmaps is not None
-    assert image._write_back is not None
-    await image._bitmaps.before_growth(image._write_back, new_size)
+    assert image.changes is not None
+    bitmaps = image.changes.bitmaps
+    assert bitmaps is not None
+    await bitmaps.before_growth(image.changes.write_back, size, new_size)
     assert flags_of_bytes(path) == {"a": 3, "fine": 3, "disabled": 1}
     _set_size(path, new_size)
-    image._bitmaps.mark(4999 * MIB, 1000)
+    bitmaps.mark(4999 * MIB, 1000)
     ranges.append((4999 * MIB, 1000))
-    image.size = new_size
+    mapping = image.layers[0]
+    assert isinstance(mapping, Mapping)
+    mapping.resize(new_size)
+    mapping.guest_size = new_size
     await image.aclose()
     assert qemu.check(path).clean
     assert flags_of(path) == {"a": ["auto"], "fine": ["auto"], "disabled": []}

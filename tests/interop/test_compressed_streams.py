@@ -138,12 +138,12 @@ async def test_zstd_streams(start: int, image_folder: Path) -> None:
 def test_several_at_once(name: str) -> None:
     """Among others that are sound, a stream gives what it gives alone."""
     packed = [part.ljust(CLUSTER, b"\0")[:CLUSTER] for part in (zstd(WHOLE), FRAMES[name](), zstd(WHOLE))]
-    (may_block_loop,) = decompress_clusters(packed[1:2], 1, CLUSTER)
+    (alone,) = decompress_clusters(packed[1:2], 1, CLUSTER)
     first, among, last = decompress_clusters(
         [memoryview(b"".join(packed))[at * CLUSTER :][:CLUSTER] for at in range(3)], 1, CLUSTER
     )
     assert bytes(first) == bytes(last) == WHOLE  # type: ignore[arg-type]
-    assert repr(among) == repr(may_block_loop) if isinstance(may_block_loop, FormatError) else among == may_block_loop
+    assert repr(among) == repr(alone) if isinstance(alone, FormatError) else among == alone
 
 
 async def test_damaged_deflate_streams(image_folder: Path) -> None:

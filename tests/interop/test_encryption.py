@@ -84,8 +84,7 @@ def write_by_qemu(path: Path, format_name: str = "qcow2", *, backing: bool = Fal
 
 async def read(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
     """As the mount reads."""
-    data = image.try_read(guest_offset, n_bytes)
-    return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
+    return bytes(await image.read(guest_offset, n_bytes))
 
 
 async def exercise(image: QcowImage, model: bytearray, seed: int, n_steps: int = 50) -> None:
@@ -98,7 +97,7 @@ async def exercise(image: QcowImage, model: bytearray, seed: int, n_steps: int =
         if step % 5 == 4:
             await image.write_zeroes(start, n_bytes, unmap=chooser.random() < 0.5)
             data = bytes(n_bytes)
-        elif not image.try_write(start, data):
+        else:
             await image.write(start, data)
         model[start : start + n_bytes] = data
         start = chooser.randrange(len(model) - n_bytes)

@@ -149,13 +149,13 @@ async def test_files_of_the_system_are_never_opened(name: str, place: Path) -> N
 async def test_no_backing_refuses_all_names(place: Path) -> None:
     """Even those in the folder; what the user names instead is not meant, nor an image that stands alone."""
     (place / "in/base").write_bytes(SECRET)
-    may_block_loop = OpenOptions(read_only=True, no_backing=True)
-    assert "--no-backing" in await refusal_of(overlay(place, "base"), may_block_loop)
+    alone = OpenOptions(read_only=True, no_backing=True)
+    assert "--no-backing" in await refusal_of(overlay(place, "base"), alone)
     path = with_data_file(place, "base", size=64 * KIB, options=",data_file_raw=on")
-    assert "--no-backing" in await refusal_of(path, may_block_loop)
-    assert await start_of(path, may_block_loop._replace(data_file=str(place / "out/secret"))) == SECRET[:8]
+    assert "--no-backing" in await refusal_of(path, alone)
+    assert await start_of(path, alone._replace(data_file=str(place / "out/secret"))) == SECRET[:8]
     qemu.create(place / "in/alone", "qcow2", MIB)
-    assert await start_of(str(place / "in/alone"), may_block_loop) == bytes(8)
+    assert await start_of(str(place / "in/alone"), alone) == bytes(8)
 
 
 async def test_the_user_names_another_backing_file(place: Path) -> None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
 
 from qcowfuse.buffer import Buffer
 from qcowfuse.driver.image import Image
+from qcowfuse.driver.pending import PendingRead
+from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import OutOfRangeError, ReadOnlyImageError
 
 from .oracle import DiskModel, first_difference
@@ -22,18 +25,23 @@ OpenImage = Callable[[], Awaitable[Image]]
 SEQUENTIAL_SIZES = (1_000_003, 131_071, 65_536, 4_097)
 
 
-async def read(image: Image, guest_offset: int, n_bytes: int) -> bytes:
-    """Read as export does: what can be had at once, else waiting."""
-    got = image.try_read(guest_offset, n_bytes)
-    if got is None:
-        got = await image.read(guest_offset, n_bytes)
-    return bytes(got)
+async def read(image: Image, guest_offset: int, n_bytes: int, *, is_alone: bool = True) -> bytes:
+    """Read as the FUSE layer does: start it, and finish what is pending."""
+    started = image.start_read(guest_offset, n_bytes, lambda: is_alone)
+    if isinstance(started, PendingRead):
+        started = await started.finish()
+    return bytes(started)
 
 
 async def write(image: Image, guest_offset: int, data: Buffer) -> None:
-    """Write as export does: in place at once, else waiting."""
-    if not image.try_write(guest_offset, data):
-        await image.write(guest_offset, data)
+    """Write as the FUSE layer does: start it, and finish what is pending with another copy of the data, since the
+    memory of the first one is used again."""
+    lent = bytearray(data)
+    pending = image.start_write(guest_offset, memoryview(lent))
+    lent[:] = b"\xee" * len(lent)
+    if pending is not None:
+        pending.use(bytes(data))
+        await pending.finish()
 
 
 async def check_reads(image: Image, expected: Buffer, *, seed: int = 0, n_random: int = 60) -> None:
@@ -53,7 +61,8 @@ async def check_reads(image: Image, expected: Buffer, *, seed: int = 0, n_random
         _must_match(await read(image, size - 1, 1), expected, size - 1)
     assert await read(image, size, 0) == b""
     for guest_offset, n_bytes in ((size, 1), (max(size - 1, 0), 2), (size + 4096, 4096), (-1, 1), (0, size + 1)):
-        assert image.try_read(guest_offset, n_bytes) is None
+        with pytest.raises(OutOfRangeError):
+            image.start_read(guest_offset, n_bytes)
         with pytest.raises(OutOfRangeError):
             await image.read(guest_offset, n_bytes)
 
@@ -72,7 +81,8 @@ async def check_writes(image: Image, model: DiskModel, *, seed: int = 0, n_write
             await image.flush()
     size = model.size
     for guest_offset, n_bytes in ((size, 1), (max(size - 1, 0), 2), (-1, 1)):
-        assert not image.try_write(guest_offset, b"x" * n_bytes)
+        with pytest.raises(OutOfRangeError):
+            image.start_write(guest_offset, b"x" * n_bytes)
         with pytest.raises(OutOfRangeError):
             await image.write(guest_offset, b"x" * n_bytes)
 
@@ -131,6 +141,52 @@ async def check_concurrency(image: Image, model: DiskModel, *, seed: int = 0, n_
         _must_match(await read(image, guest_offset, len(data)), model.data, guest_offset)
 
 
+async def check_pending(image: Image, model: DiskModel, *, seed: int = 0, n_requests: int = 24) -> None:
+    """Requests that are all started before the first one is finished, in another order; some reads are given up.
+
+    Each has bytes of its own, many in the clusters of others. A client beside which there are others may not keep
+    them waiting, and one that is alone may.
+    """
+    rng = random.Random(seed)
+    places = [
+        (start, rng.randbytes(min(n_bytes, 5000))) for start, n_bytes in random_ranges(rng, model.size, n_requests)
+    ]
+    first = rng.randrange(max(model.size - 24 * 700, 1))
+    near = range(first, min(first + 24 * 700, model.size - 700), 700)
+    places += [(start, rng.randbytes(700)) for start in near]
+    rests: list[Callable[[], Awaitable[None]]] = []
+    for number, (guest_offset, data) in enumerate(_disjoint(places)):
+        if number % 2:
+            lent = bytearray(data)
+            pending = image.start_write(guest_offset, memoryview(lent))
+            lent[:] = bytes(len(lent))
+            model.write(guest_offset, data)
+            if pending is not None:
+                pending.use(data)
+                rests.append(pending.finish)
+            continue
+        is_alone = bool(number % 4)
+        started = image.start_read(guest_offset, len(data), lambda is_alone=is_alone: is_alone)  # type: ignore[misc]
+        if not isinstance(started, PendingRead):
+            _must_match(bytes(started), model.data, guest_offset)
+        elif number % 8 == 2:
+            started.abandon()
+        else:
+            rests.append(partial(_finish_read, started, model, guest_offset))
+    rng.shuffle(rests)
+    for rest in rests[::2]:
+        await rest()
+    async with trio.open_nursery() as nursery:
+        for rest in rests[1::2]:
+            nursery.start_soon(rest)
+    for guest_offset, data in places:
+        _must_match(await read(image, guest_offset, len(data), is_alone=False), model.data, guest_offset)
+
+
+async def _finish_read(started: PendingRead, model: DiskModel, guest_offset: int) -> None:
+    _must_match(bytes(await started.finish()), model.data, guest_offset)
+
+
 async def check_image(open_it: OpenImage, reference: bytes, *, seed: int = 0, writes: bool = True) -> DiskModel:
     """Run it all on the image that ``open_it`` opens, which must show ``reference`` at the start.
 
@@ -144,18 +200,23 @@ async def check_image(open_it: OpenImage, reference: bytes, *, seed: int = 0, wr
         if not writes:
             assert image.read_only
             if model.size:
-                assert not image.try_write(0, b"x")
+                with pytest.raises(ReadOnlyImageError):
+                    image.start_write(0, b"x")
                 with pytest.raises(ReadOnlyImageError):
                     await image.write(0, b"x")
             return model
         await check_writes(image, model, seed=seed + 1)
         await check_concurrency(image, model, seed=seed + 2)
+        await check_pending(image, model, seed=seed + 5)
         await image.flush()
         await check_reads(image, model.data, seed=seed + 3, n_random=20)
+        if isinstance(image, QcowImage):
+            assert not image.life.epochs.n_in_flight
     finally:
         await image.aclose()
     image = await open_it()
     try:
+        await check_pending(image, model, seed=seed + 6)
         await check_reads(image, model.data, seed=seed + 4, n_random=20)
     finally:
         await image.aclose()

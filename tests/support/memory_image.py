@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import trio
 
-from qcowfuse.errors import OutOfRangeError, ReadOnlyImageError
+from qcowfuse.driver.image import never
+from qcowfuse.driver.layers.range_claims import InFlightEpochs
+from qcowfuse.driver.pending import PendingRead, PendingWrite
+from qcowfuse.errors import CorruptImageError, OutOfRangeError, ReadOnlyImageError
 
 Buffer = bytes | bytearray | memoryview
 
 
+class Guard:
+    """Of pending requests: ``epochs`` tells how many there are."""
+
+    def __init__(self) -> None:
+        self.epochs = InFlightEpochs()
+
+    async def freeze(self, error: CorruptImageError) -> None:
+        raise AssertionError("memory is not corrupt")
+
+
 class MemoryImage:
-    """``inline`` False: the try_ calls decline. ``failure``: raised by every read, write and flush while set."""
+    """``inline`` False: nothing is answered at once. ``failure``: raised by every read, write and flush while set."""
 
     def __init__(
         self, size: int = 1 << 20, *, read_only: bool = False, cluster_size: int = 65536, inline: bool = True
@@ -21,6 +37,7 @@ class MemoryImage:
         self.cluster_size = cluster_size
         self.read_only = read_only
         self.inline = inline
+        self.guard = Guard()
         self.failure: BaseException | None = None
         self.data = bytearray(size)
         self.n_flushes = 0
@@ -34,35 +51,38 @@ class MemoryImage:
         if guest_offset < 0 or guest_offset + n_bytes > self.size:
             raise OutOfRangeError(f"{guest_offset} + {n_bytes} is past {self.size}")
 
-    def try_read(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+    def start_read(
+        self, guest_offset: int, n_bytes: int, is_alone: Callable[[], bool] = never, /
+    ) -> Buffer | PendingRead:
         self._check(guest_offset, n_bytes)
-        return memoryview(self.data)[guest_offset : guest_offset + n_bytes] if self.inline else None
+        if self.inline:
+            return memoryview(self.data)[guest_offset : guest_offset + n_bytes]
+        return PendingRead(self.guard, partial(self.read_later, guest_offset, n_bytes))
 
-    def try_read_alone(self, guest_offset: int, n_bytes: int) -> Buffer | None:
+    def start_write(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+        self._check(guest_offset, len(data))
+        if self.read_only:
+            raise ReadOnlyImageError("the image is read-only")
+        if not self.inline:
+            return PendingWrite(self.guard, partial(self.write_later, guest_offset), data)
+        self.data[guest_offset : guest_offset + len(data)] = data
         return None
 
-    async def read(self, guest_offset: int, n_bytes: int, *, may_block_loop: bool = False) -> Buffer:
-        await trio.lowlevel.checkpoint()
-        self._check(guest_offset, n_bytes)
-        return bytes(self.data[guest_offset : guest_offset + n_bytes])
-
-    def try_write(self, guest_offset: int, data: Buffer) -> bool:
-        self._check(guest_offset, len(data))
-        if self.read_only:
-            raise ReadOnlyImageError("the image is read-only")
-        if self.inline:
-            self.data[guest_offset : guest_offset + len(data)] = data
-        return self.inline
-
-    def try_allocate_write(self, guest_offset: int, data: Buffer) -> bool:
-        self._check(guest_offset, len(data))
-        return False
+    async def read(self, guest_offset: int, n_bytes: int) -> Buffer:
+        started = self.start_read(guest_offset, n_bytes)
+        return await started.finish() if isinstance(started, PendingRead) else started
 
     async def write(self, guest_offset: int, data: Buffer) -> None:
+        pending = self.start_write(guest_offset, data)
+        if pending is not None:
+            await pending.finish()
+
+    async def read_later(self, guest_offset: int, n_bytes: int) -> Buffer:
         await trio.lowlevel.checkpoint()
-        self._check(guest_offset, len(data))
-        if self.read_only:
-            raise ReadOnlyImageError("the image is read-only")
+        return bytes(self.data[guest_offset : guest_offset + n_bytes])
+
+    async def write_later(self, guest_offset: int, data: Buffer) -> None:
+        await trio.lowlevel.checkpoint()
         self.data[guest_offset : guest_offset + len(data)] = data
 
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:

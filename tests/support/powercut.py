@@ -37,8 +37,7 @@ class Guest:
     async def write(self, guest_offset: int, data: bytes) -> None:
         """One write."""
         begun = self.record.begin_write(guest_offset, data)
-        if not self.image.try_write(guest_offset, data):
-            await self.image.write(guest_offset, data)
+        await self.image.write(guest_offset, data)
         self.record.end_write(begun)
 
     async def zero(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
@@ -73,8 +72,7 @@ class Guest:
 
 async def read_image(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
     """As the mount reads: at once if that is possible."""
-    data = image.try_read(guest_offset, n_bytes)
-    return bytes(await image.read(guest_offset, n_bytes) if data is None else data)
+    return bytes(await image.read(guest_offset, n_bytes))
 
 
 async def read_whole(image: QcowImage) -> bytes:

@@ -149,7 +149,7 @@ class _Run:
         begun = record.begin_write(offset, data)
         if kind != "write":
             await image.write_zeroes(offset, n_bytes, unmap=kind == "discard")
-        elif not image.try_write(offset, data):
+        else:
             await image.write(offset, data)
         record.end_write(begun)
 

@@ -114,7 +114,7 @@ def test_decoders_are_imported_when_the_image_is_opened() -> None:
         + textwrap.dedent(
             """
             import sys, zlib
-            from qcowfuse.driver.reading.decompression import CompressedSource
+            from qcowfuse.driver.reading.decoding import CompressedSource
             from qcowfuse.format.compression import decompress_cluster, decompress_start
             from qcowfuse.format.entries import entry_format
 

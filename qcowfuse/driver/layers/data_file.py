@@ -24,7 +24,7 @@ from array import array
 from ...errors import CorruptImageError, FormatError, ImageUsageError
 from ...format.entries import COMPRESSED, OFFSET_MASK, READS_ZERO, ClusterKind
 from ...format.extensions import EXTENSION_DATA_FILE, find_extension
-from ...format.extents import MISS, Run
+from ...format.extents import Run
 from ...format.header import Qcow1Header, Qcow2Header
 from ...format.header_fields import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE
 from ...format.subclusters import ALL_ALLOCATED
@@ -33,6 +33,7 @@ from ...storage.base import Storage
 from ..files import ChainFile, ChainFiles
 from .host_run import HostRun
 from .mapping import Mapping
+from .table_cache import L2Slice
 
 log = logging.getLogger(__name__)
 _MAX_TABLES_SEARCHED = 4
@@ -123,16 +124,14 @@ async def _last_data(mapping: Mapping) -> int:
 class DataFileMapping(Mapping):
     """The tables of an image with an external data file."""
 
-    def lookup(self, guest_offset: int, n_bytes: int) -> Run:
+    def lookup_in(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> Run:
         """See Layer. Raises CorruptImageError for data that is not in its place, too."""
-        run = super().lookup(guest_offset, n_bytes)
+        run = super().lookup_in(slice_, guest_offset, n_bytes)
         if run.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED):
             if run.value != guest_offset:
                 raise _misplaced(guest_offset, run.value)
-        elif run.kind != MISS:
-            slice_ = self.cache.slices.get(self.key(guest_offset))
-            if slice_ is not None:
-                self._check_places(slice_.entries, guest_offset, run.n_bytes)
+        else:
+            self._check_places(slice_.entries, guest_offset, run.n_bytes)
         return run
 
     def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:

@@ -1,7 +1,7 @@
 """Guest range to extents: one mapping per layer, and the look-up that goes down the backing chain.
 
 1. ``lookup`` is a plain function and answers from memory; a run of kind MISS says that a slice has to be loaded.
-2. ``load`` is the only part that waits. It pins what it loads; the caller unpins after it has looked again.
+2. ``load`` is the only part that waits. It pins what it loads; the caller unpins after it has looked there.
 3. The L1 table is in memory as long as the image is open, but for large ones of layers that are not written: see
    :mod:`~qcowfuse.tables.paged_table`. A missing L2 table is one run of unallocated clusters.
 4. A layer ends where its virtual disk ends: beyond it the guest sees zeroes, not the next layer.
@@ -66,6 +66,9 @@ class Layer(Protocol):
     def lookup(self, guest_offset: int, n_bytes: int) -> Run:
         """The run at ``guest_offset``, at most ``n_bytes``, all inside the layer. Raises CorruptImageError."""
 
+    def lookup_in(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> Run:
+        """The same with the slice that :meth:`load` has just given: that was a miss, and is no hit."""
+
     async def load(self, guest_offset: int) -> L2Slice:
         """Load the slice whose absence made ``lookup`` say MISS; it is pinned."""
 
@@ -83,13 +86,21 @@ class RawLayer:
         """Always data."""
         return Run(ClusterKind.DATA, guest_offset, n_bytes)
 
+    def lookup_in(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> Run:
+        """Never needed."""
+        raise AssertionError("a raw layer has no tables")
+
     async def load(self, guest_offset: int) -> L2Slice:
         """Never needed."""
         raise AssertionError("a raw layer has no tables")
 
 
 class Mapping:
-    """The L1 and L2 tables of one QCOW layer. ``layer`` is its index in the chain, 0 on top."""
+    """The L1 and L2 tables of one QCOW layer. ``layer`` is its index in the chain, 0 on top.
+
+    The mapping of the top layer owns the size of the disk. ``size`` is what the tables map; ``guest_size`` is what
+    the guest may ask for, which is less for as long as the disk grows (:mod:`~qcowfuse.driver.writing.growing`).
+    """
 
     def __init__(
         self,
@@ -105,7 +116,7 @@ class Mapping:
     ) -> None:
         self.layer = layer
         self.geometry = geometry
-        self.size = geometry.size
+        self.size = self.guest_size = geometry.size
         self.entry_format = entry_format
         self.l1_table = l1_table
         self._paged = l1_table if isinstance(l1_table, PagedTable) else None
@@ -116,6 +127,8 @@ class Mapping:
         self.lookup_run: LookupRun = lookup_run_extended if entry_format.is_extended else lookup_run
         if encrypted is not None:
             self.lookup_run = _encrypted_lookup(self.lookup_run)
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_mask = geometry.cluster_size - 1
         self.slice_bits = geometry.slice_bits
         self.slice_mask = (1 << self.slice_bits) - 1
         self.slice_shift = geometry.cluster_bits + self.slice_bits
@@ -156,22 +169,33 @@ class Mapping:
         """The slice that maps ``guest_offset``, if it is in memory."""
         return self.cache.get(self.key(guest_offset))
 
+    def locate(self, guest_offset: int, n_bytes: int) -> tuple[L2Slice, int] | None:
+        """The slice that maps all of a range and the index in it of the first entry, if it is in memory; that is no
+        use of it."""
+        slice_ = self.cache.slices.get(self.key(guest_offset))
+        if slice_ is None or guest_offset + n_bytes > min(self.slice_end(guest_offset), self.size):
+            return None
+        return slice_, self.index(guest_offset)
+
     def lookup(self, guest_offset: int, n_bytes: int) -> Run:
         """See Layer."""
-        cluster_bits = self.geometry.cluster_bits
         slice_ = self.cache.get(guest_offset >> self.slice_shift << LAYER_BITS | self.layer)
         if slice_ is not None:
-            return self.lookup_run(
-                slice_.entries,
-                self.entry_format,
-                guest_offset >> cluster_bits & self.slice_mask,
-                guest_offset & ((1 << cluster_bits) - 1),
-                n_bytes,
-            )
+            return self.lookup_in(slice_, guest_offset, n_bytes)
         empty_until = self.empty_until(guest_offset, guest_offset + n_bytes)
         if empty_until == guest_offset:
             return Run(MISS, 0, 0)
         return Run(ClusterKind.UNALLOCATED, 0, empty_until - guest_offset)
+
+    def lookup_in(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> Run:
+        """See Layer."""
+        return self.lookup_run(
+            slice_.entries,
+            self.entry_format,
+            guest_offset >> self._cluster_bits & self.slice_mask,
+            guest_offset & self._cluster_mask,
+            n_bytes,
+        )
 
     def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
         """What the slice with these entries says of ``guest_offset``, and for how many of ``n_bytes``: see
@@ -248,43 +272,75 @@ class Missing(Exception):  # noqa: N818 - not an error: the answer "load this fi
         self.guest_offset = guest_offset
 
 
-def lookup_chain(layers: Sequence[Layer], guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
-    """The extents of a guest range that lies inside layer ``first_layer``, resolved down the chain.
+class ChainLookup:
+    """The look-up of a guest range that lies inside layer ``first_layer``, resolved down the chain.
 
-    UNALLOCATED never appears: what no layer holds is ZERO. Adjacent extents that continue each other are one.
-    Raises Missing, CorruptImageError.
+    :meth:`proceed` goes on until a slice is missing, and later from there: no entry is looked at twice. ``extents``
+    are those found so far. UNALLOCATED never appears: what no layer holds is ZERO. Adjacent extents that continue
+    each other are one.
     """
-    extents: list[Extent] = []
-    n_layers = len(layers)
-    position = guest_offset
-    end = guest_offset + n_bytes
-    while position < end:
-        remaining = end - position
-        number = first_layer
-        while True:
-            layer = layers[number]
-            if position >= layer.size:
-                kind, value = int(ClusterKind.ZERO), 0
-                break
-            run = layer.lookup(position, min(remaining, layer.size - position))
-            kind, value, remaining = run.kind, run.value, run.n_bytes
-            if kind == MISS:
-                raise Missing(layer, position)
-            if kind != ClusterKind.UNALLOCATED:
-                break
-            number += 1
-            if number == n_layers:
-                kind = int(ClusterKind.ZERO)
-                break
-        if extents:
-            last = extents[-1]
-            if last.kind == kind and (
-                kind == ClusterKind.ZERO
-                or (kind in _CONTIGUOUS and last.layer == number and last.value + last.n_bytes == value)
+
+    __slots__ = ("_end", "_first_layer", "_layers", "_number", "_remaining", "extents", "position")
+
+    def __init__(self, layers: Sequence[Layer], guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> None:
+        self._layers = layers
+        self._first_layer = self._number = first_layer
+        self.position = guest_offset
+        self._end = guest_offset + n_bytes
+        self._remaining = n_bytes
+        self.extents: list[Extent] = []
+
+    def proceed(self, loaded: L2Slice | None = None) -> Layer | None:
+        """The layer whose slice at ``position`` has to be loaded, None when all is found. ``loaded`` is that slice,
+        in the call after. Raises CorruptImageError."""
+        extents, layers, n_layers = self.extents, self._layers, len(self._layers)
+        number, position, remaining, end = self._number, self.position, self._remaining, self._end
+        while position < end:
+            while True:
+                layer = layers[number]
+                if position >= layer.size:
+                    kind, value = int(ClusterKind.ZERO), 0
+                    break
+                n_here = min(remaining, layer.size - position)
+                if loaded is None:
+                    run = layer.lookup(position, n_here)
+                else:
+                    run, loaded = layer.lookup_in(loaded, position, n_here), None
+                kind, value = run.kind, run.value
+                if kind == MISS:
+                    self._number, self.position, self._remaining = number, position, remaining
+                    return layer
+                remaining = run.n_bytes
+                if kind != ClusterKind.UNALLOCATED:
+                    break
+                number += 1
+                if number == n_layers:
+                    kind = int(ClusterKind.ZERO)
+                    break
+            last = extents[-1] if extents else None
+            if (
+                last is not None
+                and last.kind == kind
+                and (
+                    kind == ClusterKind.ZERO
+                    or (kind in _CONTIGUOUS and last.layer == number and last.value + last.n_bytes == value)
+                )
             ):
                 extents[-1] = last._replace(n_bytes=last.n_bytes + remaining)
-                position += remaining
-                continue
-        extents.append(Extent(kind, number, value, position, remaining))
-        position += remaining
-    return extents
+            else:
+                extents.append(Extent(kind, number, value, position, remaining))
+            position += remaining
+            number, remaining = self._first_layer, end - position
+        return None
+
+
+def lookup_chain(layers: Sequence[Layer], guest_offset: int, n_bytes: int, *, first_layer: int = 0) -> list[Extent]:
+    """The extents of a guest range, see :class:`ChainLookup`, where all tables are in memory.
+
+    Raises Missing, CorruptImageError.
+    """
+    lookup = ChainLookup(layers, guest_offset, n_bytes, first_layer=first_layer)
+    layer = lookup.proceed()
+    if layer is not None:
+        raise Missing(layer, lookup.position)
+    return lookup.extents

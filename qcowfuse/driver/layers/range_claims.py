@@ -70,6 +70,11 @@ class InFlightEpochs:
         else:
             del self._in_flight[epoch]
 
+    @property
+    def n_in_flight(self) -> int:
+        """Operations that have begun and not ended."""
+        return sum(self._in_flight.values())
+
     def advance(self) -> int:
         """Start a new epoch; returns the one that ended."""
         ended = self.current

@@ -117,6 +117,11 @@ class TableCache:
         self.write_back: Callable[[], Awaitable[None]] | None = None
         self._loading: dict[int, trio.Event] = {}
 
+    @property
+    def is_loading(self) -> bool:
+        """Whether any slice is being loaded."""
+        return bool(self._loading)
+
     def get(self, key: int) -> L2Slice | None:
         """The slice, now the most recently used one, or None."""
         slice_ = self.slices.get(key)
@@ -125,6 +130,12 @@ class TableCache:
             if slice_ is not self.newest:
                 self.touch(slice_)
         return slice_
+
+    def use(self, slice_: L2Slice) -> None:
+        """Count a slice that was found without :meth:`get`."""
+        self.hits += 1
+        if slice_ is not self.newest:
+            self.touch(slice_)
 
     def touch(self, slice_: L2Slice) -> None:
         """Make it the most recently used one."""

@@ -48,6 +48,10 @@ class DecodedCache:
     def __len__(self) -> int:
         return len(self._clusters)
 
+    def buffer_sizes(self) -> list[int]:
+        """Bytes of each buffer, the least recently used one first."""
+        return [len(run.buffer) for run in self._runs.values()]
+
     def has(self, key: Key, n_bytes: int) -> bool:
         """Whether at least ``n_bytes`` of the cluster are here; that is no use of it."""
         cluster = self._clusters.get(key)

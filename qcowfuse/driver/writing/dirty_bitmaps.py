@@ -101,7 +101,6 @@ async def load_kept_bitmaps(
     cluster_size = 1 << header.cluster_bits
     kept = DirtyBitmaps(
         storage,
-        size=size,
         cluster_size=cluster_size,
         directory_offset=host_offset,
         allocator=allocator,
@@ -123,7 +122,7 @@ async def load_kept_bitmaps(
         )
         return None
     metadata.add(host_offset, n_bytes)
-    await kept.take_directory(directory, entries)
+    await kept.take_directory(directory, entries, size)
     return kept
 
 
@@ -134,14 +133,12 @@ class DirtyBitmaps:
         self,
         storage: Storage,
         *,
-        size: int,
         cluster_size: int,
         directory_offset: int,
         allocator: RefcountAllocator,
         metadata: MetadataClusters,
     ) -> None:
         self._storage = storage
-        self._size = size
         self._cluster_size = cluster_size
         self._directory_offset = directory_offset
         self._allocator = allocator
@@ -155,7 +152,7 @@ class DirtyBitmaps:
         self._unsound: dict[int, QcowFuseError] = {}
         self._lock = trio.Lock()
 
-    async def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...]) -> None:
+    async def take_directory(self, directory: bytes, entries: tuple[BitmapEntry, ...], size: int) -> None:
         """The directory as it is on disk. The tables of valid bitmaps are looked at and guarded now: later a cluster
         that is theirs without having a count could have become somebody else's. Raises OSError."""
         self._directory = directory
@@ -164,13 +161,13 @@ class DirtyBitmaps:
             if entry.flags & IN_USE:
                 continue
             try:
-                await self._guard_table(entry)
+                await self._guard_table(entry, size)
             except QcowFuseError as error:
                 self._unsound[entry.position] = error.with_traceback(None)  # which would keep all frames
 
-    async def _guard_table(self, entry: BitmapEntry) -> None:
+    async def _guard_table(self, entry: BitmapEntry, size: int) -> None:
         cluster_size = self._cluster_size
-        needed = table_entries_needed(size=self._size, granularity=entry.granularity, cluster_size=cluster_size)
+        needed = table_entries_needed(size=size, granularity=entry.granularity, cluster_size=cluster_size)
         if entry.table_size != needed:
             raise FormatError("bitmap table", entry.table_offset, f"{entry.table_size} entries, expected {needed}")
         self._check_room(needed * cluster_size, entry)
@@ -190,21 +187,21 @@ class DirtyBitmaps:
         for bits in self._tracked:
             bits.mark(guest_offset, n_bytes)
 
-    async def begin(self, write_back: WriteBack) -> None:
-        """Rule 1; may be called again after an error. Raises OSError."""
+    async def begin(self, write_back: WriteBack, size: int) -> None:
+        """Rule 1, for a disk of ``size`` bytes; may be called again after an error. Raises OSError."""
         async with self._lock:
-            await self._take(write_back, [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO])
+            chosen = [entry for entry in self._entries if entry.flags & (AUTO | IN_USE) == AUTO]
+            await self._take(write_back, chosen, size)
 
-    async def before_growth(self, write_back: WriteBack, new_size: int) -> None:
+    async def before_growth(self, write_back: WriteBack, size: int, new_size: int) -> None:
         """To be called after :meth:`begin` and before the disk's size rises to ``new_size`` bytes in the header:
         disabled bitmaps are marked and stored again as well, for QEMU refuses an image with a valid bitmap that is
         too short. Bits of the new part are clear until the guest writes there. Raises OSError."""
         async with self._lock:
-            await self._take(write_back, [entry for entry in self._entries if not entry.flags & IN_USE])
-            self._size = max(self._size, new_size)
+            await self._take(write_back, [entry for entry in self._entries if not entry.flags & IN_USE], size)
             n_bytes = 0
             for bitmap in list(self._kept):
-                n_more = self._bytes_needed(bitmap.entry, self._size)
+                n_more = self._bytes_needed(bitmap.entry, new_size)
                 try:
                     self._check_room(n_bytes + n_more, bitmap.entry)
                 except FormatError as error:
@@ -214,17 +211,17 @@ class DirtyBitmaps:
                 else:
                     n_bytes += n_more
 
-    async def _take(self, write_back: WriteBack, chosen: list[BitmapEntry]) -> None:
+    async def _take(self, write_back: WriteBack, chosen: list[BitmapEntry], size: int) -> None:
         if not chosen:
             return
         kept: list[_Kept] = []
         n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
         seen = {word & TABLE_ENTRY_OFFSET_MASK for bitmap in self._kept for word in bitmap.table}
         for entry in chosen:
-            n_more = self._bytes_needed(entry, self._size)
+            n_more = self._bytes_needed(entry, size)
             try:
                 self._check_room(n_bytes + n_more, entry)
-                kept.append(await self._load(entry, seen))
+                kept.append(await self._load(entry, seen, size))
             except (QcowFuseError, OSError) as error:
                 self._warn(entry, error)
             else:
@@ -243,7 +240,7 @@ class DirtyBitmaps:
         self._kept += kept
         self._tracked += [bitmap.bits for bitmap in kept if bitmap.bits is not None]
 
-    async def _load(self, entry: BitmapEntry, seen: set[int]) -> _Kept:
+    async def _load(self, entry: BitmapEntry, seen: set[int], size: int) -> _Kept:
         """``seen``: host offsets of clusters that other bitmaps have."""
         if (error := self._unsound.get(entry.position)) is not None:
             raise error
@@ -265,9 +262,9 @@ class DirtyBitmaps:
         for number, word in enumerate(table):
             host_offset = word & TABLE_ENTRY_OFFSET_MASK
             if host_offset:
-                bits.load(number, await self._read_cluster(host_offset, seen), size=self._size)
+                bits.load(number, await self._read_cluster(host_offset, seen), size=size)
             elif word & TABLE_ENTRY_ALL_ONES:
-                bits.load(number, None, size=self._size)
+                bits.load(number, None, size=size)
             if number % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
         self._n_loaded = n_loaded

@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import errno
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -38,14 +39,17 @@ from .write_back import WriteBack
 from .writer import Writer
 from .zeroing import Zeroer
 
+if TYPE_CHECKING:
+    from .dirty_bitmaps import DirtyBitmaps
+
 log = logging.getLogger(__name__)
 _MAX_SIZE = (1 << 63) - SECTOR_SIZE
 
 
 class Grower:
-    """Grows the top layer of a chain. ``refusal``: why this image cannot grow, None where it can. ``before_growth``
-    is awaited, with the size to come, before anything is larger. ``cache_budget`` says how many bytes of L2 tables
-    to keep for a geometry."""
+    """Grows the top layer of a chain. ``refusal``: why this image cannot grow, None where it can. ``bitmaps`` are
+    made ready for the size to come before anything is larger. ``cache_budget`` says how many bytes of L2 tables to
+    keep for a geometry."""
 
     def __init__(
         self,
@@ -61,7 +65,7 @@ class Grower:
         usage: Usage,
         cache: TableCache,
         cache_budget: Callable[[Geometry], int],
-        before_growth: Callable[[int], Awaitable[None]],
+        bitmaps: DirtyBitmaps | None,
         refusal: str | None = None,
     ) -> None:
         self._path = path
@@ -75,14 +79,14 @@ class Grower:
         self._usage = usage
         self._cache = cache
         self._cache_budget = cache_budget
-        self._before_growth = before_growth
+        self._bitmaps = bitmaps
         self._refusal = refusal
         self._version = mapping.entry_format.version
         self._lock = trio.Lock()
 
-    async def grow(self, size: int, on_grown: Callable[[int], None]) -> None:
-        """Make the disk ``size`` bytes, rounded up to 512, and tell ``on_grown`` when it is; nothing if it is that
-        large already. Raises OSError (EFBIG, EOPNOTSUPP, ...), ImageUsageError for less, CorruptImageError."""
+    async def grow(self, size: int) -> None:
+        """Make the disk ``size`` bytes, rounded up to 512; nothing if it is that large already.
+        Raises OSError (EFBIG, EOPNOTSUPP, ...), ImageUsageError for less, CorruptImageError."""
         async with self._lock:
             old_size = self._mapping.size
             if size > _MAX_SIZE:
@@ -97,10 +101,11 @@ class Grower:
                 raise OSError(errno.EFBIG, f"{size} bytes need an L1 table of more than 32 MiB", self._path)
             if self._refusal is not None:
                 raise OSError(errno.EOPNOTSUPP, self._refusal, self._path)
-            await self._before_growth(size)
+            if self._bitmaps is not None:
+                await self._bitmaps.before_growth(self._write_back, old_size, size)
             is_counted = self._usage.is_exact
             await self._grow(geometry, old_size)
-            on_grown(size)
+            self._mapping.guest_size = size
         self._cache.budget = max(self._cache.budget, self._cache_budget(geometry))
         with suppress(OSError, QcowFuseError):  # it stays an estimate
             if is_counted:
@@ -111,7 +116,7 @@ class Grower:
         n_l1_before = len(self._mapping.l1_table)
         if geometry.n_l1_entries > n_l1_before:
             await self._move_l1(geometry.n_l1_entries)
-        self._resize(geometry.size)
+        self._mapping.resize(geometry.size)
         try:
             if self._mapping.data is not self._mapping.storage:
                 await self._grow_data_file(old_size, geometry.size)
@@ -119,13 +124,9 @@ class Grower:
                 await self._zero(old_size, geometry.size, n_l1_before)
             await self._write_back.change_header(self._size_fields(fields, geometry.size))
         except BaseException:
-            self._resize(old_size)
+            self._mapping.resize(old_size)
             self._write_back.revise_header(self._size_fields(fields, disk_size_in(fields)))
             raise
-
-    def _resize(self, size: int) -> None:
-        self._mapping.resize(size)
-        self._writer.size = size
 
     def _size_fields(self, fields: bytes, size: int) -> SizeFields:
         def write(l1_size: int, l1_table_offset: int) -> MetadataWrite:

@@ -78,11 +78,12 @@ class WriteBack:
         allocator: Allocator,
         cache: TableCache,
         metadata: MetadataClusters,
+        epochs: InFlightEpochs,
         punches: bool = True,
     ) -> None:
         self._punches = punches
         self.failure: Exception | None = None
-        self.epochs = InFlightEpochs()
+        self.epochs = epochs
         self._storage = storage
         self._data = None if mapping.data is storage else mapping.data
         self._mapping = mapping

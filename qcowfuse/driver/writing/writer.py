@@ -32,7 +32,7 @@ from ..layers.data_file import DataClusters
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping, Missing, lookup_chain
 from ..layers.range_claims import Claims
-from ..layers.table_cache import L2Slice, TableCache
+from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
 from ..layers.usage import Usage
 from ..reading.reader import ChainReader
 from .allocation import Allocator
@@ -57,7 +57,6 @@ class Writer:
         usage: Usage,
         data_clusters: DataClusters | None = None,
     ) -> None:
-        self.size = mapping.size
         self.cluster_size = mapping.geometry.cluster_size
         self._mapping = mapping
         self._reader = reader
@@ -78,10 +77,13 @@ class Writer:
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
         self._cluster_bits = mapping.geometry.cluster_bits
+        self._slice_shift = mapping.slice_shift
+        self._l1_shift = mapping.geometry.l1_shift
+        self._words = mapping.entry_format.words
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
         # Encrypted clusters and those of a data file take the other way; so does a storage that writes in threads.
-        self._allocates_at_once = data_clusters is None and mapping.encrypted is None
+        self.allocates_at_once = data_clusters is None and mapping.encrypted is None
 
     async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
@@ -162,13 +164,13 @@ class Writer:
         Raises OSError, CorruptImageError.
         """
         mapping = self._mapping
-        if not self._allocates_at_once or self._metadata.shared:
+        if not self.allocates_at_once or self._metadata.shared:
             return 0
-        slice_ = mapping.cached_slice(guest_offset)
-        if slice_ is None or not slice_.has_space or not self._owns_table(mapping.l1_index(guest_offset)):
+        slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
+        if slice_ is None or not slice_.has_space or not self._owns_table(guest_offset >> self._l1_shift):
             return 0
         in_cluster = guest_offset & self._cluster_mask
-        index = mapping.index(guest_offset)
+        index = guest_offset >> self._cluster_bits & mapping.slice_mask
         start = guest_offset - in_cluster
         n_bytes = len(view)
         n_clusters = in_cluster + n_bytes + self._cluster_mask >> self._cluster_bits
@@ -189,7 +191,7 @@ class Writer:
             if plan.action is not Action.ALLOCATE:
                 return 0
             start = guest_offset - plan.head
-            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start)
             try:
                 extents = lookup_chain(self._reader.layers, start, n_covered)
             except Missing:
@@ -215,11 +217,12 @@ class Writer:
             self._allocator.give_back(run)
             raise
         if not is_written:
-            self._allocates_at_once = False
+            self.allocates_at_once = False
             self._allocator.give_back(run)
             return 0
+        self._cache.use(slice_)
         self._link(slice_, start, run.host_offset, plan)
-        self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self.size - start))
+        self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start))
         return plan.n_bytes
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
@@ -270,7 +273,9 @@ class Writer:
             n_clusters = end - start + self._cluster_mask >> self._cluster_bits
             if not slice_.has_space:
                 await self.secure(slice_, start, n_clusters)
-            extents = await self._reader.lookup(start, min(n_clusters << self._cluster_bits, self.size - start))
+            extents = await self._reader.lookup(
+                start, min(n_clusters << self._cluster_bits, self._mapping.size - start)
+            )
             plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
             self._link(slice_, start, start, plan)
         finally:
@@ -296,7 +301,7 @@ class Writer:
             if run.n_clusters < plan.n_clusters:
                 plan = shortened(plan, run.n_clusters, guest_offset & self._cluster_mask, self._cluster_bits)
         try:
-            n_covered = min(plan.head + plan.n_bytes + plan.tail, self.size - start)
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start)
             extents = await self._reader.lookup(start, n_covered)
             head = await self._old_bytes(start, plan.head)
             tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
@@ -330,8 +335,8 @@ class Writer:
         """Point the entries of a plan whose bytes begin at guest offset ``start`` at the clusters written."""
         entries = slice_.entries
         entry_format = self._mapping.entry_format
-        words = entry_format.words
-        first = self._mapping.index(start) * words
+        words = self._words
+        first = (start >> self._cluster_bits & self._mapping.slice_mask) * words
         end = first + plan.n_clusters * words
         replaced = entries[first:end:words]
         if entry_format.is_extended:
@@ -366,7 +371,7 @@ class Writer:
 
     async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
         """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""
-        inside = min(n_bytes, max(self.size - guest_offset, 0))
+        inside = min(n_bytes, max(self._mapping.size - guest_offset, 0))
         if not inside:
             return None
         extents = await self._reader.lookup(guest_offset, inside)

@@ -70,7 +70,7 @@ class Zeroer:
         n_bytes = min(n_bytes, self._mapping.slice_end(guest_offset) - guest_offset)
         if writer.has_raw_data_file:
             return await self._zero_raw(guest_offset, n_bytes, unmap=unmap)
-        reaches_end = guest_offset + n_bytes == self._writer.size
+        reaches_end = guest_offset + n_bytes == self._mapping.size
         n_clusters = (n_bytes + (self._cluster_mask if reaches_end else 0)) >> self._cluster_bits
         if in_cluster or not n_clusters or not self._zeroes_by_entry:
             here = self._cluster_size - in_cluster if self._zeroes_by_entry else len(ZEROES)
@@ -87,7 +87,7 @@ class Zeroer:
                 return n_free << self._cluster_bits
             n_clusters = n_whole
         n_clusters = min(n_clusters, MAX_ZEROED_AT_ONCE)
-        n_covered = min(n_clusters << self._cluster_bits, self._writer.size - guest_offset)
+        n_covered = min(n_clusters << self._cluster_bits, self._mapping.size - guest_offset)
         slice_ = await writer.writable_slice(guest_offset)
         try:
             if not slice_.has_space:

@@ -7,12 +7,13 @@ answered by plain calls, and then comes the next; whatever else is read is hande
 it.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
-   that does not fit, an image that has to wait, any exception) it is handed on: what is an error is decided by
-   :class:`~qcowfuse.fuse.operations.Operations` alone, which does the same again. A write may be done twice.
+   that does not fit) it is handed on as it came. A read or write that has to wait, or that failed, was started here
+   all the same: it is kept for its handler, which goes on with it (:mod:`..started`), and answers.
 2. A buffer of libfuse's is used once libfuse itself has received a request with it, and only if that looked as it
    must: so memory and layout are known. Until then, and for good on any surprise, requests are libfuse's to receive.
 3. Nothing raised here gets to libfuse: ctypes would swallow it.
-4. No data is kept: the memory that a write is handed in is overwritten by the next request.
+4. No data is kept: the memory that a write is handed in is overwritten by the next request. A pending write gets the
+   copy that its handler is given.
 5. The gate counts what is answered here (rule 3 of :mod:`..request_gate`), and spins here when there is no request.
 """
 
@@ -31,8 +32,12 @@ from typing import Protocol
 import pyfuse3
 
 from ...buffer import Buffer
+from ...driver.image import StartRead
+from ...driver.pending import PendingRead, PendingWrite
+from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
 from ..request_gate import RequestGate
+from ..started import StartedRequest
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
@@ -48,24 +53,21 @@ _MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
 _log = logging.getLogger(__name__)
 
 
-class QuickHandlers(Protocol):
-    """What :class:`~qcowfuse.fuse.operations.Operations` can do without waiting."""
+class RequestHandlers(Protocol):
+    """What of :class:`~qcowfuse.fuse.operations.Operations` is used here."""
 
-    has_declined: bool
-    """Set here when a try was in vain: the request that is handed on then need not be tried again."""
+    started: StartedRequest
 
     @property
     def file_inode(self) -> int:
         """The inode of the one file."""
 
-    def try_read(self, off: int, size: int) -> Buffer | None:
-        """All the bytes, or None."""
+    @property
+    def start_read(self) -> StartRead:
+        """Starts reads."""
 
-    def try_read_alone(self, off: int, size: int) -> Buffer | None:
-        """The same with more effort, if nobody else waits; to be asked after :meth:`try_read`."""
-
-    def try_write(self, off: int, data: Buffer) -> bool:
-        """Whether all of it was written. ``data`` is only lent."""
+    def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
+        """None when all of it was written. ``data`` is only lent."""
 
 
 class _FuseBuf(ctypes.Structure):
@@ -96,7 +98,7 @@ _RECEIVE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 class DirectRequests:
     """``with hook.active():`` around ``pyfuse3.main``. ``refusal`` is None, or says why libfuse receives all."""
 
-    def __init__(self, handlers: QuickHandlers, gate: RequestGate) -> None:
+    def __init__(self, handlers: RequestHandlers, gate: RequestGate) -> None:
         self.refusal: str | None = None
         self.n_answered = 0
         self._handlers = handlers
@@ -130,6 +132,7 @@ class DirectRequests:
             yield
         finally:
             diversion.__exit__(None, None, None)
+            self._handlers.started.drop()
             _log.debug("%d requests were answered at once", self.n_answered)
 
     def _refuse(self, reason: str) -> None:
@@ -138,6 +141,8 @@ class DirectRequests:
 
     def _receive(self, session: int, fuse_buf: int) -> int:
         """Stands in for ``fuse_session_receive_buf``: bytes of a request, 0 at the end, or minus an error number."""
+        if self._handlers.started.is_kept:
+            self._handlers.started.drop()
         buffer = self._buffers.get(fuse_buf)
         if buffer is not None and buffer.fuse_buf.mem == buffer.address:
             try:
@@ -178,7 +183,8 @@ class DirectRequests:
     def _receive_into(self, buffer: _Buffer) -> int:
         fd, view, gate = self._fd, buffer.view, self._gate
         handlers = self._handlers
-        try_read, try_write, file_inode = handlers.try_read, handlers.try_write, handlers.file_inode
+        start_read, start_write, file_inode = handlers.start_read, handlers.start_write, handlers.file_inode
+        is_idle = gate.is_idle
         n_answered, n_allowed = 0, gate.n_left_in_burst()
         try:
             while n_answered < n_allowed:
@@ -190,27 +196,31 @@ class DirectRequests:
                     return -errno.EINTR
                 n_stated, opcode, unique, inode, n_extra, _, off, size = _REQUEST.unpack_from(view)
                 if inode == file_inode and n_stated == n_bytes and not n_extra:
-                    try:
-                        if opcode == _FUSE_READ:
-                            data = try_read(off, size)
-                            if data is None and gate.is_idle():
-                                data = handlers.try_read_alone(off, size)
-                            if data is None:
-                                handlers.has_declined = True
-                            else:
+                    if opcode == _FUSE_READ:
+                        try:
+                            data = start_read(off, size, is_idle)
+                        except Exception as exc:
+                            self._keep(PendingRead, off, size, exc)
+                        else:
+                            if not isinstance(data, PendingRead):
                                 _reply(fd, unique, (_REPLY.pack(_REPLY.size + len(data), 0, unique), data))
                                 # Free before the next is made: the same memory, in the processor's cache still.
                                 del data
                                 n_answered += 1
                                 continue
-                        elif opcode == _FUSE_WRITE and n_bytes == _WRITE_BYTES + size and size:
-                            if try_write(off, view[_WRITE_BYTES:n_bytes]):
+                            handlers.started.keep(PendingRead, off, size, data)
+                            del data
+                    elif opcode == _FUSE_WRITE and n_bytes == _WRITE_BYTES + size and size:
+                        try:
+                            pending = start_write(off, view[_WRITE_BYTES:n_bytes])
+                        except Exception as exc:
+                            self._keep(PendingWrite, off, size, exc)
+                        else:
+                            if pending is None:
                                 _reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
                                 n_answered += 1
                                 continue
-                            handlers.has_declined = True
-                    except Exception as exc:
-                        _log.debug("not answered at once: %r", exc)
+                            handlers.started.keep(PendingWrite, off, size, pending)
                 buffer.fuse_buf.size = n_bytes
                 buffer.fuse_buf.flags = 0
                 return n_bytes
@@ -218,6 +228,12 @@ class DirectRequests:
         finally:
             gate.count(n_answered)
             self.n_answered += n_answered
+
+    def _keep(self, kind: type[PendingRead] | type[PendingWrite], off: int, size: int, failure: Exception) -> None:
+        """Leave the failure of a start to the handler. What does not lie in the disk was not even started."""
+        _log.debug("not answered at once: %r", failure)
+        if not isinstance(failure, OutOfRangeError):
+            self._handlers.started.keep(kind, off, size, failure)
 
 
 def _reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> None:

@@ -230,20 +230,20 @@ def _compression(kind: int) -> Parser:
         together = decompress_clusters(packed, kind, size)
         for data, outcome in zip(packed, together, strict=True):
             try:
-                may_block_loop: bytes | FormatError = decompress_cluster(data, kind, size)
+                alone: bytes | FormatError = decompress_cluster(data, kind, size)
             except FormatError as error:
-                may_block_loop = error
-            if isinstance(may_block_loop, FormatError):
+                alone = error
+            if isinstance(alone, FormatError):
                 assert isinstance(outcome, FormatError), "alone an error, together none"
-                assert str(may_block_loop) == str(outcome), (str(may_block_loop), str(outcome))
+                assert str(alone) == str(outcome), (str(alone), str(outcome))
                 continue
-            assert len(may_block_loop) == size
+            assert len(alone) == size
             assert not isinstance(outcome, FormatError), f"together {outcome}"
-            assert may_block_loop == bytes(outcome), "other bytes together"
+            assert alone == bytes(outcome), "other bytes together"
             if kind == 0:
-                assert zlib.decompressobj(-15).decompress(data, size) == may_block_loop, "other bytes than zlib's"
+                assert zlib.decompressobj(-15).decompress(data, size) == alone, "other bytes than zlib's"
                 start = decompress_start(data, 100)
-                assert start is None or start == may_block_loop[:100], "another start"
+                assert start is None or start == alone[:100], "another start"
 
     return parse
 

@@ -1,0 +1,177 @@
+"""Everything that changes the virtual disk: writes, zeroes, space set aside, growth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import trio
+
+from ...format.geometry import Geometry
+from ..layers.data_file import DataClusters
+from ..layers.mapping import Mapping
+from ..layers.table_cache import TableCache
+from ..layers.usage import Usage
+from ..options import DetectZeroes
+from ..reading.reader import ChainReader
+from ..reading.requests import check_range
+from .allocation import Allocator
+from .feature_bits import FeatureBits
+from .growing import Grower
+from .guarded_clusters import MetadataClusters
+from .life_cycle import LifeCycle
+from .requests import DataFileWrites, PlainWrites, StartsWrites, TrackedWrites, Writes, ZeroDetectingWrites
+from .reserving import Reserver
+from .write_back import WriteBack
+from .writer import Writer
+from .zeroing import Zeroer
+
+if TYPE_CHECKING:
+    from .dirty_bitmaps import DirtyBitmaps
+    from .unguarded import UnguardedClusters
+
+_MAX_UNLINKED = 1 << 18
+"""Runs of clusters to be let go of before they are given back: a whole disk of them, scattered, fills memory."""
+
+
+class WritableParts(NamedTuple):
+    """What an image has that is opened for writing, and how it shall be written."""
+
+    allocator: Allocator
+    metadata: MetadataClusters
+    l1_table_offset: int
+    feature_bits: FeatureBits | None
+    bitmaps: DirtyBitmaps | None
+    unguarded: UnguardedClusters | None
+    data_clusters: DataClusters | None
+    discard: bool
+    detect_zeroes: DetectZeroes
+    cache_budget: Callable[[Geometry], int]
+    grow_refusal: str | None
+
+
+class Changes:
+    """Of one disk. ``writes`` starts writes."""
+
+    def __init__(
+        self,
+        parts: WritableParts,
+        *,
+        mapping: Mapping,
+        reader: ChainReader,
+        cache: TableCache,
+        usage: Usage,
+        life: LifeCycle,
+    ) -> None:
+        self.allocator = parts.allocator
+        self.metadata = parts.metadata
+        self.bitmaps = parts.bitmaps
+        self.unguarded = parts.unguarded
+        self._mapping = mapping
+        self._life = life
+        self._discard = parts.discard
+        self.write_back = WriteBack(
+            storage=mapping.storage,
+            mapping=mapping,
+            l1_table_offset=parts.l1_table_offset,
+            allocator=parts.allocator,
+            cache=cache,
+            metadata=parts.metadata,
+            epochs=life.epochs,
+            punches=parts.discard,
+        )
+        cache.write_back = self.write_back.clean_tables
+        life.serve(self.write_back, parts.allocator.space, parts.feature_bits, parts.bitmaps, parts.unguarded)
+        self.writer = Writer(
+            mapping=mapping,
+            reader=reader,
+            cache=cache,
+            allocator=parts.allocator,
+            metadata=parts.metadata,
+            write_back=self.write_back,
+            usage=usage,
+            data_clusters=parts.data_clusters,
+        )
+        self._zeroer = Zeroer(
+            mapping=mapping,
+            reader=reader,
+            cache=cache,
+            writer=self.writer,
+            write_back=self.write_back,
+            usage=usage,
+            data_clusters=parts.data_clusters,
+        )
+        self._reserver = Reserver(
+            mapping=mapping,
+            reader=reader,
+            cache=cache,
+            writer=self.writer,
+            allocator=parts.allocator,
+            metadata=parts.metadata,
+            usage=usage,
+            changing=life.change,
+            data_clusters=parts.data_clusters,
+        )
+        self._grower = Grower(
+            path=life.path,
+            mapping=mapping,
+            reader=reader,
+            writer=self.writer,
+            zeroer=self._zeroer,
+            allocator=parts.allocator,
+            metadata=parts.metadata,
+            write_back=self.write_back,
+            usage=usage,
+            cache=cache,
+            cache_budget=parts.cache_budget,
+            bitmaps=parts.bitmaps,
+            refusal=parts.grow_refusal,
+        )
+        self.writes = self._writes_of(parts, cache)
+
+    def _writes_of(self, parts: WritableParts, cache: TableCache) -> StartsWrites:
+        mapping, life, bitmaps = self._mapping, self._life, parts.bitmaps
+        writes: StartsWrites
+        if mapping.encrypted is not None or mapping.entry_format.is_extended:
+            writes = Writes(mapping, cache, self.writer, life, bitmaps)
+        else:
+            kind = PlainWrites if mapping.data is mapping.storage else DataFileWrites
+            writes = kind(
+                mapping, cache, self.writer, life, bitmaps, metadata=parts.metadata, write_back=self.write_back
+            )
+        if bitmaps is not None and bitmaps.has_enabled:
+            writes = TrackedWrites(writes, mapping, life, bitmaps)
+        if parts.detect_zeroes is not DetectZeroes.OFF:
+            zero = partial(self.write_zeroes, unmap=parts.detect_zeroes is DetectZeroes.UNMAP)
+            writes = ZeroDetectingWrites(writes, mapping, life, zero)
+        return writes
+
+    async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
+        """See Image."""
+        check_range(self._mapping, guest_offset, n_bytes)
+        end = guest_offset + n_bytes
+        unmap = unmap and self._discard
+        if not n_bytes:
+            self._life.require_writable()
+        while guest_offset < end:
+            # Each step is an operation in flight of its own: what the first ones free need not wait for the last.
+            async with self._life.change():
+                if self.bitmaps is not None:
+                    self.bitmaps.mark(guest_offset, end - guest_offset)
+                guest_offset += await self._zeroer.zero_some(guest_offset, end - guest_offset, unmap=unmap)
+            if self.write_back.n_unlinked >= _MAX_UNLINKED:
+                await self._life.flush()
+            if guest_offset < end:
+                await trio.lowlevel.checkpoint()
+
+    async def allocate(self, guest_offset: int, n_bytes: int) -> None:
+        """See Image."""
+        check_range(self._mapping, guest_offset, n_bytes)
+        self._life.require_writable()
+        await self._reserver.reserve(guest_offset, n_bytes)
+
+    async def grow(self, size: int) -> None:
+        """See Image."""
+        async with self._life.change():
+            await self._grower.grow(size)
