@@ -1,4 +1,4 @@
-"""What somebody may have meant who wrote an option that there is not."""
+"""Which option may have been meant by one that does not exist."""
 
 from __future__ import annotations
 

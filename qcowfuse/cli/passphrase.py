@@ -47,7 +47,7 @@ class KeySource:
     def prepare(self, image: str, options: OpenOptions) -> None:
         """Ask on the terminal if the image needs a passphrase and no file has it.
 
-        What else is wrong with the image is left to whoever opens it. Raises ImageUsageError.
+        What else is wrong with the image is found when the image is opened. Raises ImageUsageError.
         """
         if self._key_file is not None or not may_need_passphrase(image):
             return

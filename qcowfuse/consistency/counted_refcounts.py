@@ -5,7 +5,7 @@
    apart references are; it is limited by the space that the image takes on the host.
 2. Stored blocks are read when asked for, and the latest ones kept. A block that lies past the end of the file is
    empty, as QEMU reads it.
-3. A count stops at the largest value that its width holds; what goes beyond is said to the caller, not counted.
+3. A count stops at the largest value that its width holds. The caller is told of each reference beyond that.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Ending:
         mount = self._mount
         await mount.until_unmounted()
         if mount.n_open == 0:
-            # Before the unmount returns, if possible: whoever starts the service again right behind it must find it
+            # Before the unmount returns, if possible: a start of the service right behind it must find it
             # on its way out.
             self._notices.stopping("unmounted, closing the image")
         await trio.sleep(_BUSY_RETRY_SECONDS)  # cancelled, where nobody is
@@ -138,7 +138,7 @@ class Ending:
         _log.warning("%s: cut off (%s), though in use by %s", mount.path, stop.reason, users)
 
     async def _unmount(self) -> str:
-        """Try it, and say who stands in the way; cancelled, where nobody does."""
+        """Try it, and say which users stand in the way; cancelled, where none does."""
         try:
             await self._outside.run(MountClient.unmount)
             await trio.sleep(_BUSY_RETRY_SECONDS)

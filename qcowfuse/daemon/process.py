@@ -6,7 +6,8 @@
 3. A stop signal never meets a process that is not ready for it. It is held back from before the fork until, in the
    starter, it is passed on, and in the child the event loop hears of it. So none leaves a mount behind of which the
    starter knows nothing, and none shows a traceback.
-4. The child keeps no descriptor that its starter had from others: whoever reads a pipe to the end would wait for it.
+4. The child keeps no descriptor that its starter had from others: a reader of a pipe would wait for its end as long
+   as the daemon lives.
 """
 
 from __future__ import annotations

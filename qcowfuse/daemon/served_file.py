@@ -54,7 +54,7 @@ def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forge
             fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 if lowers and syncs:
-                    with suppress(OSError):  # whoever wrote hears of it
+                    with suppress(OSError):  # the writer hears of it
                         os.fsync(fd)
                 if forgets:
                     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)

@@ -4,10 +4,10 @@
    it is opened read-only, and all of it is locked the way QEMU locks it.
 2. A name found inside an image is followed as far as :mod:`~qcowfuse.driver.files` allows.
 3. The format of a backing file is the one that the image names. An image that names none (version 1 never does) is
-   believed to mean raw, so a backing file that looks like QCOW is then refused rather than probed: whoever writes to
-   a raw disk could make it look like QCOW and have a file of the host shown. The user can say which it is, or that
-   the content shall decide (``OpenOptions.backing_format``).
-   An external data file (:mod:`~qcowfuse.driver.layers.data_file`) is opened with its image, and as it is.
+   believed to mean raw, so a backing file that looks like QCOW is then refused rather than probed: a guest that
+   writes to a raw disk could make it look like QCOW and have a file of the host shown. The user can say which it is,
+   or that the content shall decide (``OpenOptions.backing_format``). An external data file
+   (:mod:`~qcowfuse.driver.layers.data_file`) is opened with its image, and as it is.
 4. A chain is at most :data:`~qcowfuse.driver.options.MAX_BACKING_DEPTH` deep and meets no file twice.
 5. Whatever fails, everything that was opened is closed again.
 6. Encrypted layers are unlocked when all of the chain is open, all with the same passphrase.

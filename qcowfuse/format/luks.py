@@ -94,7 +94,7 @@ class CipherSpec:
         return None
 
     def missing(self) -> list[str]:
-        """What it takes to use this that is not to be had here, by name."""
+        """The names of the ciphers and hashes that this header needs and the installed libraries lack."""
         name = CIPHERS[self.cipher][0]
         missing = [f"LUKS cipher {name}"] if name in FOREIGN_CIPHERS else []
         if self.iv_generator == "essiv" and self.iv_hash is not None and not has_hash(self.iv_hash):

@@ -1,7 +1,7 @@
 """Master keys of LUKS: taken out of a key slot with a passphrase, and put into a new one.
 
 1. Work is in plain functions that take as long as the header asks for: callers run them in a thread.
-2. Keys are ``bytes`` and let go of at once; a passphrase belongs to the caller, who overwrites it.
+2. Keys are ``bytes`` and let go of at once; a passphrase belongs to the caller, which overwrites it.
 3. Randomness comes from the caller.
 
 Sources: LUKS1 on-disk format specification 1.2.3, "AF splitter", "PBKDF2"; QEMU's crypto/afsplit.c, block-luks.c.

@@ -1,8 +1,8 @@
 """SEEK_DATA and SEEK_HOLE on an image of any size, answered within a bounded time.
 
-While the kernel waits for the answer, the process that asked cannot be killed, and whoever wants the same file locked
-(another seek, a write that does not go to the page cache) waits with it. lseek(2) allows an answer that takes zeroes
-for data, never one that takes data for a hole. So:
+While the kernel waits for the answer, the process that asked cannot be killed, and a process that wants the same file
+locked (another seek, a write that does not go to the page cache) waits with it. lseek(2) allows an answer that takes
+zeroes for data, never one that takes data for a hole. So:
 
 1. A search that has taken its time, or whose caller got a signal, ends with what is safe. SEEK_DATA names the place
    that the search has come to: it goes on from there when it is asked again. SEEK_HOLE names the end of the file.

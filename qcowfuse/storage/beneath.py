@@ -266,7 +266,7 @@ def _rest_below(folder: str, path: str) -> str | None:
 
 def _refuse_planted_link(folder_fd: int, link_fd: int) -> None:
     """What the kernel itself would do for a name in a folder like /tmp: a link there counts only if it belongs to the
-    one who follows it, or to the owner of the folder."""
+    user that follows it, or to the owner of the folder."""
     folder, link = os.fstat(folder_fd), os.fstat(link_fd)
     is_shared = folder.st_mode & stat.S_ISVTX and folder.st_mode & stat.S_IWOTH
     if is_shared and link.st_uid not in (os.geteuid(), folder.st_uid):

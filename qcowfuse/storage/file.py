@@ -144,7 +144,7 @@ class FileStorage:
         return self._size
 
     def refresh_size(self) -> None:
-        """Ask for the length again: whoever held the lock before us may have changed it. Raises OSError."""
+        """Ask for the length again: the process that held the lock before may have changed it. Raises OSError."""
         self._size = length_of(self._fd)
 
     def allocated_bytes(self) -> int:
@@ -337,7 +337,8 @@ class FileStorage:
     async def flush(self) -> None:
         """fdatasync; after one failure every later call fails with the same errno. Raises OSError.
 
-        One at a time: the kernel tells of a lost write once for each descriptor, to one of those who ask.
+        One at a time: the kernel tells of a lost write once for each descriptor, and only one of the callers hears of
+        it.
         """
         async with self._flush_lock:
             if self._flush_errno:

@@ -1,7 +1,7 @@
 """Image locks that QEMU understands: open-file-description locks on single bytes far inside the file.
 
 1. One byte per permission, always a read lock: byte 100 + p says "I use p", byte 200 + p "I don't share p".
-   Taken first, then tested: whoever finds, as if for a write lock, an opposing byte of another holder, gives
+   Taken first, then tested: an opener that finds, as if for a write lock, an opposing byte of another holder, gives
    up. All locks being read locks, one's own never stand in the way.
 2. The sets are those of QEMU 10 for the file below a qcow2 image: a writer uses consistent reads (0), writes
    (1) and resizes (3), a reader consistent reads only; neither shares writes and resizes. So readers go
@@ -60,8 +60,8 @@ def _uses(writable: bool) -> tuple[int, ...]:
 def acquire_image_lock(fd: int, path: str, *, writable: bool) -> None:
     """Lock an open image: to write it, or to read it (a read-only image, a backing file).
 
-    Raises ImageLockedError, with all locks given back, when another opener stands in the way; it says who and
-    what to do. Other errors of fcntl are OSError. Closing ``fd`` releases.
+    Raises ImageLockedError, with all locks given back, when another opener stands in the way; the message names it
+    and what to do. Other errors of fcntl are OSError. Closing ``fd`` releases.
     """
     uses = _uses(writable)
     bytes_held = [_USES_BASE + p for p in uses] + [_UNSHARED_BASE + p for p in _UNSHARED]

@@ -27,7 +27,7 @@ def length_of(fd: int) -> int:
     status = os.fstat(fd)
     if not stat.S_ISBLK(status.st_mode):
         return status.st_size
-    # By lseek and back: the descriptor may be somebody's who reads from where it stands.
+    # By lseek and back: another holder of the descriptor may read from where it stands.
     position = os.lseek(fd, 0, os.SEEK_CUR)
     length = os.lseek(fd, 0, os.SEEK_END)
     os.lseek(fd, position, os.SEEK_SET)

@@ -1,4 +1,4 @@
-"""An io_uring that can do nothing but read, for whoever takes over this process: the ring is not under seccomp.
+"""An io_uring that can do nothing but read: seccomp does not see what goes through a ring.
 
 1. The kernel takes restrictions only from a ring that was made disabled. The binding has no option for that, so its
    call of io_uring_setup is diverted while it makes the ring (:mod:`~qcowfuse.system.import_slot`).

@@ -1,8 +1,8 @@
 """Run a function in each thread of the process, for what the kernel keeps by thread.
 
-1. Who keeps threads says how to reach them (:func:`add_group`). Trio's own, which keep waiting for a while after
-   their work, are reached through trio.
-2. A thread that is busy for longer than a second is left out: the caller looks at who has answered.
+1. A module that keeps threads says how to reach them (:func:`add_group`). Trio's own, which keep waiting for a while
+   after their work, are reached through trio.
+2. A thread that is busy for longer than a second is left out: the caller sees which threads have answered.
 """
 
 from __future__ import annotations

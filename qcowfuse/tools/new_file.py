@@ -38,7 +38,7 @@ _NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, er
 
 
 class CreateError(ImageUsageError):
-    """An option that cannot be, or that does not go with another one."""
+    """An option has an impossible value, or contradicts another option."""
 
 
 class Preallocation(Enum):

@@ -1,7 +1,7 @@
 """A look at the first bytes of an image, before there is an event loop: is it worth asking for a passphrase?
 
-1. The answer may be a yes too many, never a no too few: only an image that says that it is not encrypted, and that
-   there is nothing below it, is told apart. What is wrong with an image is left to whoever opens it.
+1. The answer is no only for an image whose header says that it is not encrypted and names no backing file. It may be
+   yes for an image that needs no passphrase. A damaged image is judged when it is opened.
 2. Nothing is locked or kept open, and little imported: the process that looks goes on to fork.
 """
 

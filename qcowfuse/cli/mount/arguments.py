@@ -1,7 +1,7 @@
 """What the user can say: parsed, checked, and turned into the settings of driver and export.
 
 1. Nothing that serves is imported here: wrong arguments are told at once, and the process that waits for a daemon
-   to be ready, while that one imports it, stays small.
+   to be ready, while the daemon imports it, stays small.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The process that serves: opens and mounts, tells whoever waits for it, and serves to the end.
+"""The process that serves: opens and mounts, tells the starter and systemd, and serves to the end.
 
 1. All that a mount needs is imported here or when the image is opened, before the mount exists. A mount that serves
    imports nothing: the file could lie on that very mount, and memory for it could depend on it.

@@ -4,7 +4,7 @@
    (where QEMU starts from its working directory), and its contents are never probed. The user may name another file
    instead. It is no file of the chain itself.
 2. A data cluster lies where it lies in the virtual disk: host offset and guest offset are the same, offset 0 is a
-   cluster like any other, nothing is counted and nothing is moved. What says otherwise is corrupt.
+   cluster like any other, nothing is counted and nothing is moved. An entry that names another place is corrupt.
 3. A place whose cluster is not linked holds anything: a write fills whole clusters (subclusters) there too. A place
    is given back to the file system before its entry lets go of it, under the claim: afterwards a new write may have
    filled it again.
@@ -98,7 +98,7 @@ async def _last_data(mapping: Mapping) -> int:
             try:
                 entries = (await mapping.read_slice(number)).entries
             except CorruptImageError:
-                continue  # whoever needs the table will say so
+                continue  # the request that needs the table will say so
             if not any(entries):
                 continue
             for index in range(len(entries) // words - 1, -1, -1):

@@ -136,7 +136,7 @@ class EncryptedData:
 
 
 class Passphrase:
-    """The passphrase of a chain, asked for at most once; whoever has made this calls :meth:`wipe` in the end."""
+    """The passphrase of a chain, asked for at most once; its owner calls :meth:`wipe` in the end."""
 
     def __init__(self, source: PassphraseSource | None) -> None:
         self._source = source

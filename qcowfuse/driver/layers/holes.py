@@ -2,8 +2,8 @@
 
 1. One call looks at one slice of each layer at most, or at a bounded run of L1 entries, and pins nothing. It answers
    for less than it was asked where that is all that one look tells.
-2. After every few looks, counted over all calls, there is a checkpoint: whoever asks again and again, for all of a
-   large disk, keeps nobody waiting for longer than these looks take.
+2. After every few looks, counted over all calls, there is a checkpoint: a caller that asks again and again, for all
+   of a large disk, keeps nobody waiting for longer than these looks take.
 3. A slice that is in memory is the truth. One that is not is read past the cache, unless the caller comes back to it:
    a search through a large disk must not drive out what others need.
 4. Raw layers are data throughout.

@@ -5,7 +5,7 @@
 3. The L1 table is in memory as long as the image is open, but for large ones of layers that are not written: see
    :mod:`~qcowfuse.tables.paged_table`. A missing L2 table is one run of unallocated clusters.
 4. A layer ends where its virtual disk ends: beyond it the guest sees zeroes, not the next layer.
-5. The data of an encrypted layer has a kind of its own, so that only who knows how to decrypt it reads it.
+5. The data of an encrypted layer has a kind of its own, so that no reader takes the encrypted bytes for the data.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Guest ranges with an allocation in flight, and operations in flight that may still look at old host clusters.
 
-1. A claim is taken without waiting, after a look at the mapping in the same step, and given up after the link
-   or the failure. Who meets a claim waits for it and looks at the mapping again: there is no queue to order.
+1. A claim is taken without waiting, after a look at the mapping in the same step, and given up after the link or the
+   failure. A request that meets a claim waits for it and looks at the mapping again: there is no queue to order.
 2. Claims are ranges of guest clusters ``start`` to ``end`` (exclusive) and never overlap.
 3. A host cluster that was unlinked while epoch g was current is not handed out again before every
    operation of epoch g or older has ended (:class:`InFlightEpochs`).
@@ -44,7 +44,7 @@ class Claims:
         return claim
 
     def release(self, claim: Claim) -> None:
-        """Give the claim up and wake who waits for it."""
+        """Give the claim up and wake the requests that wait for it."""
         self._claims.remove(claim)
         claim.released.set()
 

@@ -88,7 +88,8 @@ class L2Slice:
 
 
 class TableCache:
-    """See the module docstring. ``budget`` in bytes of L2 entries; ``hits`` and friends count since the start."""
+    """See the module docstring. ``budget`` in bytes of L2 entries; ``hits``, ``misses``, ``evictions`` and
+    ``write_backs`` count from the moment the image was opened."""
 
     __slots__ = (
         "_loading",
@@ -191,7 +192,7 @@ class TableCache:
             return
         n_bytes = len(self.dirty) * 8 * len(next(iter(self.dirty.values())).entries)
         if n_bytes > max(self.budget // 2, MIN_DIRTY_BYTES):
-            with suppress(OSError):  # nothing is lost, and who may only be reading need not hear of it: fsync will
+            with suppress(OSError):  # nothing is lost, and a reader need not hear of it: fsync will
                 await self.write_back()
             self._evict_clean()
 

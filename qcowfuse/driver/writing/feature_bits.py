@@ -3,7 +3,7 @@
 1. Each change is one aligned 8-byte write followed by a flush (R5), and happens at most once. The flush is that of
    the ordering rules: should it fail, that is as final as for any other.
 2. Autoclear bits: the first write clears all but those whose data is kept up to date (``kept_autoclear``), so that
-   whoever opens the image later ignores what they describe instead of trusting it.
+   a program that opens the image later ignores what they describe instead of trusting it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Space of the file system below metadata that a later flush has to write, so that the flush does not find the disk
 full after the guest was told that its write succeeded.
 
-1. Space is set aside before memory changes, by whoever changes it: for the L2 slice that gets an entry, the L1 entry
-   of a new table, a refcount block whose counts are raised, new blocks with the part of the refcount table that names
-   them, and whatever moves. An image file may have a hole in any of them: whoever made or copied it may skip zeroes.
+1. Space is set aside before memory changes, by the function that changes it: for the L2 slice that gets an entry, the
+   L1 entry of a new table, a refcount block whose counts are raised, new blocks with the part of the refcount table
+   that names them, and whatever moves. An image file may have a hole in any of them: programs that make or copy it
+   may skip zeroes.
 2. Lowering a count and overwriting an entry that is not 0 need nothing: what holds a byte other than 0 is no hole.
 3. Where the file system has no fallocate, the bytes are written again as they are. Rounds of write-back are kept
    out meanwhile (``round_lock``): nothing else writes tables.
@@ -36,7 +37,7 @@ RESERVE_BYTES = 4 << 20
 
 
 class MetadataSpace:
-    """Which metadata of an image file has its space. One object serves all who write an image."""
+    """Which metadata of an image file has its space. One object serves all writers of an image."""
 
     def __init__(self, storage: Storage) -> None:
         self.round_lock = trio.Lock()
@@ -63,7 +64,7 @@ class MetadataSpace:
     async def relieve(self) -> None:
         """Before a change, where space is kept free: have metadata written back when that would not do for more."""
         if self._dirty_bytes and self._write_back and self._dirty_bytes() > RESERVE_BYTES // 2:
-            with suppress(OSError):  # whoever needs a cluster, or flushes, will hear of it
+            with suppress(OSError):  # the next allocation or flush will report it
                 await self._write_back()
 
     async def can_help(self, error: OSError) -> bool:

@@ -231,7 +231,7 @@ class UnguardedClusters:
                     await self._pause(len(table))
 
     def _tables_of(self, l1_table: Table) -> array[int]:
-        """Where its L2 tables lie; what is impossible, or behind the end, is left to whoever needs it."""
+        """Where its L2 tables lie; what is impossible, or behind the end, is left to the request that needs it."""
         mask, end = (1 << self._bits) - 1, self._storage.size()
         found = array("Q")
         for start in range(0, len(l1_table), _ENTRIES_AT_ONCE):

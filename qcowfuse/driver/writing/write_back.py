@@ -417,7 +417,7 @@ class WriteBack:
             if not self.epochs.all_ended(epoch):
                 self._released.append((epoch, runs))
                 continue
-            # Everything is durable already: who gives up waiting now must not leave clusters behind.
+            # Everything is durable already: a caller that gives up waiting now must not leave clusters behind.
             with trio.CancelScope(shield=True):
                 for first in range(0, len(runs), RUNS_AT_ONCE):
                     for run in merged(runs[first : first + RUNS_AT_ONCE], self._cluster_size):
