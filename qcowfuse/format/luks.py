@@ -37,7 +37,7 @@ CIPHERS = {"cast5-128": ("cast5", 16)} | {
 }
 """Name in LUKS and bytes of a key, by the name that QEMU's options have."""
 FOREIGN_CIPHERS = frozenset({"serpent", "twofish"})
-"""Ciphers that QEMU has and the ``cryptography`` package has not."""
+"""Ciphers that QEMU has and the ``cryptography`` package has not: they are there with libgcrypt."""
 
 HEADER_LENGTH = 592
 N_KEY_SLOTS = 8
@@ -95,8 +95,15 @@ class CipherSpec:
 
     def missing(self) -> list[str]:
         """The names of the ciphers and hashes that this header needs and the installed libraries lack."""
-        name = CIPHERS[self.cipher][0]
-        missing = [f"LUKS cipher {name}"] if name in FOREIGN_CIPHERS else []
+        missing = []
+        name, key_bytes = CIPHERS[self.cipher]
+        if name in FOREIGN_CIPHERS:
+            from . import libgcrypt
+
+            if not libgcrypt.is_there():
+                missing.append(f"LUKS cipher {self.cipher}, which needs libgcrypt (Debian package libgcrypt20)")
+            elif not libgcrypt.has_cipher(name, key_bytes):
+                missing.append(f"LUKS cipher {self.cipher}, which this libgcrypt has not got")
         if self.iv_generator == "essiv" and self.iv_hash is not None and not has_hash(self.iv_hash):
             missing.append(f"LUKS IV hash {self.iv_hash}")
         return missing

@@ -68,6 +68,72 @@ async def test_writers_of_one_sector_lose_nothing() -> None:
     await image.aclose()
 
 
+class HalfSlowStorage(SlowStorage):
+    """A sector that is read to be completed is slow every other time, the rest is done at once."""
+
+    def __init__(self, data: Buffer, chooser: random.Random) -> None:
+        super().__init__(data)
+        self.chooser = chooser
+        self.n_slow = self.n_at_once = 0
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """None every other time for one sector."""
+        self.suspend = n_bytes == 512 and self.chooser.random() < 0.5
+        try:
+            return super().try_pread(host_offset, n_bytes)
+        finally:
+            self.suspend = False
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """As of a slow disk."""
+        self.n_slow += 1
+        data = await super().pread(host_offset, n_bytes)
+        await pause(self.chooser, 6)
+        return data
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """At once."""
+        self.n_at_once += 1
+        return super().try_pwritev(host_offset, buffers)
+
+
+async def test_what_is_written_at_once_minds_what_is_under_way() -> None:
+    """Writers of parts of sectors that wait for the disk, others that find all at once, and others that need nothing
+    of it: each byte is in the end what was written to it last, and was at no time anything that nobody wrote."""
+    built = build_image(SPEC)
+    chooser = random.Random(5)
+    memory = HalfSlowStorage(built.top, chooser)
+    image = await open_memory_image({TOP: memory})
+    expected = bytearray(built.contents)
+
+    async def write(start: int, data: bytes) -> None:
+        expected[start : start + len(data)] = data
+        await image.write(start, data)
+
+    async def writer(number: int) -> None:
+        for _ in range(40):
+            start = chooser.randrange(6) * 512 + number * 64 + 1
+            await write(start, chooser.randbytes(62))
+            await pause(chooser, 4)
+
+    async def writer_of_sectors() -> None:
+        for _ in range(40):
+            # Whole sectors of its own, and the first byte of each of theirs.
+            start = chooser.randrange(6) * 512 + 4096
+            await write(start, chooser.randbytes(512))
+            await write(chooser.randrange(6) * 512, b"!")
+            await pause(chooser, 4)
+
+    async with trio.open_nursery() as nursery:
+        for number in range(7):
+            nursery.start_soon(writer, number)
+        nursery.start_soon(writer_of_sectors)
+    assert memory.n_slow > 20
+    assert memory.n_at_once > 100
+    assert await read_image(image, 0, image.size) == expected
+    await image.aclose()
+
+
 async def test_whole_sectors_next_to_parts_of_sectors() -> None:
     """A write of whole sectors while part of one is being read and written back: the later one of both is there."""
     built = build_image(SPEC)

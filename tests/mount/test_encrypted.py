@@ -62,8 +62,14 @@ def unmount(mount_point: Path) -> None:
     subprocess.run(["fusermount3", "-u", mount_point], check=True)
 
 
-def test_what_is_written_is_what_qemu_reads(image: Path, mount_point: Path, key_file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("cipher", ["aes-256", "serpent-256"])
+def test_what_is_written_is_what_qemu_reads(cipher: str, mount_point: Path, key_file: Path, tmp_path: Path) -> None:
     """Writes of odd lengths through the mount, with and without the write-back cache; the secret is in no log."""
+    image = tmp_path / "disk.qcow2"
+    chosen = parse_create_options(
+        "qcow2", [f"encrypt.format=luks,encrypt.iter-time=1,encrypt.cipher-alg={cipher}"], size="8M"
+    )
+    trio.run(lambda: create_image(str(image), chosen, passphrase=PASSPHRASE))
     data = bytearray(8 << 20)
     for number, options in enumerate(([], ["--no-writeback-cache"])):
         with Mounted(image, mount_point, "-d", "--key-file", key_file, *options) as mounted:

@@ -26,7 +26,7 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     "qcowfuse.driver.partition_window",
     "qcowfuse.driver.writing.dirty_bitmaps",
     *(f"qcowfuse.partitions.{name}" for name in ("table", "values")),
-    *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "luks", "snapshots")),
+    *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "libgcrypt", "luks", "snapshots")),
     *(f"qcowfuse.storage.measuring.{name}" for name in ("latency", "memory")),
 }
 NO_IMPORTS = """

@@ -4,9 +4,10 @@
    AES method by their place on the virtual disk.
 2. A write of part of a sector reads the rest first. While a sector is being written nobody else reads or writes
    it, and while it is being read nobody writes it: half a sector's new bytes would decrypt to neither old nor new.
-   Nobody waits for a second range while holding one, so there is nothing to deadlock.
-3. Ciphers run in the trio thread: most of their time goes into a context for each sector, which holds the
-   interpreter's lock, so that threads would gain nothing. Key derivation runs in a thread.
+   Nobody waits for a second range while holding one, so there is nothing to deadlock. What is read or written at
+   once, without an await, needs no claim of its own, but minds those of others.
+3. Ciphers run in the trio thread: most of their time goes into a call for each sector, which holds the interpreter's
+   lock, so that threads would gain nothing. They work where the data lies. Key derivation runs in a thread.
 4. Compressed clusters are not encrypted: QEMU neither writes such images nor decrypts what it finds in them.
 5. A passphrase is asked for when the first encrypted layer is met, kept while the chain is opened, then overwritten.
 """
@@ -14,6 +15,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -55,6 +57,10 @@ class EncryptedData:
         self._by_guest_offset = by_guest_offset
         self._writes = Claims()
         self._reads = Claims()
+        self._scratch = bytearray()
+        """What is written at once is encrypted here: new memory for each write would cost as much as the cipher."""
+        self._too_long = sys.maxsize
+        """A write of as many bytes was once declined by the storage: it is not encrypted in vain again."""
 
     def _sector(self, host_offset: int, guest_offset: int) -> int:
         return (guest_offset if self._by_guest_offset else host_offset) // SECTOR_SIZE
@@ -65,6 +71,11 @@ class EncryptedData:
         n_bytes = divide_up(skip + len(part), SECTOR_SIZE) * SECTOR_SIZE
         if self._conflict(self._writes, host_offset - skip, n_bytes) is not None:
             return False
+        if n_bytes == len(part):
+            if not self._storage.try_pread_into(host_offset, part):
+                return False
+            self._cipher.decrypt_in_place(part, self._sector(host_offset, guest_offset))
+            return True
         data = self._storage.try_pread(host_offset - skip, n_bytes)
         if data is None:
             return False
@@ -79,17 +90,58 @@ class EncryptedData:
             await conflict.released.wait()
         claim = self._claim(self._reads, host_offset - skip, n_bytes)
         try:
-            data = await pread(self._storage, host_offset - skip, n_bytes)
+            if n_bytes == len(part):
+                if not self._storage.try_pread_into(host_offset, part):
+                    await self._storage.pread_into(host_offset, part)
+            else:
+                data = await pread(self._storage, host_offset - skip, n_bytes)
         finally:
             self._reads.release(claim)
-        self._decrypt_into(part, data, host_offset - skip, guest_offset - skip, skip)
+        if n_bytes == len(part):
+            self._cipher.decrypt_in_place(part, self._sector(host_offset, guest_offset))
+        else:
+            self._decrypt_into(part, data, host_offset - skip, guest_offset - skip, skip)
+
+    def may_write_at_once(self, n_bytes: int) -> bool:
+        """Whether it makes sense to call :meth:`try_write`."""
+        return n_bytes < self._too_long
+
+    def try_write(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """:meth:`write`, or return False where that would have to wait: nothing is written then. Raises OSError."""
+        n_new = sum(map(len, buffers))
+        skip = guest_offset & _SECTOR_MASK
+        host_offset, guest_offset = host_offset - skip, guest_offset - skip
+        n_bytes = divide_up(skip + n_new, SECTOR_SIZE) * SECTOR_SIZE
+        if (
+            n_bytes >= self._too_long
+            or self._conflict(self._writes, host_offset, n_bytes)
+            or self._conflict(self._reads, host_offset, n_bytes)
+        ):
+            return False
+        if len(self._scratch) < n_bytes:
+            self._scratch = bytearray(n_bytes)
+        whole = memoryview(self._scratch)[:n_bytes]
+        for place in self._edges(skip, n_new, n_bytes):
+            old = self._storage.try_pread(host_offset + place, SECTOR_SIZE)
+            if old is None:
+                return False
+            self._decrypt_sector(whole, place, old, host_offset, guest_offset)
+        place = skip
+        for part in buffers:
+            whole[place : place + len(part)] = part
+            place += len(part)
+        self._cipher.encrypt_in_place(whole, self._sector(host_offset, guest_offset))
+        if self._storage.try_pwritev(host_offset, [whole]):
+            return True
+        self._too_long = n_bytes
+        return False
 
     async def write(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> None:
         """Write the buffers back to back; any offset and length. Raises OSError."""
-        plain: Buffer = buffers[0] if len(buffers) == 1 else b"".join(buffers)
+        data = bytearray().join(buffers)
         skip = guest_offset & _SECTOR_MASK
         host_offset, guest_offset = host_offset - skip, guest_offset - skip
-        n_bytes = divide_up(skip + len(plain), SECTOR_SIZE) * SECTOR_SIZE
+        n_bytes = divide_up(skip + len(data), SECTOR_SIZE) * SECTOR_SIZE
         while (
             conflict := self._conflict(self._writes, host_offset, n_bytes)
             or self._conflict(self._reads, host_offset, n_bytes)
@@ -97,30 +149,34 @@ class EncryptedData:
             await conflict.released.wait()
         claim = self._claim(self._writes, host_offset, n_bytes)
         try:
-            if n_bytes != len(plain):
-                plain = await self._completed(host_offset, guest_offset, skip, plain, n_bytes)
-            encrypted = self._cipher.encrypt(plain, self._sector(host_offset, guest_offset))
-            if not self._storage.try_pwritev(host_offset, [encrypted]):
-                await self._storage.pwritev(host_offset, [encrypted])
+            if n_bytes != len(data):
+                whole = bytearray(n_bytes)
+                for place in self._edges(skip, len(data), n_bytes):
+                    old = await pread(self._storage, host_offset + place, SECTOR_SIZE)
+                    self._decrypt_sector(memoryview(whole), place, old, host_offset, guest_offset)
+                whole[skip : skip + len(data)] = data
+                data = whole
+            self._cipher.encrypt_in_place(data, self._sector(host_offset, guest_offset))
+            if not self._storage.try_pwritev(host_offset, [data]):
+                await self._storage.pwritev(host_offset, [data])
         finally:
             self._writes.release(claim)
 
-    async def _completed(
-        self, host_offset: int, guest_offset: int, skip: int, plain: Buffer, n_bytes: int
-    ) -> bytearray:
-        """Whole sectors: ``plain`` at byte ``skip``, around it what the sectors at both ends hold."""
-        whole = bytearray(n_bytes)
-        view = memoryview(whole)
+    @staticmethod
+    def _edges(skip: int, n_new: int, n_bytes: int) -> list[int]:
+        """Places, in whole sectors of ``n_bytes``, of those that ``n_new`` bytes at byte ``skip`` fill in part."""
         last = n_bytes - SECTOR_SIZE
         places = [0] if skip else []
-        if (skip + len(plain)) & _SECTOR_MASK and (last or not places):
+        if (skip + n_new) & _SECTOR_MASK and (last or not places):
             places.append(last)
-        for place in places:
-            old = await pread(self._storage, host_offset + place, SECTOR_SIZE)
-            sector = view[place : place + SECTOR_SIZE]
-            self._decrypt_into(sector, old, host_offset + place, guest_offset + place, 0)
-        view[skip : skip + len(plain)] = plain
-        return whole
+        return places
+
+    def _decrypt_sector(
+        self, whole: memoryview, place: int, data: Buffer, host_offset: int, guest_offset: int
+    ) -> None:
+        """Put what ``data`` decrypts to at byte ``place`` of ``whole``, which lies at the two offsets."""
+        sector = whole[place : place + SECTOR_SIZE]
+        self._decrypt_into(sector, data, host_offset + place, guest_offset + place, 0)
 
     def _decrypt_into(self, part: memoryview, data: Buffer, host_offset: int, guest_offset: int, skip: int) -> None:
         plain = self._cipher.decrypt(data, self._sector(host_offset, guest_offset))
@@ -168,6 +224,12 @@ class _LockedCipher:
         raise ImageUsageError(f"{self._path}: is encrypted and was opened without its key")
 
     encrypt = decrypt
+
+    def decrypt_in_place(self, buffer: bytearray | memoryview, first_sector: int) -> None:
+        """Refuse."""
+        self.decrypt(buffer, first_sector)
+
+    encrypt_in_place = decrypt_in_place
 
 
 def locked(path: str, data_storage: Storage) -> EncryptedData:

@@ -10,7 +10,8 @@ The way of a write that is not in place:
 3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
    complete".
 4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
-   and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim.
+   and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim. So is a write
+   in place to an encrypted layer; to others the image does that by itself.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`).
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
 """
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import trio
 
@@ -38,6 +40,9 @@ from ..reading.reader import ChainReader
 from .allocation import Allocator
 from .guarded_clusters import MetadataClusters
 from .write_back import WriteBack
+
+if TYPE_CHECKING:
+    from ..layers.encryption import EncryptedData
 
 ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
@@ -70,6 +75,7 @@ class Writer:
         self._data = mapping.data
         self._data_clusters = data_clusters
         self.has_raw_data_file = data_clusters is not None and data_clusters.is_raw
+        self._encrypted = mapping.encrypted
         self._holes_are_zeroes = mapping.encrypted is None
         self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
         self.claims = Claims()
@@ -82,8 +88,8 @@ class Writer:
         self._words = mapping.entry_format.words
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
-        # Encrypted clusters and those of a data file take the other way; so does a storage that writes in threads.
-        self.allocates_at_once = data_clusters is None and mapping.encrypted is None
+        # Clusters of a data file take the other way; so does a storage that writes in threads.
+        self.allocates_at_once = data_clusters is None
 
     async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
@@ -159,7 +165,8 @@ class Writer:
         return run
 
     def try_write_some(self, guest_offset: int, view: memoryview) -> int:
-        """:meth:`write_some` for clusters that are not allocated, by rule 4; 0 where it has to be awaited.
+        """:meth:`write_some` for clusters that are not allocated, by rule 4, and for encrypted ones in place; 0 where
+        it has to be awaited.
 
         Raises OSError, CorruptImageError.
         """
@@ -167,7 +174,14 @@ class Writer:
         if not self.allocates_at_once or self._metadata.shared:
             return 0
         slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
-        if slice_ is None or not slice_.has_space or not self._owns_table(guest_offset >> self._l1_shift):
+        if slice_ is None or not self._owns_table(guest_offset >> self._l1_shift):
+            return 0
+        if self._encrypted is not None:
+            n_written = self._try_in_place(self._encrypted, slice_, guest_offset, view)
+            if n_written:
+                self._cache.use(slice_)
+                return n_written
+        if not slice_.has_space:
             return 0
         in_cluster = guest_offset & self._cluster_mask
         index = guest_offset >> self._cluster_bits & mapping.slice_mask
@@ -201,6 +215,9 @@ class Writer:
         first = guest_offset >> self._cluster_bits
         if self.claims.first_conflict(first, first + plan.n_clusters):
             return 0
+        n_written = plan.head + plan.n_bytes + plan.tail
+        if self._encrypted is not None and not self._encrypted.may_write_at_once(n_written):
+            return 0
         run = self._allocator.try_allocate(plan.n_clusters)
         if run is None:
             return 0
@@ -208,22 +225,34 @@ class Writer:
             plan = shortened(plan, run.n_clusters, in_cluster, self._cluster_bits)
             parts: list[Buffer] = [view[: plan.n_bytes]]
             host_offset = run.host_offset + (start & self._cluster_mask)
-            if run.is_fresh:
+            if run.is_fresh and self._holes_are_zeroes:
                 host_offset += plan.head
             else:
                 parts = [part for part in (ZEROES[: plan.head], *parts, ZEROES[: plan.tail]) if len(part)]
-            is_written = self._try_pwritev(host_offset, parts)
+            if self._encrypted is None:
+                is_written = self._try_pwritev(host_offset, parts)
+            else:
+                is_written = self._encrypted.try_write(host_offset, start, parts)
         except BaseException:
             self._allocator.give_back(run)
             raise
         if not is_written:
-            self.allocates_at_once = False
+            self.allocates_at_once = self._encrypted is not None
             self._allocator.give_back(run)
             return 0
         self._cache.use(slice_)
         self._link(slice_, start, run.host_offset, plan)
         self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start))
         return plan.n_bytes
+
+    def _try_in_place(self, encrypted: EncryptedData, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
+        """What :meth:`write_some` does with clusters that are written in place."""
+        plan = self._plan(slice_, guest_offset, len(view))
+        if plan.action is not Action.IN_PLACE or not encrypted.may_write_at_once(plan.n_bytes):
+            return 0
+        self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+        host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
+        return plan.n_bytes if encrypted.try_write(host_offset, guest_offset, [view[: plan.n_bytes]]) else 0
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
