@@ -58,10 +58,10 @@ from .layers.table_cache import TableCache
 from .options import MAX_BACKING_DEPTH, L2CacheSize, OpenOptions
 from .qcow_image import QcowImage
 from .reading.decoding import CompressedSource
-from .writing.allocation import RefcountAllocator
 from .writing.changes import WritableParts
 from .writing.feature_bits import FeatureBits
 from .writing.host_clusters import load_host_clusters
+from .writing.refcount_allocation import RefcountAllocator
 
 if TYPE_CHECKING:
     from .layers.encryption import EncryptedData

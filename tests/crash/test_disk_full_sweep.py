@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import pytest
 
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import allocation, metadata_space, write_back
+from qcowfuse.driver.writing import metadata_space, refcount_blocks, write_back
 from qcowfuse.storage.base import Storage
 from tests.support.bitmaps import bitmap_directory, stored_bitmaps, with_bitmaps
 from tests.support.checker import check_image_bytes
@@ -266,7 +266,7 @@ RESERVE = 32 * KIB
 def small_reserve(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a copy-on-write file system with blocks of 512 bytes, 64 of them are kept free."""
     monkeypatch.setattr(metadata_space, "RESERVE_BYTES", RESERVE)
-    for module in (metadata_space, write_back, allocation):
+    for module in (metadata_space, write_back, refcount_blocks):
         monkeypatch.setattr(module, "LEAST_WRITE", 512)
 
 

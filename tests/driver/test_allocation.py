@@ -11,10 +11,10 @@ from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.driver.layers.host_run import HostRun
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import allocation
-from qcowfuse.driver.writing.allocation import RefcountAllocator
+from qcowfuse.driver.writing import refcount_blocks, refcount_growth
 from qcowfuse.driver.writing.append_allocation import AppendAllocator
 from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
+from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.format.entries import parse_table
 from tests.support.checker import check_image_bytes
@@ -201,7 +201,7 @@ async def test_fresh_clusters_read_as_zeroes_around_the_data(version: int) -> No
 
 async def test_two_loads_of_a_refcount_block_never_bring_back_old_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     """A load that is late does not replace what was changed, written and dropped meanwhile."""
-    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    monkeypatch.setattr(refcount_blocks, "BLOCK_CACHE_BYTES", 0)
     built = build_image(ImageSpec(size=400 * KIB, refcount_bits=64, fill=1.0))
     memory = MemoryStorage(built.top)
     faulty = FaultyStorage(memory)
@@ -238,7 +238,7 @@ async def test_two_loads_of_a_refcount_block_never_bring_back_old_counts(monkeyp
 
 async def test_a_block_that_is_being_written_stays_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until a changed block is in the file it is not dropped: reading it back would bring the old counts."""
-    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    monkeypatch.setattr(refcount_blocks, "BLOCK_CACHE_BYTES", 0)
     built = build_image(ImageSpec(size=400 * KIB, refcount_bits=64, fill=1.0))
     allocator = allocator_of(built.top, MemoryStorage(built.top))
     assert await allocator.refcount(5) == 1
@@ -274,7 +274,7 @@ async def test_a_refcount_table_that_points_nowhere(entry: int, reason: str) -> 
 
 async def test_changed_blocks_stay_in_memory_whatever_their_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound for blocks in memory gives way to blocks that the file does not have yet."""
-    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    monkeypatch.setattr(refcount_blocks, "BLOCK_CACHE_BYTES", 0)
     built = build_image(ImageSpec(size=400 * KIB, refcount_bits=64, fill=1.0))
     memory = MemoryStorage(built.top)
     allocator = allocator_of(built.top, memory)
@@ -324,7 +324,7 @@ async def test_the_header_is_never_handed_out() -> None:
 
 async def test_an_image_that_can_not_grow_is_full_and_not_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the largest refcount table that QEMU reads, a write is answered with ENOSPC and the image stays writable."""
-    monkeypatch.setattr(allocation, "MAX_REFCOUNT_TABLE_BYTES", 512)
+    monkeypatch.setattr(refcount_growth, "MAX_REFCOUNT_TABLE_BYTES", 512)
     built = build_image(ImageSpec(size=4 << 20, refcount_bits=64))
     memory = MemoryStorage(built.top)
     image = await open_memory_image({TOP: memory})

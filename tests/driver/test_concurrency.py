@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing.allocation import RefcountAllocator
+from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
 from qcowfuse.format import geometry
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes

@@ -9,7 +9,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import allocation
+from qcowfuse.driver.writing import refcount_blocks
 from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
@@ -238,7 +238,7 @@ async def test_an_image_that_was_not_written_is_not_flushed_at_close() -> None:
 
 async def test_a_count_that_can_not_be_lowered_does_not_fail_an_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
     """When everything is durable, a refcount block that can't be read costs leaks, not the fsync."""
-    monkeypatch.setattr(allocation, "BLOCK_CACHE_BYTES", 0)
+    monkeypatch.setattr(refcount_blocks, "BLOCK_CACHE_BYTES", 0)
     image, faulty = await open_faulty(ImageSpec(fill=1.0, snapshot=True, refcount_bits=64, size=256 * KIB))
     await image.write(0, b"x" * 512)
     faulty.check = lambda operation: errno.EIO if operation.kind == "read" else 0

@@ -7,9 +7,9 @@ import errno
 import pytest
 
 from qcowfuse.driver.layers.host_run import HostRun
-from qcowfuse.driver.writing.allocation import RefcountAllocator
 from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
 from qcowfuse.driver.writing.metadata_space import MetadataSpace
+from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
 from qcowfuse.format.entries import parse_table
 from tests.support.checker import check_image_bytes
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image

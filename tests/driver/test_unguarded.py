@@ -12,8 +12,8 @@ import pytest
 
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.writing import unguarded
-from qcowfuse.driver.writing.allocation import RefcountAllocator
 from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
+from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
 from qcowfuse.driver.writing.unguarded import _free_in
 from qcowfuse.errors import CorruptImageError, ReadOnlyImageError
 from qcowfuse.format.entries import parse_table
@@ -248,11 +248,12 @@ async def test_a_new_refcount_block_goes_beside_what_is_in_use() -> None:
     """A range without a block, whose first clusters are in use: the block and clusters lie behind them."""
     data = bytearray(build_image(ImageSpec(cluster_size=512, size=SIZE, refcount_bits=64)).top)
     table_offset, n_clusters = struct.unpack_from(">QI", data, 48)
+    table = parse_table(data[table_offset : table_offset + 512 * n_clusters])
     allocator = RefcountAllocator(
         MemoryStorage(bytes(data)),
         cluster_bits=9,
         refcount_order=6,
-        table=parse_table(data[table_offset : table_offset + 512 * n_clusters]),
+        table=table,
         table_offset=table_offset,
         metadata=MetadataClusters(9),
     )
@@ -267,7 +268,7 @@ async def test_a_new_refcount_block_goes_beside_what_is_in_use() -> None:
         clusters = set(range(run.host_offset >> 9, (run.host_offset >> 9) + run.n_clusters))
         assert not clusters & (taken | in_use)
         taken |= clusters
-    blocks = {entry >> 9 for entry in allocator._table if entry}
+    blocks = {entry >> 9 for entry in table if entry}
     assert len(blocks) >= 4
     assert not blocks & (taken | in_use)
     assert {70, 74, 76} & taken, "clusters beside them are not used"

@@ -21,7 +21,7 @@ import trio
 from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import allocation
+from qcowfuse.driver.writing import refcount_blocks
 from qcowfuse.errors import QcowFuseError
 from qcowfuse.storage.base import Storage
 
@@ -191,12 +191,12 @@ def _caches(*, tiny: bool) -> Iterator[L2CacheSize | None]:
     if not tiny:
         yield None
         return
-    before = table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES
-    table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES = 512, 0
+    before = table_cache.MIN_DIRTY_BYTES, refcount_blocks.BLOCK_CACHE_BYTES
+    table_cache.MIN_DIRTY_BYTES, refcount_blocks.BLOCK_CACHE_BYTES = 512, 0
     try:
         yield L2CacheSize(n_tables=1)
     finally:
-        table_cache.MIN_DIRTY_BYTES, allocation.BLOCK_CACHE_BYTES = before
+        table_cache.MIN_DIRTY_BYTES, refcount_blocks.BLOCK_CACHE_BYTES = before
 
 
 async def run_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 1) -> Outcome:

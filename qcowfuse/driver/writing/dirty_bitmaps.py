@@ -48,8 +48,8 @@ from ...format.header import Qcow2Header
 from ...printable import printable
 from ...storage.base import Storage, pread
 from ..layers.host_run import HostRun
-from .allocation import RefcountAllocator
 from .guarded_clusters import MetadataClusters
+from .refcount_allocation import RefcountAllocator
 from .write_back import WriteBack
 
 log = logging.getLogger(__name__)

@@ -9,9 +9,10 @@ from ...format.entries import EntryFormat, Table
 from ...format.header import Qcow1Header, Qcow2Header
 from ...storage.base import Storage
 from ...tables.refcount_table import read_refcount_table
-from .allocation import Allocator, RefcountAllocator
+from .allocation import Allocator
 from .append_allocation import AppendAllocator
 from .guarded_clusters import MetadataClusters, find_metadata
+from .refcount_allocation import RefcountAllocator
 
 if TYPE_CHECKING:
     from .unguarded import UnguardedClusters

@@ -35,7 +35,7 @@ from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, entries_per_block, p
 from ...storage.base import Storage, pread
 from ...tables.bitmap_listing import each_bitmap
 from ...tables.snapshot_table import each_snapshot, load_snapshot_l1_table
-from .allocation import RefcountAllocator
+from .refcount_allocation import RefcountAllocator
 from .sorted_clusters import sorted_array
 
 log = logging.getLogger(__name__)
