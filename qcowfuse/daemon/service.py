@@ -20,7 +20,7 @@ import pyfuse3
 import trio
 
 from ..driver.image import Image
-from ..errors import StoppedEarlyError
+from ..errors import MountError, StoppedEarlyError
 from .ending import Ending, Notices, Stop
 from .mount_client import MountClient
 from .mountpoint import MountPoint
@@ -118,7 +118,16 @@ class _Service:
     async def _serve_image(self, image: Image) -> None:
         if self._stop.reason is not None:
             raise StoppedEarlyError(f"stopped by {self._stop.reason} before the image was mounted")
-        mount = self._mount = MountSession(image, self._place, self._settings, self._outside, self._stop.nudge)
+        partitions = None
+        if self._settings.serves_partitions:
+            from ..driver.partition_window import partition_windows
+
+            if not self._place.is_folder:
+                raise MountError(f"{self._place.path}: partitions are files beside the disk: mount at a folder")
+            partitions = await partition_windows(image)
+        mount = self._mount = MountSession(
+            image, self._place, self._settings, self._outside, self._stop.nudge, partitions
+        )
         mount.mount()
         failure: Exception | None = None
         try:

@@ -8,10 +8,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import pyfuse3
@@ -47,7 +48,7 @@ _log = logging.getLogger(__name__)
 
 class MountSession:
     """One mount of ``image`` at ``place``. ``on_release`` is called when somebody has closed the file;
-    it must not block."""
+    it must not block. ``partitions``: by what their names have behind that of the disk; None for the disk alone."""
 
     def __init__(
         self,
@@ -56,6 +57,7 @@ class MountSession:
         settings: MountSettings,
         outside: Outside[MountClient],
         on_release: Callable[[], None],
+        partitions: Mapping[str, Image] | None = None,
     ) -> None:
         self.path = place.path
         self._place = place
@@ -70,7 +72,14 @@ class MountSession:
         self._has_discarded = trio.Event()
         gate = RequestGate()
         self._final_ownership = self._ownership()
-        self._operations = Operations(
+        self._partitions = partitions or {}
+        make: Callable[..., Operations] = Operations
+        if partitions is not None:
+            from ..fuse.several_files import SeveralFiles
+
+            named = {os.fsencode(f"{settings.file_name}.{name}"): window for name, window in partitions.items()}
+            make = functools.partial(SeveralFiles, partitions=named)
+        self._operations = make(
             image,
             file_name=os.fsencode(settings.file_name) if place.is_folder else None,
             ownership=self._final_ownership,
@@ -81,7 +90,8 @@ class MountSession:
             on_release=on_release,
             on_discard=self._note_discard,
         )
-        wants_cache = settings.writeback_cache and not image.read_only
+        # Two names for one byte must not have a page each: see several_files.
+        wants_cache = settings.writeback_cache and not image.read_only and partitions is None
         self._session = ExtendedSession(self._operations, gate, writeback_cache=wants_cache)
         self._statistics = {"pid": os.getpid()}  # for whoever wants to send a signal
         self._operations.daemon_statistics = lambda: self.statistics
@@ -187,7 +197,7 @@ class MountSession:
 
     async def repair_size(self) -> None:
         """Put the kernel's idea of the size right, whenever it may be wrong."""
-        await self._operations.sizes.watch(self._mend)
+        await self._operations.watch_sizes(self._mend)
 
     async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
         if self._looks_keep_busy and (lowers or forgets):  # whoever has seen a copy fail unmounts now, or not so soon
@@ -210,6 +220,8 @@ class MountSession:
         """Have the image find out what ``du`` should say."""
         try:
             await self._image.count_allocated()
+            for window in self._partitions.values():
+                await window.count_allocated()
         except Exception as exc:
             _log.warning("what is allocated could not be counted: %s", exc)
 

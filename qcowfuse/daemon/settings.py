@@ -18,6 +18,7 @@ class MountSettings(NamedTuple):
 
     ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
     background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
+    ``serves_partitions``: beside the file of the disk, a file of each partition.
     ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600. ``uses_sandbox``: once it serves, the
     daemon gives up what it does not need. ``user``: and becomes that user.
     """
@@ -34,5 +35,6 @@ class MountSettings(NamedTuple):
     ends_on_hangup: bool = False
     counts_allocated: bool = True
     growable: bool = False
+    serves_partitions: bool = False
     uses_sandbox: bool = True
     user: User | None = None

@@ -24,19 +24,23 @@ from .pending import PendingRead, PendingWrite
 _COUNTS = 3
 """Attempts at a count during which nothing is written."""
 
+MAX_WINDOWS = 128
+"""Partitions that are served at once."""
 _log = logging.getLogger(__name__)
 
 
 class PartitionWindow:
-    """``partition`` of ``image``, to which it belongs from now on; implements the Image protocol."""
+    """``partition`` of ``image``; implements the Image protocol, and closes ``image`` with itself. ``is_alone``:
+    nothing else changes the image."""
 
-    def __init__(self, image: Image, partition: Partition) -> None:
+    def __init__(self, image: Image, partition: Partition, *, is_alone: bool = True) -> None:
         self.path = image.path
         self.format_name = f"{image.format_name}, partition {partition.number}"
         self.size = partition.n_bytes
         self.cluster_size = image.cluster_size
         self._image = image
         self._start = partition.start
+        self._is_alone = is_alone
         self._allocated = 0
         self._allocated_then: int | None = None
         """Of all of the image, when ``_allocated`` was right."""
@@ -91,10 +95,12 @@ class PartitionWindow:
         await self._image.flush()
 
     def allocated_bytes(self) -> int:
-        """See Image. Only the window changes the image, so what the image gains or loses is the window's."""
+        """See Image. What the image has gained or lost since the count is the window's; where others change it, too,
+        what was gained may be, and the answer is rather too much than too little."""
         total = self._image.allocated_bytes()
         if self._allocated_then is not None:
-            total = max(0, self._allocated + total - self._allocated_then)
+            change = total - self._allocated_then
+            total = max(0, self._allocated + (change if self._is_alone else max(0, change)))
         return min(total, self.size)
 
     async def count_allocated(self) -> None:
@@ -148,6 +154,25 @@ async def read_file_system(image: Image, start: int, n_bytes: int) -> str:
     if start + n_bytes > image.size:
         return ""
     return await _look(find_file_system(n_bytes), image, start)
+
+
+async def partition_windows(image: Image) -> dict[str, Image]:
+    """Windows of all partitions of ``image`` that can be used, by ``p1``, ``p2`` ...: others may change the image
+    beside each of them. What can't be used, and what is wrong with the table, is logged. Raises as reading does."""
+    table = await read_partition_table(image)
+    for problem in table.problems:
+        _log.warning("%s: partition table: %s", image.path, problem)
+    if not table.kind:
+        _log.warning("%s: the disk has no partition table", image.path)
+    found: dict[str, Image] = {}
+    for partition in table.partitions:
+        if partition.problem:
+            _log.warning("%s: partition %d is not served: it %s", image.path, partition.number, partition.problem)
+        elif len(found) == MAX_WINDOWS:
+            _log.warning("%s: partition %d is not served: there are too many", image.path, partition.number)
+        elif not partition.is_container:
+            found[f"p{partition.number}"] = PartitionWindow(image, partition, is_alone=False)
+    return found
 
 
 async def open_partition(image: Image, wanted: str) -> PartitionWindow:

@@ -34,7 +34,7 @@ from .attributes import Attributes, Ownership
 from .errnos import errno_of
 from .request_gate import RequestGate
 from .seeking import Seeker, never
-from .sizes import Sizes
+from .sizes import Mend, Sizes
 from .started import StartedRequest
 
 XATTR_PREFIX = b"user.qcowfuse."
@@ -57,7 +57,7 @@ class Operations(pyfuse3.Operations):
     """One file that holds ``image``. ``file_name`` is its name in a folder, None when the file is the root itself.
 
     ``mtime_ns`` is the time that the file shows until it is written. ``on_release`` and ``on_discard`` must not
-    block.
+    block. ``is_cached``: the kernel may keep pages of the file.
     """
 
     supports_dot_lookup = False
@@ -67,6 +67,8 @@ class Operations(pyfuse3.Operations):
         image: Image,
         *,
         file_name: bytes | None,
+        file_inode: int = FILE_INODE_IN_DIRECTORY,
+        is_cached: bool = True,
         ownership: Ownership,
         folder_mode: int = 0o700,
         mtime_ns: int,
@@ -87,7 +89,8 @@ class Operations(pyfuse3.Operations):
         self.start_read = image.start_read
         self._start_write = image.start_write
         self._name = file_name
-        self._file_inode = pyfuse3.ROOT_INODE if file_name is None else FILE_INODE_IN_DIRECTORY
+        self._file_inode = pyfuse3.ROOT_INODE if file_name is None else file_inode
+        self._caching = {"keep_cache": is_cached, "direct_io": not is_cached}
         self.sizes = Sizes(
             image,
             self._file_inode,
@@ -110,6 +113,14 @@ class Operations(pyfuse3.Operations):
     def file_inode(self) -> int:
         """The inode of the one file."""
         return self._file_inode
+
+    def file_of(self, inode: int) -> Operations:
+        """What answers for the file with ``inode``: there is one."""
+        return self
+
+    async def watch_sizes(self, mend: Mend) -> None:
+        """See :meth:`Sizes.watch`; for every file that there is."""
+        await self.sizes.watch(mend)
 
     def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
         """None when all of ``data``, which is only lent, was written at once; else :meth:`write` goes on with what it
@@ -248,7 +259,7 @@ class Operations(pyfuse3.Operations):
         """The one name in the folder."""
         if parent_inode == pyfuse3.ROOT_INODE and self._name is not None:
             if name == self._name:
-                return self._file_attributes()
+                return self.file_attributes()
             if name in (b".", b".."):
                 return self._folder_attributes()
         raise FUSEError(errno.ENOENT if self._name is not None else errno.ENOTDIR)
@@ -262,7 +273,7 @@ class Operations(pyfuse3.Operations):
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         """The folder holds one name."""
         if start_id == 0 and self._name is not None:
-            pyfuse3.readdir_reply(token, self._name, self._file_attributes(), 1)
+            pyfuse3.readdir_reply(token, self._name, self.file_attributes(), 1)
 
     async def releasedir(self, fh: int) -> None:
         """Close the folder."""
@@ -298,12 +309,13 @@ class Operations(pyfuse3.Operations):
 
     def _attributes_of(self, inode: int) -> EntryAttributes:
         if inode == self._file_inode:
-            return self._file_attributes()
+            return self.file_attributes()
         if inode == pyfuse3.ROOT_INODE:
             return self._folder_attributes()
         raise FUSEError(errno.ESTALE)
 
-    def _file_attributes(self) -> EntryAttributes:
+    def file_attributes(self) -> EntryAttributes:
+        """The attributes of the file."""
         entry = self._file.entry(stat.S_IFREG, 1)
         entry.st_size = self._image.size
         entry.st_blksize = min(max(self._image.cluster_size, _MIN_BLOCK_SIZE), _MAX_BLOCK_SIZE)
@@ -376,9 +388,9 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         self.n_open += 1
         if flags & os.O_ACCMODE == os.O_RDONLY:
-            return FileInfo(fh=inode, keep_cache=True)
+            return FileInfo(fh=inode, **self._caching)
         self._n_writers += 1
-        return FileInfo(fh=inode | _WRITER, keep_cache=True)
+        return FileInfo(fh=inode | _WRITER, **self._caching)
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""

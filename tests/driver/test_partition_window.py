@@ -147,7 +147,7 @@ async def test_a_count_during_which_something_is_written_is_never_too_low() -> N
         async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
             found = await super().find_extent(guest_offset, n_bytes, keep=keep)
             self.n_looks += 1
-            if self.n_looks % 2 == 0:  # the cluster that has just been passed
+            if self.n_looks % 3 == 0:  # the cluster that has just been passed; other ones in each attempt
                 place = guest_offset // self.cluster_size * self.cluster_size
                 if not any(self.data[place : place + self.cluster_size]):
                     self.data[place] = 1

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from ..image_names import check_names, configured_folders
 from .mount_options import MountOptionError, sort_options
 from .options import DEFAULT_LOCK_WAIT, OPTIONS
 
+_MAX_NAME_OF_PARTS = 255 - len(".p8192")
 _BY_NAME = {option.name: option for option in OPTIONS}
 
 
@@ -43,6 +45,7 @@ class Arguments(NamedTuple):
     umask: int | None
     counts_allocated: bool
     growable: bool
+    partitions: bool
     uses_sandbox: bool
     user: User | None
 
@@ -68,6 +71,7 @@ class Arguments(NamedTuple):
             ends_on_hangup=self.foreground,
             counts_allocated=self.counts_allocated,
             growable=self.growable,
+            serves_partitions=self.partitions,
             uses_sandbox=self.uses_sandbox,
             user=self.user,
         )
@@ -133,6 +137,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     partition, growable = value("partition"), flag("growable")
     if partition is not None and growable:
         _refuse("--growable and --partition exclude each other: what follows a partition belongs to others")
+    partitions = flag("partitions")
+    if partition is not None and partitions:
+        _refuse("--partition and --partitions exclude each other")
+    if partitions and len(os.fsencode(value("name") or "")) > _MAX_NAME_OF_PARTS:
+        _refuse(f"--name: at most {_MAX_NAME_OF_PARTS} bytes with --partitions, which puts .p1 behind it")
     backing_file, no_backing = value("backing-file"), flag("no-backing")
     allow_dirs = repeated("allow-dir")
     try:
@@ -173,6 +182,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         umask=value("umask"),
         counts_allocated=io_delay is None,
         growable=growable,
+        partitions=partitions,
         uses_sandbox=not flag("no-sandbox"),
         user=value("user"),
     )

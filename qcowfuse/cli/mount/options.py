@@ -23,6 +23,11 @@ OPTIONS = (
         convert=values.partition,
     ),
     Option(
+        "partitions",
+        "serve each partition as well, as disk.raw.p1, disk.raw.p2 ...; no pages are cached then",
+        _COMMON,
+    ),
+    Option(
         "key-file",
         "the passphrase of an encrypted image, the whole file (a newline counts); "
         "default: systemd's credential qcowfuse.key, else a prompt",

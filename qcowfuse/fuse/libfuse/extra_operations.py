@@ -37,6 +37,9 @@ _LSEEK = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes
 class ExtraHandlers(Protocol):
     """What :class:`~qcowfuse.fuse.operations.Operations` adds to pyfuse3's. Only FUSEError leaves a handler."""
 
+    def file_of(self, inode: int) -> ExtraHandlers:
+        """The handlers of one file."""
+
     async def fallocate(self, mode: int, off: int, length: int) -> None:
         """fallocate(2) of the one file."""
 
@@ -71,14 +74,14 @@ class ExtraOperations:
         return callbacks.address(self._on_lseek, None, *_LSEEK)
 
     def _on_fallocate(self, request: int, inode: int, mode: int, off: int, length: int, info: int) -> None:
-        self._start(request, lambda: self._handlers.fallocate(mode, off, length))
+        self._start(request, lambda: self._handlers.file_of(inode).fallocate(mode, off, length))
 
     def _on_lseek(self, request: int, inode: int, off: int, whence: int, info: int) -> None:
         def is_interrupted() -> bool:
             assert self._is_interrupted is not None
             return bool(self._is_interrupted(request))
 
-        self._start(request, lambda: self._handlers.lseek(off, whence, is_interrupted))
+        self._start(request, lambda: self._handlers.file_of(inode).lseek(off, whence, is_interrupted))
 
     def _start(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
         try:
