@@ -91,7 +91,7 @@ def test_a_failure_is_shrunk_and_replayed(monkeypatch: pytest.MonkeyPatch, tmp_p
     while len(scenario.steps) < 20:
         scenario = random_scenario(chooser, spec, n_steps=40, may_fail=False, aligned=True)
     with monkeypatch.context() as patch:
-        break_line(patch, WriteBack, "_run", "await self._write_refcounts(refcounts)", "pass")
+        break_line(patch, WriteBack, "_write_round", "await self._write_refcounts(round_.refcounts)", "pass")
         shortest = shrink_scenario(scenario, n_states=60)
         assert check_scenario(shortest, n_states=60).failed
     assert len(shortest.steps) <= 2
