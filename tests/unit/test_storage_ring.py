@@ -258,6 +258,7 @@ async def test_a_refused_read_is_read_by_the_ring(storage: FileStorage, monkeypa
 
     monkeypatch.setattr(file_module, "sys_preadv", refuse)
     assert storage.try_pread(4096, 4096) is None
+    assert storage.try_pread(4096, 4096) is None
     assert storage.try_pread(8192, 4096) is None
     assert asked == [4096, 4096, 8192]
     monkeypatch.undo()
