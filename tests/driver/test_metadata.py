@@ -33,6 +33,16 @@ def test_a_sorted_array_is_a_set() -> None:
         assert tested.isdisjoint(question) == known.isdisjoint(question)
 
 
+@pytest.mark.parametrize("kind", ["set", "array"])
+def test_one_of_many_clusters_is_metadata(kind: str) -> None:
+    """Among clusters that lie anywhere, the one that is guarded is named; without it there is nothing to say."""
+    known = {3, 70, 900}
+    clusters = MetadataClusters(9, known if kind == "set" else SortedClusters(array("Q", sorted(known))), frozenset())
+    clusters.check_each([2, 4, 69, 71, 1000], "zeroes")
+    with pytest.raises(CorruptImageError, match=f"zeroes at offset {70 << 9:#x}: would overwrite metadata"):
+        clusters.check_each([2, 70, 1000], "zeroes")
+
+
 def test_shared_clusters_stay() -> None:
     """A cluster of two structures is guarded when one of them has gone, and neither may be written."""
     clusters = MetadataClusters(9, {1, 2, 3}, frozenset({2}))

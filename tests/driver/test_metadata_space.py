@@ -8,7 +8,7 @@ import pytest
 
 from qcowfuse.driver.layers.host_run import HostRun
 from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
-from qcowfuse.driver.writing.metadata_space import MetadataSpace
+from qcowfuse.driver.writing.metadata_space import RESERVE_BYTES, MetadataSpace
 from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
 from qcowfuse.format.entries import parse_table
 from tests.support.checker import check_image_bytes
@@ -53,6 +53,47 @@ def sparse(used: int) -> tuple[Room, LimitedStorage]:
         start[2 * CLUSTER + 512 * sector] = 1
     room = Room(0)
     return room, LimitedStorage(start, room)
+
+
+async def test_what_is_kept_free_is_given_up_once() -> None:
+    """A write that fails for want of space may be tried again with what was kept free; other errors, and a second
+    failure, may not. The next allocation has to keep space free again, but not while the image is closed."""
+    room = Room(RESERVE_BYTES // 512)
+    storage = LimitedStorage(bytes(CLUSTER), room, copy_on_write=True)
+    space = MetadataSpace(storage)
+    await space.prepare()
+    assert (space.is_ready, space.has_reserve, room.limit) == (True, True, 0)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    assert not await space.can_help(OSError(errno.EIO, "Input/output error"))
+    assert await space.can_help(full)
+    assert room.limit == RESERVE_BYTES // 512
+    assert not space.is_ready
+    assert not await space.can_help(full)
+    await space.prepare()
+    assert space.has_reserve
+    await space.end()
+    assert (space.is_ready, space.has_reserve, room.limit) == (True, False, RESERVE_BYTES // 512)
+    await space.end()
+    assert not await space.can_help(full)
+
+
+async def test_much_dirty_metadata_is_written_back_before_a_change() -> None:
+    """Half of what is kept free is the limit; a failure of it is not the failure of the change."""
+    space = MetadataSpace(LimitedStorage(bytes(CLUSTER), Room(), copy_on_write=True))
+    await space.relieve()
+    dirty = [0]
+    n_rounds = 0
+
+    async def write_back() -> None:
+        nonlocal n_rounds
+        n_rounds += 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    space.serve(lambda: dirty[0], write_back)
+    for n_bytes, expected in ((RESERVE_BYTES // 2, 0), (RESERVE_BYTES // 2 + 1, 1)):
+        dirty[0] = n_bytes
+        await space.relieve()
+        assert n_rounds == expected
 
 
 @pytest.mark.parametrize("has_fallocate", [True, False])
