@@ -10,7 +10,7 @@ import errno
 import pytest
 import trio
 
-from qcowfuse.driver import qcow_image
+from qcowfuse.driver.writing import changes
 from qcowfuse.errors import ReadOnlyImageError
 from tests.crash.test_error_sweep import Run, check_left_behind, close, read_undisturbed, start
 from tests.crash.test_power_cuts import SPECS
@@ -29,7 +29,7 @@ SWEEP_SPECS = ("v3", "v1-4k", "backing-qcow2", "snapshot-4k", "extended-snapshot
 @pytest.fixture(autouse=True)
 def few_clusters_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushes in the middle of a truncation."""
-    monkeypatch.setattr(qcow_image, "_MAX_UNLINKED", 2)
+    monkeypatch.setattr(changes, "MAX_UNLINKED", 2)
 
 
 async def truncating(guest: Guest) -> None:

@@ -44,11 +44,12 @@ async def test_unserved_features_are_refused_by_name(image_folder: Path) -> None
     """An image that needs a feature which nobody here serves is refused with the feature's name, untouched."""
     path = image_folder / "image.qcow2"
     words = ["qemu-img", "create", "-q", "--object", "secret,id=key,data=abc", "-f", "qcow2"]
-    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=1,encrypt.cipher-alg=serpent-256"
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
     qemu.must_run(*words, "-o", options, path, "2M")
-    before = path.read_bytes()
+    before = path.read_bytes().replace(b"LUKS\xba\xbe\0\1aes\0", b"LUKS\xba\xbe\0\1rc6\0", 1)
+    path.write_bytes(before)
     for read_only in (True, False):
-        with pytest.raises(UnsupportedFeatureError, match="LUKS cipher serpent"):
+        with pytest.raises(UnsupportedFeatureError, match="LUKS cipher rc6"):
             await open_image(str(path), OpenOptions(read_only=read_only))
     assert path.read_bytes() == before
 

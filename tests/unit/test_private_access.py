@@ -21,7 +21,6 @@ ALLOWED: dict[str, int] = {
     "tests/crash/test_power_cuts.py": 7,
     "tests/crash/test_rules.py": 13,
     "tests/crash/test_scenarios.py": 1,
-    "tests/crash/test_truncation_cuts.py": 1,
     "tests/driver/test_unguarded.py": 1,
     "tests/export/test_at_once.py": 15,
     "tests/export/test_outside.py": 1,

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from .dirty_bitmaps import DirtyBitmaps
     from .unguarded import UnguardedClusters
 
-_MAX_UNLINKED = 1 << 18
+MAX_UNLINKED = 1 << 18
 """Runs of clusters to be let go of before they are given back: a whole disk of them, scattered, fills memory."""
 
 
@@ -160,7 +160,7 @@ class Changes:
                 if self.bitmaps is not None:
                     self.bitmaps.mark(guest_offset, end - guest_offset)
                 guest_offset += await self._zeroer.zero_some(guest_offset, end - guest_offset, unmap=unmap)
-            if self.write_back.n_unlinked >= _MAX_UNLINKED:
+            if self.write_back.n_unlinked >= MAX_UNLINKED:
                 await self._life.flush()
             if guest_offset < end:
                 await trio.lowlevel.checkpoint()
