@@ -23,7 +23,7 @@ _CHUNK = 1 << 19
 MAX_EDITED_TABLE = 8 << 20
 """Bytes of a table of snapshots that is changed: all of it is in memory then."""
 _PER_CHECKPOINT = 256
-_PART = 1 << 13
+_PART = 1 << 12
 _MAX_NAMES_SHOWN = 20
 _Entry = TypeVar("_Entry")
 
@@ -37,6 +37,15 @@ def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple
     from ..format.snapshots import parse_snapshot
 
     return _each_entry(storage, header, parse_snapshot)
+
+
+def each_snapshot_l1_place(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple[tuple[int, int], int]]:
+    """As :func:`each_snapshot`, of each only the host offset of its L1 table and how many entries that has."""
+    if not header.n_snapshots:
+        return _each_entry(storage, header, None)
+    from ..format.snapshots import snapshot_l1_place
+
+    return _each_entry(storage, header, snapshot_l1_place)
 
 
 async def require_snapshots(storage: Storage, header: Qcow2Header) -> int:

@@ -14,13 +14,26 @@ from qcowfuse.errors import CorruptImageError
 from tests.support.images import ImageSpec, build_image, open_memory_image
 
 
-def test_a_sorted_array_is_a_set() -> None:
-    """Random additions, removals and questions: the same answers as from a set."""
+def in_order(clusters: set[int]) -> SortedClusters:
+    """All of them, put there in two parts."""
+    ordered = sorted(clusters)
+    made = SortedClusters(len(ordered), ordered[-1])
+    made.append(ordered[:1])
+    made.append(ordered[1:])
+    return made
+
+
+@pytest.mark.parametrize(
+    "start", [0, (1 << 16) - 500, (3 << 16) + 9, (1 << 32) - 500, (5 << 32) - 500, (1 << 47) - 1010]
+)
+def test_a_sorted_array_is_a_set(start: int) -> None:
+    """Random additions, removals and questions: the same answers as from a set, also where two groups meet."""
     chooser = random.Random(2)
-    known = set(chooser.sample(range(1000), 300))
-    tested = SortedClusters(array("Q", sorted(known)))
+    first = start
+    known = set(chooser.sample(range(first, first + 1000), 300))
+    tested = in_order(known)
     for _ in range(3000):
-        start = chooser.randrange(1000)
+        start = first + chooser.randrange(1000)
         clusters = range(start, start + chooser.choice([1, 1, 1, 2, 7]))
         match chooser.randrange(3):
             case 0:
@@ -37,7 +50,7 @@ def test_a_sorted_array_is_a_set() -> None:
 def test_one_of_many_clusters_is_metadata(kind: str) -> None:
     """Among clusters that lie anywhere, the one that is guarded is named; without it there is nothing to say."""
     known = {3, 70, 900}
-    clusters = MetadataClusters(9, known if kind == "set" else SortedClusters(array("Q", sorted(known))), frozenset())
+    clusters = MetadataClusters(9, known if kind == "set" else in_order(known), frozenset())
     clusters.check_each([2, 4, 69, 71, 1000], "zeroes")
     with pytest.raises(CorruptImageError, match=f"zeroes at offset {70 << 9:#x}: would overwrite metadata"):
         clusters.check_each([2, 70, 1000], "zeroes")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.format.header_fields import MAX_L1_SIZE
+from qcowfuse.format.header_fields import MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE
 from tests.support.peak_memory import LIMIT_KIB, header, run_img, write_sparse
 
 LUKS_POINTER = 0x0537BE77
@@ -257,16 +257,43 @@ def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle: int) -> None:
     assert done.peak - idle < LIMIT_KIB
 
 
-def test_four_million_l2_tables_are_guarded_in_little_memory(tmp_path: Path, idle: int) -> None:
-    """Of an image that is opened for writing: as many L2 tables as an L1 table can name, each another one and all of
-    them holes, in no order."""
-    first, size = L1_OFFSET + MAX_L1_SIZE, 1 << CLUSTER_BITS
-    entries = array("Q", (1 << 63 | first + number * 2_654_435_761 % N_ENTRIES * size for number in range(N_ENTRIES)))
+def shuffled(n_entries: int, first: int, flags: int = 0) -> bytes:
+    """A table that names as many clusters from ``first`` on, in no order."""
+    size = 1 << CLUSTER_BITS
+    entries = array("Q", (flags | first + number * 2_654_435_761 % n_entries * size for number in range(n_entries)))
     entries.byteswap()
-    parts = {0: header(l1_size=N_ENTRIES, size=DISK_SIZE), L1_OFFSET: entries.tobytes()}
-    image = write_sparse(tmp_path / "a.qcow2", parts, first + N_ENTRIES * size)
+    return entries.tobytes()
+
+
+def test_as_many_tables_as_there_can_be_are_guarded_in_little_memory(tmp_path: Path, idle: int) -> None:
+    """Of an image that is opened for writing: as many L2 tables as an L1 table can name, and as many refcount blocks
+    as a refcount table, each another one and all of them holes."""
+    first, n_blocks = L1_OFFSET + MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE // 8
+    refcount_table = first + (N_ENTRIES << CLUSTER_BITS)
+    first_block = refcount_table + MAX_REFCOUNT_TABLE_SIZE
+    start = bytearray(header(l1_size=N_ENTRIES, size=DISK_SIZE))
+    struct.pack_into(">QI", start, 48, refcount_table, MAX_REFCOUNT_TABLE_SIZE >> CLUSTER_BITS)
+    parts = {0: bytes(start), L1_OFFSET: shuffled(N_ENTRIES, first, 1 << 63)}
+    parts[refcount_table] = shuffled(n_blocks, first_block)
+    image = write_sparse(tmp_path / "a.qcow2", parts, first_block + (n_blocks << CLUSTER_BITS))
     done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
     assert done.code == 0, done.stderr
+    assert done.peak - idle < LIMIT_KIB
+
+
+def test_tables_in_a_file_of_very_many_clusters_are_guarded_up_to_a_limit(tmp_path: Path, idle: int) -> None:
+    """The file has more than 2^32 clusters, and two million L2 tables, the last one at its end."""
+    folder = tmp_path
+    n_tables, end = 1 << 21, (1 << 32) + 8 << 9
+    entries = array("Q", (1 << 63 | 64 << 20 | number << 9 for number in range(n_tables - 1)))
+    entries.append(1 << 63 | end - 512)
+    entries.byteswap()
+    start = header(cluster_bits=9, l1_size=n_tables, size=n_tables << 15)
+    image = write_sparse(folder / "a.qcow2", {0: start[:512], L1_OFFSET: entries.tobytes()}, end)
+    done = run_img(folder, "resize", image, str(n_tables << 15))
+    assert done.code == 1
+    assert "some lie so far behind in the file" in done.stderr
+    assert "serve it read-only (qcowfuse -r)" in done.stderr
     assert done.peak - idle < LIMIT_KIB
 
 

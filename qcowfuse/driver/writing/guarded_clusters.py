@@ -10,31 +10,33 @@
 4. Version 1 has neither refcounts nor aligned tables: its allocator only ever appends, and nothing is checked.
 
 Memory: a set costs 60 to 90 bytes a table, so that beyond :data:`MAX_IN_SET` of them there is a sorted array
-instead: 4 or 8 bytes a table, and 0.4 microseconds more a look-up. A 1 TiB disk is kept in a set with 64 KiB clusters
-(2 MiB), in an array with 4 KiB clusters (2 MiB, where a set has 50; making it takes 0.15 s and 5 MiB more).
+instead: 2 bytes a table, 4 where the file has more than 2^32 clusters, and 0.5 microseconds more a look-up. A 1 TiB
+disk is kept in a set with 64 KiB clusters (2 MiB), in an array with 4 KiB clusters (1 MiB, where a set has 50; making
+it takes 0.15 s and 2 MiB more).
 """
 
 from __future__ import annotations
 
 import logging
 from array import array
-from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from contextlib import aclosing
-from itertools import chain, pairwise
+from itertools import pairwise
 
-from ...errors import CorruptImageError, FormatError
-from ...format.entries import OFFSET_MASK, Table, masked
+from ...errors import CorruptImageError, FormatError, ImageUsageError
+from ...format.entries import MAX_HOST_OFFSET, OFFSET_MASK, Table, masked
 from ...format.header import Qcow2Header
 from ...format.header_fields import CRYPT_LUKS
 from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ...storage.base import Storage
-from ...tables.snapshot_table import each_snapshot, parts_in_use
-from .sorted_clusters import SortedClusters, sorted_array
+from ...tables.snapshot_table import each_snapshot_l1_place, parts_in_use
+from .sorted_clusters import SortedClusters, SortedRuns, pivots
 
 log = logging.getLogger(__name__)
 MAX_IN_SET = 100_000
 _CHUNK = 1 << 16
+MAX_FAR_TABLES = 1 << 20
+"""In a file of more than 2^32 clusters, which is 2 TiB with clusters of 512 bytes."""
 MAX_SNAPSHOT_L1_CLUSTERS = 1 << 20
 """Clusters of all L1 tables of snapshots; an image with more of them can't be guarded and is not written to."""
 
@@ -96,14 +98,15 @@ async def find_metadata(
     storage: Storage, header: Qcow2Header, *, l1_table: Table, refcount_table: array[int]
 ) -> MetadataClusters:
     """The metadata of an image that is about to be written, but for the bitmap directory, which may be added when it
-    has been looked at. Raises FormatError (snapshot table), OSError."""
+    has been looked at. Raises FormatError (snapshot table), ImageUsageError (more
+    tables than can be guarded), OSError."""
     snapshots_bytes = 0
     snapshot_tables: list[tuple[int, int]] = []
-    async with aclosing(each_snapshot(storage, header)) as entries:
-        async for snapshot, n_bytes in entries:
+    async with aclosing(each_snapshot_l1_place(storage, header)) as entries:
+        async for (l1_table_offset, l1_size), n_bytes in entries:
             snapshots_bytes = n_bytes
-            if snapshot.l1_size:
-                snapshot_tables.append((snapshot.l1_table_offset, snapshot.l1_size * 8))
+            if l1_size:
+                snapshot_tables.append((l1_table_offset, l1_size * 8))
     bits = header.cluster_bits
     places = [
         (0, 1),
@@ -116,11 +119,11 @@ async def find_metadata(
         from ...format.luks import luks_area
 
         places.append(luks_area(header.extensions))
-    others = sorted_array(_other_clusters(places, refcount_table, bits))
-    everything = sorted_array(chain(_clusters_of_tables(l1_table, bits), [others]))
-    shared = {cluster for cluster, following in pairwise(others) if cluster == following}
-    shared.update(cluster for cluster in others if _is_there_twice(everything, cluster))
-    del others
+    clusters, shared = _put_together(
+        storage.name,
+        SortedRuns(_other_clusters(places, refcount_table, bits)),
+        SortedRuns(_clusters_of_tables(l1_table, bits)),
+    )
     if shared:
         log.warning(
             "%s: two structures of the image lie on the same cluster (%d of them, the first at %#x) and will not be "
@@ -129,8 +132,34 @@ async def find_metadata(
             len(shared),
             min(shared) << bits,
         )
-    clusters = set(everything) if len(everything) <= MAX_IN_SET else SortedClusters(everything)
     return MetadataClusters(bits, clusters, frozenset(shared))
+
+
+def _put_together(name: str, others: SortedRuns, tables: SortedRuns) -> tuple[set[int] | SortedClusters, set[int]]:
+    """Every cluster, and those that two of ``others`` have in common, or one of them and an L2 table.
+    Raises ImageUsageError."""
+    n_clusters, highest = len(others) + len(tables), max(others.highest, tables.highest)
+    if n_clusters > MAX_FAR_TABLES and highest >> 32:
+        raise ImageUsageError(
+            f"{name}: has {n_clusters} tables, and some lie so far behind in the file that they would take too much "
+            "memory to be guarded; serve it read-only (qcowfuse -r)"
+        )
+    clusters: set[int] | SortedClusters
+    clusters = set() if n_clusters <= MAX_IN_SET else SortedClusters(n_clusters, highest)
+    shared: set[int] = set()
+    for pivot in pivots(others, tables):
+        first, second = others.take(pivot), tables.take(pivot)
+        known = set(first)
+        if len(known) < len(first):
+            shared.update(cluster for cluster, following in pairwise(first) if cluster == following)
+        shared |= known.intersection(second)
+        second += first
+        if isinstance(clusters, set):
+            clusters.update(second)
+        else:
+            second.sort()
+            clusters.append(second)
+    return clusters, shared
 
 
 def _other_clusters(
@@ -142,13 +171,17 @@ def _other_clusters(
         for start in range(0, len(clusters), _CHUNK):
             yield array("Q", clusters[start : start + _CHUNK])
     for part in parts_in_use(refcount_table):
-        yield array("Q", filter(None, masked(part, _aligned(REFCOUNT_TABLE_OFFSET_MASK, cluster_bits), cluster_bits)))
+        blocks = masked(part, _aligned(REFCOUNT_TABLE_OFFSET_MASK, cluster_bits), cluster_bits)
+        # Nothing can be written where an impossible entry points, and nothing is read from there.
+        yield array("Q", (block for block in blocks if 0 < block < MAX_HOST_OFFSET >> cluster_bits))
 
 
 def _clusters_of_tables(l1_table: Table, cluster_bits: int) -> Iterator[array[int]]:
     """Those of the L2 tables; several L1 entries may name the same one."""
     for part in parts_in_use(l1_table):
-        yield array("Q", set(masked(part, _aligned(OFFSET_MASK, cluster_bits), cluster_bits)) - {0})
+        clusters = set(masked(part, _aligned(OFFSET_MASK, cluster_bits), cluster_bits))
+        clusters.discard(0)
+        yield array("Q", clusters)
 
 
 def _aligned(mask: int, cluster_bits: int) -> int:
@@ -173,8 +206,3 @@ def _clusters(host_offset: int, n_bytes: int, cluster_bits: int) -> range:
     if not n_bytes:
         return range(0)
     return range(host_offset >> cluster_bits, (host_offset + n_bytes - 1 >> cluster_bits) + 1)
-
-
-def _is_there_twice(clusters: array[int], cluster: int) -> bool:
-    index = bisect_left(clusters, cluster) + 1
-    return index < len(clusters) and clusters[index] == cluster

@@ -97,7 +97,7 @@ class _Places(SortedClusters):
     __slots__ = ("_cluster_bits", "_known")
 
     def __init__(self, known: MetadataV1, cluster_bits: int) -> None:
-        super().__init__(array("Q"))
+        super().__init__(0, 0)
         self._known = known
         self._cluster_bits = cluster_bits
 

@@ -34,7 +34,7 @@ from ...format.header import Qcow2Header
 from ...format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, entries_per_block, parse_refcounts
 from ...storage.base import Storage, pread
 from ...tables.bitmap_listing import each_bitmap
-from ...tables.snapshot_table import each_snapshot, load_snapshot_l1_table
+from ...tables.snapshot_table import each_snapshot, each_snapshot_l1_place, load_snapshot_l1_table
 from .refcount_allocation import RefcountAllocator
 from .sorted_clusters import sorted_array
 
@@ -77,7 +77,7 @@ class UnguardedClusters:
         self._header = header
         self._entry_format = entry_format
         self._l1_table = l1_table
-        self._refcount_table = array("Q", refcount_table)
+        self._refcount_table = refcount_table
         self._allocator = allocator
         self._bits = header.cluster_bits
         self._n_clusters = -(-storage.size() >> self._bits)
@@ -104,6 +104,8 @@ class UnguardedClusters:
         if self._has_begun:
             return
         self._allocator.hold_back(self._n_clusters)
+        n_blocks = -(-self._n_clusters // entries_per_block(self._bits, self._header.refcount_order))
+        self._refcount_table = self._refcount_table[:n_blocks]  # as it is now: blocks in memory only can't be read
         if await self._is_small():
             await self._run()
             self._has_begun = True
@@ -116,9 +118,9 @@ class UnguardedClusters:
         n_tables = self._n_tables
         if n_tables << self._bits <= INLINE_BYTES and self._header.n_snapshots:
             with suppress(OSError, QcowFuseError):  # the look itself will meet it
-                async with aclosing(each_snapshot(self._storage, self._header)) as entries:
-                    async for snapshot, _ in entries:
-                        n_tables += snapshot.l1_size
+                async with aclosing(each_snapshot_l1_place(self._storage, self._header)) as entries:
+                    async for (_, l1_size), _ in entries:
+                        n_tables += l1_size
         return n_tables << self._bits <= INLINE_BYTES
 
     async def wait(self) -> None:
