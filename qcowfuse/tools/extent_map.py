@@ -143,7 +143,7 @@ class MapWalk:
         if run.kind == ClusterKind.ENCRYPTED:  # its bytes are nowhere as they are: QEMU gives no place either
             return [self._entry(depth, position, n_bytes, data=True)]
         if run.kind == ClusterKind.DATA:
-            return list(self._data_entries(depth, position, n_bytes, run.value))
+            return list(self._data_entries(depth, n_bytes, guest_offset=position, host_offset=run.value))
         return list(self._empty_entries(depth, position, n_bytes, is_zero=run.kind == ClusterKind.ZERO))
 
     def _sectors_end(self, depth: int) -> int:
@@ -163,8 +163,9 @@ class MapWalk:
         path = self.layers[depth].data.name
         return MapEntry(position, n_bytes, depth, present, zero, data, False, host_offset, path)
 
-    def _data_entries(self, depth: int, position: int, n_bytes: int, host_offset: int) -> Iterator[MapEntry]:
+    def _data_entries(self, depth: int, n_bytes: int, *, guest_offset: int, host_offset: int) -> Iterator[MapEntry]:
         is_raw = not isinstance(self.layers[depth], Mapping)
+        position = guest_offset
         if not self.recursive[depth]:
             yield self._entry(depth, position, n_bytes, data=True, host_offset=host_offset)
             return

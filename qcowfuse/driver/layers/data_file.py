@@ -129,7 +129,7 @@ class DataFileMapping(Mapping):
         run = super().lookup_in(slice_, guest_offset, n_bytes)
         if run.kind in (ClusterKind.DATA, ClusterKind.ENCRYPTED):
             if run.value != guest_offset:
-                raise _misplaced(guest_offset, run.value)
+                raise _misplaced(guest_offset=guest_offset, host_offset=run.value)
         else:
             self._check_places(slice_.entries, guest_offset, run.n_bytes)
         return run
@@ -155,7 +155,7 @@ class DataFileMapping(Mapping):
         for number in range(n_skipped, n_clusters):
             entry = entries[(index + number) * words]
             if entry & is_there and entry & OFFSET_MASK != first + number << cluster_bits:
-                raise _misplaced(first + number << cluster_bits, entry & OFFSET_MASK)
+                raise _misplaced(guest_offset=first + number << cluster_bits, host_offset=entry & OFFSET_MASK)
 
 
 class DataClusters:
@@ -173,12 +173,12 @@ class DataClusters:
         self._high_water = max(self._high_water, guest_offset + n_clusters * self._cluster_size)
         return HostRun(guest_offset, n_clusters, is_fresh)
 
-    def check(self, guest_offset: int, host_offset: int) -> None:
+    def check(self, *, guest_offset: int, host_offset: int) -> None:
         """Raises CorruptImageError unless the cluster at ``guest_offset`` is in its place."""
         if guest_offset != host_offset:
-            raise _misplaced(guest_offset, host_offset)
+            raise _misplaced(guest_offset=guest_offset, host_offset=host_offset)
 
 
-def _misplaced(guest_offset: int, host_offset: int) -> CorruptImageError:
+def _misplaced(*, guest_offset: int, host_offset: int) -> CorruptImageError:
     detail = f"guest offset {guest_offset:#x} is at {host_offset:#x} of the data file, expected the same offset"
     return CorruptImageError("L2 entry", None, detail)

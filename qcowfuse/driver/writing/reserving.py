@@ -99,7 +99,7 @@ class Reserver:
             claim = claims.take(first, first + (n_owned or n_clusters))
             try:
                 if n_owned:
-                    await self._secure(start, host_offset, n_owned)
+                    await self._secure(guest_offset=start, host_offset=host_offset, n_clusters=n_owned)
                     n_done = n_owned
                 else:
                     n_done = await self._take(slice_, start, n_clusters)
@@ -109,13 +109,13 @@ class Reserver:
             self._cache.unpin(slice_)
         return min(start + (n_done << self._cluster_bits), end) - guest_offset
 
-    async def _secure(self, start: int, host_offset: int, n_clusters: int) -> None:
+    async def _secure(self, *, guest_offset: int, host_offset: int, n_clusters: int) -> None:
         """Real space for clusters that are linked. Where the file system can't tell they have what they have."""
         n_bytes = n_clusters << self._cluster_bits
         if self._data_clusters is None:
             self._metadata.check(host_offset, n_bytes, "space for guest data")
         else:
-            self._data_clusters.check(start, host_offset)
+            self._data_clusters.check(guest_offset=guest_offset, host_offset=host_offset)
         await self._data.allocate(host_offset, n_bytes)
 
     async def _take(self, slice_: L2Slice, start: int, n_clusters: int) -> int:

@@ -268,7 +268,9 @@ class Writer:
                 if self._data_clusters is None:
                     self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
                 else:
-                    self._data_clusters.check(guest_offset & ~self._cluster_mask, plan.host_offset)
+                    self._data_clusters.check(
+                        guest_offset=guest_offset & ~self._cluster_mask, host_offset=plan.host_offset
+                    )
             if plan.action is Action.IN_PLACE:
                 host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
                 await self._write_data(host_offset, guest_offset, [view[: plan.n_bytes]])
