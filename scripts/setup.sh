@@ -121,7 +121,7 @@ require_python() {
     local needed="needs Python 3.11 or later, as Debian 12 and 13 and Ubuntu 24.04 have it" candidate
     ! find_python >/dev/null || return 0
     [ ! -e /usr/bin/python3 ] || fail "$needed; here it is $(/usr/bin/python3 -V 2>&1)"
-    # Who cannot install packages is told of all of them by install_packages.
+    # A user who cannot install packages is told of all of them by install_packages.
     command -v apt-get >/dev/null && { [ "$(id -u)" = 0 ] || command -v sudo >/dev/null; } || return 0
     need_root "needs the Debian package python3" "apt-get update && apt-get install python3"
     update_package_lists

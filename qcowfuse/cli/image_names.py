@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 def backing_format(text: str) -> str:
     """A value of ``--backing-format``. Raises ValueError."""
     if text not in _BACKING_FORMATS:
-        raise ValueError(f"{text!r} is none of raw, qcow2 and auto")
+        raise ValueError(f"{text!r} is not one of raw, qcow2 and auto")
     return text
 
 

@@ -2,7 +2,7 @@
 
 1. A file is taken as a whole, a newline at its end included, as QEMU takes the file of a secret.
 2. The prompt comes before the process goes into the background, and only when the image is seen to need it.
-3. Whoever gets the passphrase overwrites it; nothing is kept here, printed or logged.
+3. The caller overwrites the passphrase; nothing is kept here, printed or logged.
 4. What is typed is typed into a process of its own, which ends, and waits in a pipe for the process that opens the
    image. No other process ever has it in its memory: neither the starter nor the process outside of the mount.
 5. A process that has a passphrase leaves no core dump.

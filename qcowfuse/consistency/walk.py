@@ -66,7 +66,7 @@ class Walk:
     """One walk. ``fix_entries``: mend the L2 entries of rule 4.
 
     Afterwards ``counts`` has the references; ``needs_rebuild`` says that refcount blocks cannot be used as they are,
-    ``has_block_outside`` that one lies past the end of the file; ``beyond`` are the first and last clusters of
+    ``has_block_outside``: a block lies past the end of the file; ``beyond`` are the first and last clusters of
     whatever else was found to lie there, at most :data:`MAX_BEYOND` of them, or else one that covers all.
     """
 

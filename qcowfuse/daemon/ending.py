@@ -1,4 +1,4 @@
-"""How a service comes to its end: told to stop, unmounted by hand, or cut off from those who still use it.
+"""How a service comes to its end: told to stop, unmounted by hand, or cut off from the processes that still use it.
 
 1. A stop signal unmounts. While the mount is in use that fails, and nothing is taken away: what the kernel holds back
    is written and flushed, the log says who uses the file, and each second it is tried again. If the daemon is killed
@@ -82,7 +82,8 @@ class Ending:
         self._stop = stop
 
     async def run(self) -> None:
-        """Return when all who still use the mount shall be cut off; cancelled when the kernel ends the connection."""
+        """Return when the processes that still use the mount shall be cut off; cancelled when the kernel ends the
+        connection."""
         async with trio.open_nursery() as nursery:
             nursery.start_soon(self._tell_who_is_left)
             await self._stop_when_told()

@@ -60,7 +60,7 @@ def users_of(file_path: str, device: int) -> str:
 
 
 def paths_elsewhere(device: int, name: str | None) -> Iterator[str]:
-    """Paths that may lead to the file ``name`` (None: the root) of ``device``, from whoever still has it."""
+    """Paths that may lead to the file ``name`` (None: the root) of ``device``, from a process that still has it."""
     for process, is_first in _processes():
         if is_first and process.is_elsewhere:
             for mount in process.mounts:

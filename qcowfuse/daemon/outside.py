@@ -1,8 +1,8 @@
 """A process of our own outside of the mount, for every call that asks the file system which this program serves.
 
-A thread of the daemon must not make such calls. Once the kernel has handed a request out, whoever waits for the
-answer cannot be killed: after a SIGKILL that thread would wait for the daemon that it belongs to, and by living on it
-would keep /dev/fuse open. The connection would never end, and all who use the disk would hang with it.
+A thread of the daemon must not make such calls. Once the kernel has handed a request out, the thread that
+waits for the answer cannot be killed. After a SIGKILL a thread of the daemon would wait for the daemon itself, and
+keep /dev/fuse open for as long as it lives. The connection would never end, and all users of the disk would hang.
 
 1. The process is forked before there are threads, an event loop, a lock on the image or an open /dev/fuse, and holds
    one end of a socket and nothing else of the daemon's. When the daemon dies, however it dies, the kernel closes the

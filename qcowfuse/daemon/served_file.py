@@ -85,7 +85,7 @@ def check_served(file: ServedFile, n_bytes: int, tells_size: bool) -> bool:
 
 def sync_served(file: ServedFile) -> None:
     """Have the kernel send what it holds back, and make it durable. Where the mount is gone from here, by way of
-    whoever has it still. Raises OSError."""
+    the processes that still have it. Raises OSError."""
     try:
         with _named(file) as (named, _):
             fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)

@@ -5,7 +5,7 @@
    SIGINT (in the foreground also SIGHUP). Requests are answered until the kernel closes the connection, so
    that an unmount can write back all that the page cache holds. Then the image is flushed and closed.
 3. A stop signal while the file is in use (a loop device, a virtual machine) takes nothing away: a forced or lazy
-   unmount would cut off the last writes of whoever uses it. What happens then is in :mod:`.ending`.
+   unmount would cut off the last writes of the processes that use it. What happens then is in :mod:`.ending`.
 4. After a failure (an exception, a connection aborted from outside) the mount stays, and answers ENOTCONN: an
    empty folder in its place would be mistaken for the disk. The image is flushed and closed all the same.
 """

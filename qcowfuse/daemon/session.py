@@ -93,7 +93,7 @@ class MountSession:
         # Two names for one byte must not have a page each: see several_files.
         wants_cache = settings.writeback_cache and not image.read_only and partitions is None
         self._session = ExtendedSession(self._operations, gate, writeback_cache=wants_cache)
-        self._statistics = {"pid": os.getpid()}  # for whoever wants to send a signal
+        self._statistics = {"pid": os.getpid()}  # for a user who wants to send a signal
         self._operations.daemon_statistics = lambda: self.statistics
 
     @property
@@ -193,14 +193,15 @@ class MountSession:
             # Others were let in: whether they get to the file is for its mode to say, which can be changed.
             return 0o755
         mode = self._final_ownership.mode
-        return mode | (mode & 0o444) >> 2  # whoever may read the file may enter the folder
+        return mode | (mode & 0o444) >> 2  # a user who may read the file may enter the folder
 
     async def repair_size(self) -> None:
         """Put the kernel's idea of the size right, whenever it may be wrong."""
         await self._operations.watch_sizes(self._mend)
 
     async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
-        if self._looks_keep_busy and (lowers or forgets):  # whoever has seen a copy fail unmounts now, or not so soon
+        if self._looks_keep_busy and (lowers or forgets):
+            # A user who has seen a copy fail unmounts now, or not so soon.
             await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
         await self._outside.run(MountClient.mend_served, n_bytes, lowers, syncs, forgets)
 
@@ -213,7 +214,7 @@ class MountSession:
             await self._has_discarded.wait()
             await trio.sleep(_DISCARD_FLUSH_SECONDS)
             self._has_discarded = trio.Event()
-            with suppress(Exception):  # whoever syncs next hears of it
+            with suppress(Exception):  # the next sync reports it
                 await self._image.flush()
 
     async def count_allocated(self) -> None:
@@ -263,7 +264,7 @@ class MountSession:
             os.close(table)
 
     async def abandon(self) -> None:
-        """Take a mount away that never became ready; from whoever uses it already as well."""
+        """Take a mount away that never became ready; from the processes that use it already as well."""
         if self.device < 0 or self.ended.is_set():
             return
         with trio.move_on_after(_ABANDON_SECONDS), suppress(MountError):

@@ -11,7 +11,7 @@
    files of others.
 4. A file that is open stays the file: nothing is opened a second time by its name. The folders are held by
    descriptors while the chain is opened. What the user named is resolved by the kernel, once for the image and once
-   for its folder; whoever can change that path can lead the user anywhere in any case.
+   for its folder; a process that can change that path can lead the user anywhere in any case.
 5. An opener of the caller's own (tests, tools) has no real files behind it: names go to it as paths, and only the
    part of rule 2 that looks at the name itself holds.
 """

@@ -1,6 +1,6 @@
 """A partition of a virtual disk as a disk of its own.
 
-1. The table is read once, when the disk is opened. Whoever changes it meanwhile by another way changes nothing here.
+1. The table is read once, when the disk is opened. A change that is made to it later changes nothing here.
 2. All offsets are checked against the window before they are moved: nothing outside of the partition is ever read,
    written or discarded.
 3. What needs no waiting costs one call more than without the window.

@@ -173,7 +173,7 @@ def has_hash(name: str) -> bool:
 
 
 def require_available(header: LuksHeader) -> None:
-    """Raises UnsupportedFeatureError with the names of ciphers and hashes that are not to be had."""
+    """Raises UnsupportedFeatureError with the names of ciphers and hashes that no library here offers."""
     missing = header.spec.missing()
     if not has_hash(header.hash_name):
         missing.append(f"LUKS hash {header.hash_name}")

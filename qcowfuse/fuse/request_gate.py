@@ -1,4 +1,4 @@
-"""A cheaper wait for the next request than trio's own, and who is served when.
+"""A cheaper wait for the next request than trio's own, and which request is served when.
 
 pyfuse3 takes a lock and asks trio's epoll set before each request: two passes of the scheduler and three system
 calls for a request that mostly waits in the kernel already. Here a worker asks poll(2) first and goes on at once.

@@ -11,10 +11,10 @@
    no old page is left that could be read, or be written back over the zeroes. The disk has its zeroes before that
    answer: what the kernel reads from then on is new.
 4. Then the kernel must have the true size back before anybody sees the smaller one. The answer says that attributes
-   are out of date at once. So whoever asks for the size, or writes through the cache, has the kernel ask here first.
-   Before that is answered, one zero is stored in the kernel's cache as the last byte, which is zero: this raises the
-   kernel's size, and takes no lock that the asker may hold (lseek holds that of the inode). Nobody can have written
-   to that page in the meantime, since writing through the cache asks as well.
+   are out of date at once. So a process that asks for the size, or writes through the cache, has the kernel ask
+   here first. Before that is answered, one zero is stored in the kernel's cache as the last byte, which is zero: this
+   raises the kernel's size, and takes no lock that the asker may hold (lseek holds that of the inode). Nobody can
+   have written to that page in the meantime, since writing through the cache asks as well.
 5. On a busy machine the kernel may take in the answer to a truncation long after it was given, and lower its size
    only then: a size that was put right before is wrong again. The kernel has the answer for certain when the thread
    that truncated asks for something, or when another truncation comes, since each holds the lock of the inode up to
@@ -187,7 +187,7 @@ class Sizes:
             await self._give_back()
 
     async def _give_back(self) -> None:
-        """Once: whoever has been answered may have written to the page by the next time."""
+        """Once: the process that was answered may have written to the page by the next time."""
         async with self._store_lock:
             if self._truncated_by is None:
                 return

@@ -10,7 +10,7 @@
    descriptor, and the file is opened through that very descriptor (``/proc/self/fd``). So no device, FIFO or
    terminal notices anything. Files of the kernel's own (procfs, sysfs and their like) are no files to keep data in,
    though they claim to be regular ones.
-4. What is left to a race: whoever may write to the folder can replace the file before it is found, as at any time
+4. What is left to a race: a user who may write to the folder can replace the file before it is found, as at any time
    before. Afterwards the descriptor stays with the file that was checked. A folder that is moved elsewhere during
    the walk is still walked: it was beneath when it was found.
 

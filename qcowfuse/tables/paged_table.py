@@ -1,7 +1,7 @@
 """An L1 table that is read part by part when it is asked for: of layers that are never written.
 
-1. A part that is not in memory reads as :data:`NOT_HERE`, which looks like "there is an L2 table": who needs to know
-   awaits :meth:`PagedTable.load` first, and plain functions need not wait.
+1. A part that is not in memory reads as :data:`NOT_HERE`, which looks like "there is an L2 table": a caller that
+   needs to know awaits :meth:`PagedTable.load` first, and plain functions need not wait.
 2. All tables of a chain share one :class:`TableParts`, which bounds what they take together. A part that is all
    zero costs next to nothing.
 3. Tables up to :data:`MAX_HELD` bytes, as nearly all images have them, are read as a whole and stay in memory.
@@ -81,7 +81,7 @@ class PagedTable:
         self._n_entries = n_entries
         self._n_stored = n_entries if n_stored is None else min(n_stored, n_entries)
         self.has_warned = False
-        """For who reads through the table: whether the log has said already that the end of the file is lost."""
+        """For the caller that reads through the table: whether the log has said that the end of the file is lost."""
 
     def __len__(self) -> int:
         return self._n_entries

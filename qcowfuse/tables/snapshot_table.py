@@ -30,8 +30,8 @@ _Entry = TypeVar("_Entry")
 
 def each_snapshot(storage: Storage, header: Qcow2Header) -> AsyncGenerator[tuple[Snapshot, int]]:
     """The snapshots one after the other, each with the length in bytes of the table up to its end. A table has up to
-    64 MiB, and more as text, so that only who must keeps them. To be closed by ``aclosing`` unless it is run to its
-    end. Raises FormatError, OSError."""
+    64 MiB, and more as text, so that a caller keeps them only if it must. To be closed by ``aclosing`` unless it is
+    run to its end. Raises FormatError, OSError."""
     if not header.n_snapshots:
         return _each_entry(storage, header, None)
     from ..format.snapshots import parse_snapshot

@@ -63,7 +63,7 @@ def require_possible(spec: CipherSpec, hash_name: str) -> None:
     problem = spec.problem()
     missing = spec.missing() + ([] if has_hash(hash_name) else [f"LUKS hash {hash_name}"])
     if problem is None and missing:
-        problem = f"this is not to be had here: {', '.join(missing)}"
+        problem = f"no library here offers {', '.join(missing)}"
     if problem is None and spec.key_bytes * STRIPES % 512:
         problem = f"cipher {spec.cipher} in mode {spec.mode} cannot be used: QEMU fails on its key material"
     if problem is not None:

@@ -3,7 +3,8 @@
 1. A file that exists is only overwritten when asked for, and never while somebody has it open in a way that matters.
 2. Whatever takes long is done in steps, each in a thread: between two of them the whole can be given up.
 3. A new file has no name until it is whole and durable, where the file system can do that: whatever ends the making,
-   SIGKILL and a power cut included, nothing is left of it. Elsewhere it is removed again by whoever gives up.
+   SIGKILL and a power cut included, nothing is left of it. Elsewhere it is removed again by the command that gives
+   up.
 4. What had a name before (a file that is overwritten, a block device) begins with zeroes until all else is durable.
    The header goes last: half an image can't be taken for one. A file that is given up is left empty.
 5. A block device keeps its length. What of the image must read as zeroes is zeroed there.

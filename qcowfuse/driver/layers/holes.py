@@ -66,7 +66,7 @@ async def slice_entries(layer: Mapping, guest_offset: int, *, keep: bool = False
         layer.cache.unpin(slice_)
     if slice_ is None:
         entries = (await layer.read_slice(guest_offset >> layer.slice_shift)).entries
-        # Whoever loaded the slice meanwhile may have changed it.
+        # The task that loaded the slice meanwhile may have changed it.
         slice_ = layer.cache.slices.get(key)
         if slice_ is None:
             return entries

@@ -3,7 +3,7 @@
 1. A hit is one dictionary look-up. The key of a slice is ``slice_number << LAYER_BITS | layer``, where the slice
    number counts slices over the guest's address space: a table that moves in the image file keeps its key.
 2. A miss is one load however many wait for it. A load that fails or is cancelled leaves nothing behind, and one
-   of those who waited tries again.
+   of the tasks that waited tries again.
 3. A pinned slice is never evicted, nor is a dirty one: it is written back by the ordering rules first.
 4. With a budget of 0 nothing clean outlives its last pin.
 """

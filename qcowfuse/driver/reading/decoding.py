@@ -1,6 +1,7 @@
 """The work on compressed clusters: which bytes of which file they are, and how they become clusters.
 
-1. Nothing here knows a cache or who waits. Jobs run in threads: the libraries release the interpreter lock meanwhile.
+1. Nothing here knows a cache or the readers that wait. Jobs run in threads: the libraries release the interpreter
+   lock meanwhile.
 2. Clusters of one job come out in one buffer, in their order, where they can: a read of them need not put them
    together.
 """

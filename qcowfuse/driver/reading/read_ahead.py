@@ -97,7 +97,7 @@ class ReadAhead:
         """Have clusters decoded in the background, first come, first served.
 
         Those that are there already cost nothing. Small ones, which no thread would decode, and those for which
-        there is no room in the queue are left to whoever reads them.
+        there is no room in the queue are left to the read that wants them.
         """
         if self._closed:
             return

@@ -69,7 +69,7 @@ class ChainReader:
         lookup = ChainLookup(self.layers, guest_offset, n_bytes)
         missing = lookup.proceed()
         if missing is not None:
-            answer = is_alone()  # asked now: as soon as this read waits, there is somebody who does
+            answer = is_alone()  # asked now: as soon as this read waits, it is not alone
             rest = partial(self._look_further, lookup, missing, guest_offset, n_bytes, lambda: answer)
             return PendingRead(self._guard, rest)
         return self._start_extents(lookup.extents, guest_offset, n_bytes, is_alone)

@@ -168,7 +168,7 @@ class LifeCycle:
             await self._bitmaps.store(write_back, self._mapping.guest_size)
             if write_back.failure is None and write_back.is_dirty:
                 await write_back.flush()
-        for _ in range(2):  # what that one has unlinked, and the counts of it
+        for _ in range(2):  # the second writes what the first has unlinked, and its counts
             if write_back.failure is None and write_back.is_dirty:
                 await write_back.flush()
 

@@ -32,7 +32,7 @@ and then one write inside one sector that switches the size, the length of the L
 write has succeeded, no L1 entry is written that the table on disk has no room for, and after it has failed none at
 all but with the next try: which table counts is in doubt.
 
-1. Rounds never overlap. Whoever asks for a flush while one runs shares the next one with all others.
+1. Rounds never overlap. A flush that is asked for while one runs shares the next one with all others.
 2. A write that fails (ENOSPC, EIO) leaves what is not written dirty; the next round tries again. So does one that
    would land on other metadata: then the image is frozen by the caller that asked for the round. In step 5 each write
    stands for itself: one that finds the disk full keeps none of the others from being made.

@@ -242,7 +242,7 @@ def _reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> None:
         os.writev(fd, parts)
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENODEV):
-            return  # whoever asked was interrupted, or the connection is at its end
+            return  # the process that asked was interrupted, or the connection is at its end
         _log.error("a reply was refused: %s", exc)
         try:
             os.write(fd, _REPLY.pack(_REPLY.size, -errno.EIO, unique))
