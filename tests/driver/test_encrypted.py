@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import trio
 
 from qcowfuse.buffer import Buffer
@@ -20,7 +22,12 @@ from tests.support.powercut import read_image
 
 KIB = 1 << 10
 SPEC = ImageSpec(size=64 * KIB, cluster_size=4096, fill=1.0, encryption="aes")
+SPECS = [
+    SPEC,
+    replace(SPEC, encryption="luks"),
+]  # by what the guest sees, and by where it lies: two ways of a request
 PIECE = 96
+each_method = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.encryption)
 
 
 class SlowStorage(MemoryStorage):
@@ -46,9 +53,10 @@ async def pause(chooser: random.Random, n_most: int) -> None:
         await trio.lowlevel.checkpoint()
 
 
-async def test_writers_of_one_sector_lose_nothing() -> None:
+@each_method
+async def test_writers_of_one_sector_lose_nothing(spec: ImageSpec) -> None:
     """Eight writers, each with its own bytes of the same few sectors: all that each wrote last is there."""
-    built = build_image(SPEC)
+    built = build_image(spec)
     memory = SlowStorage(built.top, suspend=True)
     image = await open_memory_image({TOP: memory})
     expected = bytearray(built.contents)
@@ -97,10 +105,11 @@ class HalfSlowStorage(SlowStorage):
         return super().try_pwritev(host_offset, buffers)
 
 
-async def test_what_is_written_at_once_minds_what_is_under_way() -> None:
+@each_method
+async def test_what_is_written_at_once_minds_what_is_under_way(spec: ImageSpec) -> None:
     """Writers of parts of sectors that wait for the disk, others that find all at once, and others that need nothing
     of it: each byte is in the end what was written to it last, and was at no time anything that nobody wrote."""
-    built = build_image(SPEC)
+    built = build_image(spec)
     chooser = random.Random(5)
     memory = HalfSlowStorage(built.top, chooser)
     image = await open_memory_image({TOP: memory})
@@ -134,9 +143,10 @@ async def test_what_is_written_at_once_minds_what_is_under_way() -> None:
     await image.aclose()
 
 
-async def test_whole_sectors_next_to_parts_of_sectors() -> None:
+@each_method
+async def test_whole_sectors_next_to_parts_of_sectors(spec: ImageSpec) -> None:
     """A write of whole sectors while part of one is being read and written back: the later one of both is there."""
-    built = build_image(SPEC)
+    built = build_image(spec)
     chooser = random.Random(2)
     image = await open_memory_image({TOP: SlowStorage(built.top, suspend=True)})
     for _ in range(60):
@@ -155,9 +165,10 @@ async def test_whole_sectors_next_to_parts_of_sectors() -> None:
     await image.aclose()
 
 
-async def test_readers_see_the_old_or_the_new() -> None:
+@each_method
+async def test_readers_see_the_old_or_the_new(spec: ImageSpec) -> None:
     """While a sector is being written, a reader gets all of its old or all of its new bytes, and no garbage."""
-    built = build_image(SPEC)
+    built = build_image(spec)
     image = await open_memory_image({TOP: SlowStorage(built.top, suspend=True)})
     states = [b"a" * 512, b"b" * 512]
     await image.write(1024, states[0])

@@ -19,6 +19,7 @@ from qcowfuse.errors import BackingChainError, FormatError, ImageUsageError, Wro
 from qcowfuse.tools.create import CreateError, create_image
 from tests.support import qemu
 from tests.support.images import PASSPHRASE, image_arguments, passphrase, secret_arguments
+from tests.support.starting import read_at_once, write_at_once
 
 MIB = 1 << 20
 SIZE = MIB + 512 * 3
@@ -281,6 +282,25 @@ async def test_with_an_external_data_file(method: str, raw: str, image_folder: P
     await image.aclose()
     assert read_by_qemu(path) == model
     check_by_qemu(path)
+
+
+@pytest.mark.parametrize("place", ["", ",data_file={folder}/data"], ids=["image", "data file"])
+async def test_requests_in_place_are_answered_at_once(place: str, image_folder: Path) -> None:
+    """Whole sectors and parts of them, wherever the data lies: nothing of it waits."""
+    path = image_folder / "image"
+    await create_here(path, LUKS + place.format(folder=image_folder))
+    image = await open_image(str(path), WITH_KEY)
+    chooser = random.Random(7)
+    expected = bytearray(chooser.randbytes(image.size))
+    await image.write(0, expected)
+    for start, n_bytes in ((0, 4096), (65536 - 512, 1024), (700, 60), (900, 512), (image.size - 1, 1), (4096, 0)):
+        assert read_at_once(image, start, n_bytes) == expected[start : start + n_bytes]
+        data = chooser.randbytes(n_bytes)
+        assert not n_bytes or write_at_once(image, start, data)
+        expected[start : start + n_bytes] = data
+    assert await read(image, 0, image.size) == expected
+    await image.aclose()
+    assert read_by_qemu(path) == expected
 
 
 async def test_a_chain_of_encrypted_images(image_folder: Path) -> None:

@@ -8,8 +8,10 @@
    once, without an await, needs no claim of its own, but minds those of others.
 3. Ciphers run in the trio thread: most of their time goes into a call for each sector, which holds the interpreter's
    lock, so that threads would gain nothing. They work where the data lies. Key derivation runs in a thread.
-4. Compressed clusters are not encrypted: QEMU neither writes such images nor decrypts what it finds in them.
-5. A passphrase is asked for when the first encrypted layer is met, kept while the chain is opened, then overwritten.
+4. LUKS numbers sectors so that their place is all that a cipher needs: the data of such a layer can be read and
+   written as that of a storage (``places``), and requests go the same short ways as those to a plain disk.
+5. Compressed clusters are not encrypted: QEMU neither writes such images nor decrypts what it finds in them.
+6. A passphrase is asked for when the first encrypted layer is met, kept while the chain is opened, then overwritten.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class EncryptedData:
         self._storage = storage
         self._cipher = cipher
         self._by_guest_offset = by_guest_offset
+        self.places = None if by_guest_offset else EncryptedPlaces(self)
+        """The same data for those who have no guest offset; None where that is needed (rule 4)."""
         self._writes = Claims()
         self._reads = Claims()
         self._scratch = bytearray()
@@ -68,8 +72,8 @@ class EncryptedData:
     def try_read_into(self, host_offset: int, guest_offset: int, part: memoryview) -> bool:
         """Fill ``part`` with what is at ``host_offset``, or return False when that would block."""
         skip = guest_offset & _SECTOR_MASK
-        n_bytes = divide_up(skip + len(part), SECTOR_SIZE) * SECTOR_SIZE
-        if self._conflict(self._writes, host_offset - skip, n_bytes) is not None:
+        n_bytes = skip + len(part) + _SECTOR_MASK & ~_SECTOR_MASK
+        if self._writes.taken and self._conflict(self._writes, host_offset - skip, n_bytes) is not None:
             return False
         if n_bytes == len(part):
             if not self._storage.try_pread_into(host_offset, part):
@@ -111,21 +115,22 @@ class EncryptedData:
         n_new = sum(map(len, buffers))
         skip = guest_offset & _SECTOR_MASK
         host_offset, guest_offset = host_offset - skip, guest_offset - skip
-        n_bytes = divide_up(skip + n_new, SECTOR_SIZE) * SECTOR_SIZE
+        n_bytes = skip + n_new + _SECTOR_MASK & ~_SECTOR_MASK
         if (
             n_bytes >= self._too_long
-            or self._conflict(self._writes, host_offset, n_bytes)
-            or self._conflict(self._reads, host_offset, n_bytes)
+            or (self._writes.taken and self._conflict(self._writes, host_offset, n_bytes))
+            or (self._reads.taken and self._conflict(self._reads, host_offset, n_bytes))
         ):
             return False
         if len(self._scratch) < n_bytes:
             self._scratch = bytearray(n_bytes)
         whole = memoryview(self._scratch)[:n_bytes]
-        for place in self._edges(skip, n_new, n_bytes):
-            old = self._storage.try_pread(host_offset + place, SECTOR_SIZE)
-            if old is None:
-                return False
-            self._decrypt_sector(whole, place, old, host_offset, guest_offset)
+        if n_bytes != n_new:
+            for place in self._edges(skip, n_new, n_bytes):
+                old = self._storage.try_pread(host_offset + place, SECTOR_SIZE)
+                if old is None:
+                    return False
+                self._decrypt_sector(whole, place, old, host_offset, guest_offset)
         place = skip
         for part in buffers:
             whole[place : place + len(part)] = part
@@ -189,6 +194,34 @@ class EncryptedData:
 
     def _claim(self, claims: Claims, host_offset: int, n_bytes: int) -> Claim:
         return claims.take(host_offset // SECTOR_SIZE, divide_up(host_offset + n_bytes, SECTOR_SIZE))
+
+
+class EncryptedPlaces:
+    """The data of a LUKS layer by its place in the file alone, as a storage that gives and takes it decrypted."""
+
+    def __init__(self, encrypted: EncryptedData) -> None:
+        self._encrypted = encrypted
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """See Storage."""
+        data = bytearray(n_bytes)
+        if n_bytes and not self._encrypted.try_read_into(host_offset, host_offset, memoryview(data)):
+            return None
+        return data
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """See Storage. Raises OSError."""
+        data = bytearray(n_bytes)
+        await self._encrypted.read_into(host_offset, host_offset, memoryview(data))
+        return data
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """See Storage. Raises OSError."""
+        return self._encrypted.try_write(host_offset, host_offset, buffers)
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """See Storage. Raises OSError."""
+        await self._encrypted.write(host_offset, host_offset, buffers)
 
 
 class Passphrase:

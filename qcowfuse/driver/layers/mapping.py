@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
+from ...buffer import Buffer
 from ...format.entries import ClusterKind, EntryFormat, Table, parse_table
 from ...format.extents import MISS, Extent, Run, lookup_run
 from ...format.geometry import Geometry
@@ -42,6 +43,22 @@ def _encrypted_lookup(lookup: LookupRun) -> LookupRun:
         return run._replace(kind=ClusterKind.ENCRYPTED) if run.kind == ClusterKind.DATA else run
 
     return lookup_encrypted
+
+
+class Places(Protocol):
+    """What holds guest data at host offsets, as the guest sees it; each call as Storage has it."""
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """See Storage."""
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """See Storage."""
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """See Storage."""
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """See Storage."""
 
 
 class Layer(Protocol):
@@ -139,6 +156,11 @@ class Mapping:
         """The L1 table of a layer that is written, which is in memory."""
         assert not isinstance(self.l1_table, PagedTable)
         return self.l1_table
+
+    @property
+    def places(self) -> Places | None:
+        """Where guest data can be read and written by its host offset alone; None where that is not enough."""
+        return self.data if self.encrypted is None else self.encrypted.places
 
     def resize(self, size: int) -> None:
         """Map ``size`` bytes from now on; what a longer L1 table adds is empty."""

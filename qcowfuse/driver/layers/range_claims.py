@@ -24,15 +24,16 @@ class Claim:
 
 
 class Claims:
-    """The set of claims of one image; few at a time, so a list is the fastest search."""
+    """The set of claims of one image; few at a time, so a list is the fastest search. ``taken`` is not to be changed
+    by others: a hot path may ask whether there is any."""
 
     def __init__(self) -> None:
-        self._claims: list[Claim] = []
+        self.taken: list[Claim] = []
 
     def first_conflict(self, start: int, end: int) -> Claim | None:
         """The claim with the lowest start that overlaps the range."""
         found: Claim | None = None
-        for claim in self._claims:
+        for claim in self.taken:
             if claim.start < end and start < claim.end and (found is None or claim.start < found.start):
                 found = claim
         return found
@@ -40,12 +41,12 @@ class Claims:
     def take(self, start: int, end: int) -> Claim:
         """Claim a range that has no conflict."""
         claim = Claim(start, end)
-        self._claims.append(claim)
+        self.taken.append(claim)
         return claim
 
     def release(self, claim: Claim) -> None:
         """Give the claim up and wake the requests that wait for it."""
-        self._claims.remove(claim)
+        self.taken.remove(claim)
         claim.released.set()
 
 

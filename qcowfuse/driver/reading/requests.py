@@ -16,14 +16,14 @@ from ...buffer import Buffer
 from ...errors import CorruptImageError, OutOfRangeError
 from ...format.entries import COPIED
 from ..image import never
-from ..layers.mapping import Mapping
+from ..layers.mapping import Mapping, Places
 from ..layers.table_cache import LAYER_BITS, TableCache
 from ..pending import PendingRead, RequestGuard, fail_with
 from .reader import ChainReader
 
 
 class Reads:
-    """Of any kind of disk: encrypted, with extended entries, with anything below."""
+    """Of any kind of disk: with the old encryption, with extended entries, with anything below."""
 
     def __init__(self, mapping: Mapping, reader: ChainReader, cache: TableCache, guard: RequestGuard) -> None:
         self._mapping = mapping
@@ -43,7 +43,9 @@ class Reads:
 class _TopReads(Reads):
     """What the classes below ask of the objects above, looked up once."""
 
-    def __init__(self, mapping: Mapping, reader: ChainReader, cache: TableCache, guard: RequestGuard) -> None:
+    def __init__(
+        self, mapping: Mapping, places: Places, reader: ChainReader, cache: TableCache, guard: RequestGuard
+    ) -> None:
         super().__init__(mapping, reader, cache, guard)
         self._slices = cache.slices
         self._slice_shift = mapping.slice_shift
@@ -51,15 +53,17 @@ class _TopReads(Reads):
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_size = mapping.geometry.cluster_size
         self._cluster_mask = self._cluster_size - 1
-        self._try_pread = mapping.data.try_pread
-        self._pread = mapping.data.pread
+        self._try_pread = places.try_pread
+        self._pread = places.pread
 
 
 class PlainReads(_TopReads):
-    """Of a disk whose data lies as it is in the image file."""
+    """Of a disk whose data lies in the image file, as it is or encrypted with LUKS."""
 
-    def __init__(self, mapping: Mapping, reader: ChainReader, cache: TableCache, guard: RequestGuard) -> None:
-        super().__init__(mapping, reader, cache, guard)
+    def __init__(
+        self, mapping: Mapping, places: Places, reader: ChainReader, cache: TableCache, guard: RequestGuard
+    ) -> None:
+        super().__init__(mapping, places, reader, cache, guard)
         self._not_plain = mapping.entry_format.not_plain
         self._offset_mask = mapping.entry_format.offset_mask
         self._compressed = mapping.entry_format.compressed
@@ -124,10 +128,11 @@ class DataFileReads(_TopReads):
 
 def reads_of(mapping: Mapping, reader: ChainReader, cache: TableCache, guard: RequestGuard) -> Reads:
     """The reads of the kind of disk that the top layer is."""
-    kind = Reads
-    if mapping.encrypted is None and not mapping.entry_format.is_extended:
-        kind = PlainReads if mapping.data is mapping.storage else DataFileReads
-    return kind(mapping, reader, cache, guard)
+    places = mapping.places
+    if places is None or mapping.entry_format.is_extended:
+        return Reads(mapping, reader, cache, guard)
+    kind = PlainReads if mapping.data is mapping.storage else DataFileReads
+    return kind(mapping, places, reader, cache, guard)
 
 
 def check_range(mapping: Mapping, guest_offset: int, n_bytes: int) -> None:

@@ -133,12 +133,20 @@ class Changes:
     def _writes_of(self, parts: WritableParts, cache: TableCache) -> StartsWrites:
         mapping, life, bitmaps = self._mapping, self._life, parts.bitmaps
         writes: StartsWrites
-        if mapping.encrypted is not None or mapping.entry_format.is_extended:
+        places = mapping.places
+        if places is None or mapping.entry_format.is_extended:
             writes = Writes(mapping, cache, self.writer, life, bitmaps)
         else:
             kind = PlainWrites if mapping.data is mapping.storage else DataFileWrites
             writes = kind(
-                mapping, cache, self.writer, life, bitmaps, metadata=parts.metadata, write_back=self.write_back
+                mapping,
+                cache,
+                self.writer,
+                life,
+                bitmaps,
+                places=places,
+                metadata=parts.metadata,
+                write_back=self.write_back,
             )
         if bitmaps is not None and bitmaps.has_enabled:
             writes = TrackedWrites(writes, mapping, life, bitmaps)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 from ...buffer import Buffer
 from ...errors import CorruptImageError
 from ...format.entries import COPIED
-from ..layers.mapping import Mapping
+from ..layers.mapping import Mapping, Places
 from ..layers.table_cache import LAYER_BITS, TableCache
 from ..pending import PendingWrite, fail_with
 from ..reading.requests import check_range
@@ -98,6 +98,7 @@ class _TopWrites(Writes):
         life: LifeCycle,
         bitmaps: DirtyBitmaps | None,
         *,
+        places: Places,
         metadata: MetadataClusters,
         write_back: WriteBack,
     ) -> None:
@@ -113,8 +114,8 @@ class _TopWrites(Writes):
         self._in_place_value = mapping.entry_format.in_place_value
         self._offset_mask = mapping.entry_format.offset_mask
         self._metadata_clusters = metadata.clusters
-        self._try_pwritev = mapping.data.try_pwritev
-        self._pwritev = mapping.data.pwritev
+        self._try_pwritev = places.try_pwritev
+        self._pwritev = places.pwritev
 
     async def _write_in_place(self, host_offset: int, data: Buffer) -> None:
         """The host clusters are still those of the entries that were looked at, or nobody's: this is an operation in
@@ -124,7 +125,7 @@ class _TopWrites(Writes):
 
 
 class PlainWrites(_TopWrites):
-    """To a disk whose data lies as it is in the image file."""
+    """To a disk whose data lies in the image file, as it is or encrypted with LUKS."""
 
     def start(self, guest_offset: int, data: Buffer) -> PendingWrite | None:
         """See StartsWrites."""
