@@ -47,6 +47,25 @@ def test_wheel_holds_the_systemd_unit_where_systemd_looks(wheel: Path) -> None:
     assert zipfile.ZipFile(wheel).read(unit) == (REPOSITORY / "qcowfuse/data/qcowfuse@.service").read_bytes()
 
 
+def test_wheel_holds_man_pages_and_completions(wheel: Path) -> None:
+    """Each file that scripts/manual makes is in the wheel, where man and the shells look below a prefix."""
+    data = f"qcowfuse-{__version__}.data/data/share/"
+    folders = {
+        "man/*.1": "man/man1",
+        "man/*.8": "man/man8",
+        "completions/bash/*": "bash-completion/completions",
+        "completions/fish/*": "fish/vendor_completions.d",
+        "completions/zsh/*": "zsh/site-functions",
+    }
+    archive = zipfile.ZipFile(wheel)
+    expected = {
+        f"{data}{folder}/{path.name}": path.read_bytes()
+        for pattern, folder in folders.items()
+        for path in (REPOSITORY / "qcowfuse/data").glob(pattern)
+    }
+    assert {name: archive.read(name) for name in archive.namelist() if name.startswith(data)} == expected
+
+
 def test_wheel_metadata(wheel: Path) -> None:
     """Name, licence and its text, minimum Python, README and pinned minimums are in the metadata."""
     archive = zipfile.ZipFile(wheel)

@@ -54,6 +54,12 @@ def parse_size(text: str) -> int:
     return n_bytes
 
 
+def known_options(format_name: str) -> tuple[str, ...]:
+    """What a list may hold for a format, each with ``=`` behind it."""
+    known = _COMMON_OPTIONS | _ENCRYPTION_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
+    return tuple(sorted(f"{name}=" for name in known))
+
+
 def _switch(name: str, text: str) -> bool:
     if text not in ("on", "off"):
         raise CreateError(f"{name}={text}: expected on or off")
@@ -71,13 +77,11 @@ def parse_create_options(
     """From ``lists`` of ``name=value,...`` (a doubled comma is a plain one); the other arguments go before what they
     say. Raises CreateError."""
     given: dict[str, str] = {}
+    known = known_options(format_name)
     for text in lists:
         for part in re.split(r"(?<!,),(?!,)", text):
             name, _, value = part.replace(",,", ",").partition("=")
-            known = (
-                _COMMON_OPTIONS | _ENCRYPTION_OPTIONS | (_QCOW2_OPTIONS if format_name == "qcow2" else frozenset())
-            )
-            _require(name in known, f"unknown option {name} for format {format_name}")
+            _require(f"{name}=" in known, f"unknown option {name} for format {format_name}")
             given[name] = value
     size = size if size is not None else given.get("size")
     cluster_size = parse_size(given.get("cluster_size", "64k"))

@@ -52,7 +52,7 @@ class ImgExit(IntEnum):
     NOT_SUPPORTED = 63
 
 
-_EXPLANATIONS = {
+EXPLANATIONS = {
     ImgExit.OK: "done; check: no errors",
     ImgExit.FAILED: "failed: wrong arguments, or the image cannot be opened, read, understood or made",
     ImgExit.CORRUPTIONS: "check: the image is corrupted",
@@ -71,7 +71,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> _Parser:
-    codes = "\n".join(f"  {code:2}  {text}" for code, text in _EXPLANATIONS.items())
+    codes = "\n".join(f"  {code:2}  {text}" for code, text in EXPLANATIONS.items())
     parser = _Parser(
         prog="qcowfuse-img",
         description="Look at QCOW images, check and mend them, make new ones, and handle their snapshots.",

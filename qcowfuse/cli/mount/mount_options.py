@@ -16,6 +16,13 @@ from .options import OPTIONS
 
 _KERNEL_FLAGS = frozenset(str.split("nosuid nodev noexec sync dirsync noatime nodiratime"))
 _FUSE_FLAGS = frozenset({"allow_other", "allow_root"})
+LIST_NAMES = {
+    "ro": "do not write to the image",
+    "allow_other": "let other users in, as far as file modes let them",
+    "allow_root": "let root in, and nobody else",
+    "nosuid": "as for any mount; so are nodev, noexec, noatime, nodiratime, sync and dirsync",
+}
+"""What the list may hold besides options of the table, for documents."""
 _MEANINGLESS = frozenset(
     str.split(
         "rw suid dev exec async atime diratime relatime norelatime strictatime nostrictatime lazytime nolazytime "
@@ -40,6 +47,12 @@ class GivenOptions:
         self.flags: set[str] = set()
         self.values: dict[str, str] = {}
         self.repeated: dict[str, list[str]] = {}
+
+
+def list_words() -> tuple[str, ...]:
+    """What may stand in the list, for completion; what takes a value ends with ``=``."""
+    own = (f"{option.name}{'=' * bool(option.metavar)}" for option in _OWN.values())
+    return tuple(sorted({"ro", *_FUSE_FLAGS, *_KERNEL_FLAGS, *own}))
 
 
 def split_options(text: str) -> list[str]:

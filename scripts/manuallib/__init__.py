@@ -1,0 +1,1 @@
+"""Man pages and shell completions out of the programs' own parsers: ``commands``, ``roff``, ``completions``."""
