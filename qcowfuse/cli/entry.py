@@ -6,11 +6,18 @@
 from __future__ import annotations
 
 import signal
+import sys
+
+from .verb_names import VERBS
 
 
 def qcowfuse() -> int:
     """The program qcowfuse; returns its exit code."""
     _let_interrupts_end_it()
+    if len(sys.argv) > 1 and sys.argv[1] in VERBS:
+        from .verbs.main import main as verb
+
+        return verb(sys.argv[1:])
     from .mount.main import main
 
     return main()

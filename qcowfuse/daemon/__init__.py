@@ -3,6 +3,7 @@
 Modules: ``service`` (from opening to closing), ``session`` (the mount itself), ``settings`` (where and how it
 serves), ``ending`` (unmounted by hand, told to stop, cut off), ``process`` (daemon, report to the starter),
 ``sandbox`` (what the daemon gives up once it serves), ``mountpoint`` (what may be a mount point, unmounting),
-``mount_users`` (who uses it), ``served_file`` (calls on the file that keep nobody from unmounting), ``outside`` (the
-process that asks the mount) and ``mount_client`` (what it can be asked for).
+``mount_users`` (who uses it), ``record`` (what a daemon says where its mount can't be asked), ``served_file`` (calls
+on the file that keep nobody from unmounting), ``outside`` (the process that asks the mount) and ``mount_client``
+(what it can be asked for).
 """

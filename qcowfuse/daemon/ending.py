@@ -113,6 +113,7 @@ class Ending:
     async def _stop_when_told(self) -> None:
         mount, stop = self._mount, self._stop
         await stop.wake.wait()
+        mount.is_stopping = True
         self._notices.stopping(f"stopping ({stop.reason})")
         _log.info("%s: stopping (%s)", mount.path, stop.reason)
         last_notice, noticed = -math.inf, ""

@@ -119,12 +119,28 @@ def _namespace(path: Path) -> str | None:
 
 
 def _loop_devices_on(path: str) -> Iterator[str]:
+    """Loop devices with the file at ``path``, or with one of the partitions beside it, and where they are mounted."""
+    partition = re.compile(re.escape(path) + r"\.p\d+", re.ASCII)
     for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
-        try:
-            if backing.read_text(errors="surrogateescape").rstrip("\n") == path:
-                yield f"/dev/{backing.parts[3]}"
-        except OSError:
-            continue
+        with suppress(OSError):
+            file = backing.read_text(errors="surrogateescape").rstrip("\n")
+            if file == path or partition.fullmatch(file):
+                yield f"/dev/{backing.parts[3]}{_what_stands_on(backing.parents[1])}"
+
+
+def _what_stands_on(device: Path) -> str:
+    """`` (mounted at /data)``, or the devices that hold ``device``, given as its folder in /sys."""
+    parts = [device, *device.glob(f"{device.name}p*")]
+    holders = [holder for part in parts for holder in part.glob("holders/*")]
+    numbers, names = set(), {f"/dev/{part.name}" for part in (*parts, *holders)}
+    for part in (*parts, *holders):
+        with suppress(OSError, ValueError):
+            major, minor = (part / "dev").read_text().split(":")
+            numbers.add(os.makedev(int(major), int(minor)))
+    places = {mount.path: None for mount in mount_table() if mount.device in numbers or mount.source in names}
+    if places:
+        return f" (mounted at {', '.join(places)})"
+    return f" (held by {', '.join(holder.name for holder in holders)})" if holders else ""
 
 
 def _descriptors_in(process: _Process, device: int) -> Iterator[int]:

@@ -116,23 +116,31 @@ def _open_elsewhere(file: ServedFile) -> int:
 
 
 @contextmanager
-def _named(file: ServedFile) -> Iterator[tuple[int, bool]]:
-    """A descriptor that only names the file (O_PATH), and whether users can unmount meanwhile."""
-    clone = _clone(file.mount_path)
-    root = os.open(file.mount_path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW) if clone is None else clone
+def root_of(mount_path: str, device: int) -> Iterator[tuple[int, bool]]:
+    """A descriptor that only names the root of the mount (O_PATH), and whether users can unmount meanwhile. Raises
+    OSError; ESTALE where something else is mounted there."""
+    clone = _clone(mount_path)
+    root = os.open(mount_path, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW) if clone is None else clone
     try:
-        if os.fstat(root).st_dev != file.device:
-            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), file.path)
+        if os.fstat(root).st_dev != device:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), mount_path)
+        yield root, clone is not None
+    finally:
+        os.close(root)
+
+
+@contextmanager
+def _named(file: ServedFile) -> Iterator[tuple[int, bool]]:
+    """The same of the file."""
+    with root_of(file.mount_path, file.device) as (root, is_clone):
         if file.name is None:
-            yield root, clone is not None
+            yield root, is_clone
             return
         fd = os.open(file.name, os.O_PATH | os.O_CLOEXEC | os.O_NOFOLLOW, dir_fd=root)
         try:
-            yield fd, clone is not None
+            yield fd, is_clone
         finally:
             os.close(fd)
-    finally:
-        os.close(root)
 
 
 def _clone(path: str) -> int | None:

@@ -26,6 +26,7 @@ from .mount_client import MountClient
 from .mountpoint import MountPoint
 from .outside import Outside
 from .process import STOP_SIGNALS, become_io_flusher, become_user, stop_signals_let_through
+from .record import RecordWriter, State
 from .sandbox import enter_sandbox
 from .session import MountSession
 from .settings import MountSettings
@@ -68,10 +69,25 @@ class _Service:
         self._settings = settings
         self._place = place
         self._outside = outside
-        self._notices = notices
+        self._notices = notices._replace(
+            waiting=self._noting(State.WAITING, notices.waiting),
+            stopping=self._noting(State.STOPPING, notices.stopping),
+        )
         self._stop = stop
         self._image: Image | None = None
         self._mount: MountSession | None = None
+        self._record: RecordWriter | None = None
+
+    def _noting(self, state: State, tell: Callable[[str], None]) -> Callable[[str], None]:
+        def note_and_tell(text: str) -> None:
+            self._note(state, text)
+            tell(text)
+
+        return note_and_tell
+
+    def _note(self, state: State, detail: str = "") -> None:
+        if self._record is not None:
+            self._record.note(state, detail)
 
     async def watch_signals(self, signals: AsyncIterator[int]) -> None:
         """Turn signals into what rules 2 and 3 say; SIGUSR1 prints the statistics."""
@@ -109,10 +125,13 @@ class _Service:
                 await self._image.aclose()
         except Exception as exc:
             _log.error("the image could not be closed cleanly: %s", exc)
+            self._note(State.FAILED, f"the image could not be closed cleanly: {exc}")
             if failure is None:
                 raise
         if failure is not None:
+            self._note(State.FAILED, str(failure))
             raise failure
+        self._note(State.CLOSED)
         _log.info("%s: closed", self._image.path)
 
     async def _serve_image(self, image: Image) -> None:
@@ -137,6 +156,7 @@ class _Service:
                     await mount.check()
                     if self._stop.reason is not None:
                         raise StoppedEarlyError(f"stopped by {self._stop.reason} before it served")
+                    self._record = RecordWriter(mount.record)  # before the sandbox
                     self._notices.served()
                     await self._settle(mount)
                     self._notices.ready(mount.description)
@@ -170,6 +190,7 @@ class _Service:
             nursery.start_soon(self._end, mount)
             await mount.ended.wait()
             self._notices.stopping("unmounted, closing the image")
+            self._note(State.CLOSING)
             nursery.cancel_scope.cancel()
 
     async def _end(self, mount: MountSession) -> None:

@@ -29,6 +29,7 @@ from .mount_client import MountClient
 from .mountpoint import MountBusyError, MountPoint
 from .outside import Outside
 from .process import captured_stderr
+from .record import Record
 from .settings import MountSettings
 
 MIN_TASKS = 16
@@ -93,7 +94,9 @@ class MountSession:
         # Two names for one byte must not have a page each: see several_files.
         wants_cache = settings.writeback_cache and not image.read_only and partitions is None
         self._session = ExtendedSession(self._operations, gate, writeback_cache=wants_cache)
-        self._statistics = {"pid": os.getpid()}  # for a user who wants to send a signal
+        self.is_stopping = False
+        self._gate = gate
+        self._statistics = {"pid": os.getpid(), "since": int(time.time())}
         self._operations.daemon_statistics = lambda: self.statistics
 
     @property
@@ -148,8 +151,20 @@ class MountSession:
 
     @property
     def statistics(self) -> dict[str, int]:
-        """Counters of the daemon, beside those of the image."""
-        return self._statistics | self._session.statistics()
+        """Counters of the daemon, beside those of the image. ``since``: seconds since the epoch; ``open_files``: how
+        many have the file open; ``waiting_requests``: those that wait for the image, or for their turn."""
+        now = {
+            "stopping": int(self.is_stopping),
+            "open_files": self.n_open,
+            "waiting_requests": self._gate.n_slow,
+        }
+        return self._statistics | now | self._session.statistics()
+
+    @property
+    def record(self) -> Record:
+        """What others may read where the mount can't be asked."""
+        image = os.path.abspath(self._image.path)
+        return Record(image, self.path, self.file_path, self.device, self._statistics["since"])
 
     def add_statistics(self, statistics: dict[str, int]) -> None:
         """Show these as well, as extended attributes and in the log."""

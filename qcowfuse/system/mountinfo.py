@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 
 class MountEntry(NamedTuple):
-    """A line of the kernel's table of mounts; ``parent_id`` is the ``mount_id`` of the mount below."""
+    """A line of the kernel's table of mounts; ``parent_id`` is the ``mount_id`` of the mount below. ``options`` are
+    those of the mount, then those of the file system."""
 
     mount_id: int
     parent_id: int
@@ -16,6 +17,7 @@ class MountEntry(NamedTuple):
     path: str
     file_system: str
     source: str
+    options: tuple[str, ...]
 
 
 def mount_table(process: str = "self") -> Iterator[MountEntry]:
@@ -32,6 +34,7 @@ def mount_table(process: str = "self") -> Iterator[MountEntry]:
                 path=_unescape(fields[4]),
                 file_system=kind[0],
                 source=_unescape(kind[1]),
+                options=(*fields[5].split(","), *kind[2].split(",")),
             )
 
 

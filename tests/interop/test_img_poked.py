@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 
-from qcowfuse.cli.img.json_text import as_unicode
 from qcowfuse.cli.img.main import main
+from qcowfuse.cli.json_text import as_unicode
 from tests.support import qemu
 
 N_IMAGES = int(os.environ.get("QCOWFUSE_POKED_IMAGES", "60"))

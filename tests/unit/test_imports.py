@@ -36,7 +36,8 @@ ROOMS = {
     "cli": "errors partitions driver printable system tools driver.facade daemon",
     "cli.mount": "errors driver printable driver.facade daemon _version cli",
     "cli.img": "errors partitions driver printable driver.facade consistency tools _version cli",
-    "cli.entry": "cli.mount cli.img",
+    "cli.verbs": "errors printable system daemon cli cli.mount",
+    "cli.entry": "cli cli.mount cli.img cli.verbs",
     "__init__": "_version",
     "__main__": "cli.entry",
 }

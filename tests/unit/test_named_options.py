@@ -19,6 +19,8 @@ from qcowfuse.cli.img.main import build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import sort_options
 from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser
+from qcowfuse.cli.verb_names import VERBS
+from qcowfuse.cli.verbs.main import build_parser as build_verb_parser
 
 PACKAGE = Path(qcowfuse.__file__).parent
 OTHER_PROGRAMS = {
@@ -46,16 +48,18 @@ def commands() -> dict[str, set[str]]:
     for action in build_img_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             found |= {f"qcowfuse-img {name}": _options_of(parser) for name, parser in action.choices.items()}
-    return found
+    return found | {f"qcowfuse {verb}": _options_of(build_verb_parser(verb)) for verb in VERBS}
 
 
 COMMANDS = commands()
 OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
 PRINTED_BY = {
     "cli/img/create_options.py": {"qcowfuse-img create"},
-    "cli/img/main.py": {name for name in COMMANDS if name != "qcowfuse"},
+    "cli/img/main.py": {name for name in COMMANDS if name.startswith("qcowfuse-img")},
     "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
+    "cli/verbs/options.py": {"qcowfuse status"},
+    "cli/verbs/unmounting.py": {"qcowfuse umount"},
     "cli": {"qcowfuse"},
     "driver/chain.py": OPENS_A_CHAIN,
     "driver/layers/data_file.py": OPENS_A_CHAIN,
@@ -107,8 +111,8 @@ def wrong_options(text: str, printers: set[str]) -> list[str]:
         for number, word in enumerate(words):
             if word in ("qcowfuse", "qcowfuse-img") or word in OTHER_PROGRAMS:
                 named = word
-                if word == "qcowfuse-img" and number + 1 < len(words):
-                    named = f"{word} {words[number + 1]}"
+                if " ".join(words[number : number + 2]) in COMMANDS:
+                    named = " ".join(words[number : number + 2])
             elif OPTION.fullmatch(word):
                 if named in OTHER_PROGRAMS:
                     continue

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import ExitCode
-from qcowfuse.cli.img.json_text import as_unicode
 from qcowfuse.cli.img.main import ImgExit, main
+from qcowfuse.cli.json_text import as_unicode
 from qcowfuse.cli.logs import OneLine
 from qcowfuse.format.extensions import EXTENSION_DATA_FILE, HeaderExtension
 from qcowfuse.format.header import Qcow2Header

@@ -19,7 +19,7 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     "cryptography",
     "getpass",
     "zstandard",
-    *(f"qcowfuse.cli.{name}" for name in ("img.main", "mount.parser")),
+    *(f"qcowfuse.cli.{name}" for name in ("img.main", "mount.parser", "verbs.main")),
     *(f"qcowfuse.tools.{name}" for name in ("check", "create", "info")),
     "qcowfuse.consistency.repair",
     "qcowfuse.driver.layers.encryption",

@@ -28,13 +28,14 @@ from ...tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snaps
 from .. import logs
 from ..failures import describe_known, is_interrupt
 from ..image_names import NAME_OPTIONS, options_of_names
+from ..json_text import write_json
 from ..near_misses import with_near_misses
 from ..option_table import add_options
 from ..passphrase import KeySource, ask, read_key_file
+from ..size_text import size_text
 from ..stopping import StoppedError, run_until_stopped
 from . import output
 from .create_options import parse_create_options, parse_size
-from .json_text import write_json
 from .progress import ProgressLine
 
 MAX_LEAKS = 20
@@ -384,7 +385,7 @@ def _resize(given: argparse.Namespace) -> int:
             await image.aclose()
         if not given.quiet:
             change = "had that size already" if image.size == before else f"had {before}"
-            print(printable(f"{given.image}: {output.size_text(image.size)} ({image.size} bytes), {change}"))
+            print(printable(f"{given.image}: {size_text(image.size)} ({image.size} bytes), {change}"))
         return ImgExit.OK
 
     return run_until_stopped(run)
@@ -412,5 +413,5 @@ def _create(given: argparse.Namespace) -> int:
         if passphrase is not None:
             passphrase[:] = bytes(len(passphrase))
     if not given.quiet:
-        print(printable(f"{given.image}: {given.format} image of {output.size_text(created)}"))
+        print(printable(f"{given.image}: {given.format} image of {size_text(created)}"))
     return ImgExit.OK

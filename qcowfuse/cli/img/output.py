@@ -15,7 +15,8 @@ from ...consistency.result import CheckResult
 from ...printable import printable
 from ...tools.extent_map import MapEntry
 from ...tools.info import AUTO, IN_USE, BitmapEntry, Description, LuksHeader, Snapshot
-from .json_text import as_unicode
+from ..json_text import as_unicode
+from ..size_text import size_text
 
 Json = dict[str, Any]
 
@@ -168,17 +169,6 @@ def check_json(path: str, result: CheckResult) -> Json:
 def to_text(value: Json | list[Json]) -> str:
     """JSON as qemu-img lays it out."""
     return json.dumps(as_unicode(value), indent=4)
-
-
-def size_text(n_bytes: int) -> str:
-    """``1.5 GiB``: three digits that mean something, as qemu-img shows sizes."""
-    value, units = float(n_bytes), iter(("B", "KiB", "MiB", "GiB", "TiB", "PiB"))
-    unit = next(units)
-    while value >= 1000:
-        value, unit = value / 1024, next(units, "EiB")
-        if unit == "EiB":
-            break
-    return f"{value:.3g} {unit}"
 
 
 async def write_info(described: Description, write: Callable[[str], object]) -> None:

@@ -12,7 +12,8 @@ from ...driver.image import Image
 from ...driver.partition_window import read_file_system, read_partition_table
 from ...partitions.values import Partition, PartitionTable
 from ...printable import printable
-from .output import size_text, to_text
+from ..size_text import size_text
+from .output import to_text
 
 _HEADINGS = ("No", "Start", "Bytes", "Size", "Boot", "File system", "Type", "UUID", "Label")
 _TO_THE_RIGHT = frozenset((0, 1, 2, 3))

@@ -10,6 +10,7 @@ from ...printable import printable
 from ..exit_codes import EXPLANATIONS, ExitCode
 from ..near_misses import with_near_misses
 from ..option_table import add_options
+from ..verb_names import VERBS
 from .options import OPTIONS
 
 
@@ -22,14 +23,18 @@ class _Parser(argparse.ArgumentParser):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of qcowfuse's command line."""
     codes = "\n".join(f"  {code.value}  {text}" for code, text in EXPLANATIONS.items())
+    verbs = "\n".join(f"  {name:8}{text}" for name, text in VERBS.items())
     parser = _Parser(
         prog="qcowfuse",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage="qcowfuse [OPTION]... IMAGE MOUNTPOINT",
+        usage="qcowfuse [OPTION]... IMAGE MOUNTPOINT\n       qcowfuse VERB [ARGUMENT]...",
         description="Serve a QCOW or QCOW2 image as one raw file of the size of its disk, read and write.\n"
         "Returns when the mount serves, and lives on in the background.",
-        epilog=f"""exit codes:
+        epilog=f"""verbs (qcowfuse VERB --help says more; an image of such a name is ./{next(iter(VERBS))}):
+{verbs}
+
+exit codes:
 {codes}
 
 examples:
@@ -37,8 +42,8 @@ examples:
   qcowfuse -r disk.qcow2 /tmp/disk.raw           mounted over an existing regular file
   qcowfuse -o ro,allow_other,umask=022 disk.qcow2 /mnt/x
   mount -t fuse.qcowfuse disk.qcow2 /mnt/x -o ro
-  getfattr -d /mnt/x/disk.raw                    counters of the L2 cache and the backend
-  fusermount3 -u /mnt/x                          the end: flushes, closes, unlocks
+  qcowfuse status /mnt/x                         counters of the L2 cache and the backend
+  qcowfuse umount /mnt/x                         the end: flushes, closes, unlocks (or fusermount3 -u)
 
 SIGTERM and SIGINT end it as fusermount3 -u does; while the file is in use, they flush it and wait
 for its users. SIGUSR1 prints the counters to the log.""",
