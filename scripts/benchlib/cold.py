@@ -25,7 +25,7 @@ from . import images
 from .compare import Result
 from .contenders import OURS, Contender, Served, serve_qcowfuse
 from .report import print_table
-from .rows import Row, Settings
+from .row import Row, Settings
 from .tools import fio, need, run, table
 
 SIZE_MIB = 4096
@@ -211,7 +211,7 @@ def _print(
                 f"{result.row.name}: {DISK} {statistics.median(disk):,.0f} {result.row.unit}, ours {ours:.2f} of it"
             )
     print()
-    print_table(results, contenders)
+    print_table(results, [contender.name for contender in contenders[1:]])
     print("\nin flight at the disk on average (processor time of the daemon, in us for each read)\n")
     names = [contender.name for contender in contenders]
     rows = []

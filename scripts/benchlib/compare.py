@@ -19,7 +19,8 @@ from pathlib import Path
 
 from . import images
 from .contenders import OURS, Contender, Served
-from .rows import MAKERS, Row, Settings, image_mib, is_start_up
+from .row import Row, Settings
+from .rows import MAKERS, image_mib, is_start_up
 
 
 @dataclass
@@ -73,14 +74,18 @@ def _run_scene(
     contenders = [c for c in contenders if rows[0].scene not in c.unable]
     with ExitStack() as stack:
         served: dict[str, Served] = {}
-        if not all(row.is_fresh for row in rows):
-            for contender in list(contenders):
-                image = images.copy(folder / "template", folder / contender.name)
-                try:
+        is_fresh = all(row.is_fresh for row in rows)
+        for number, contender in enumerate(list(contenders)):
+            image = images.copy(folder / "template", folder / f"served{number}")
+            try:
+                if is_fresh:
+                    with contender.serve(image, folder):
+                        shutil.rmtree(image.parent)
+                else:
                     served[contender.name] = stack.enter_context(contender.serve(image, folder))
-                except RuntimeError as error:
-                    print(f"left out for {rows[0].scene}: {error}", file=sys.stderr)
-                    contenders.remove(contender)
+            except RuntimeError as error:
+                print(f"{contender.name} is left out for {rows[0].scene}: {error}", file=sys.stderr)
+                contenders.remove(contender)
         for row in rows:
             reason = _leave_out(row)
             if reason:

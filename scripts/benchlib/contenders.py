@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from .images import PASSPHRASE
 from .tools import REPOSITORY, python, run, until, wait_ended
 
 OURS = "qcowfuse"
 QSD = "qemu-storage-daemon"
+_ENCRYPTED = ("luks", "luks-empty")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,12 @@ class Contender:
     unable: tuple[str, ...] = ()
 
 
+def _passphrase(image: Path) -> Path | None:
+    """The file with the passphrase of an encrypted image."""
+    file = image.with_name(PASSPHRASE)
+    return file if file.exists() else None
+
+
 def _size_of(image: Path) -> int:
     return int(json.loads(run("qemu-img", "info", "-U", "--output=json", str(image)))["virtual-size"])
 
@@ -78,6 +86,9 @@ def _has_size(file: Path, size: int) -> bool:
 def serve_qcowfuse(image: Path, folder: Path, *options: str) -> Iterator[Served]:
     """A foreground qcowfuse on a fresh mount point."""
     mount_point = Path(tempfile.mkdtemp(dir=folder, prefix="mnt"))
+    key = _passphrase(image)
+    if key:
+        options = (*options, f"--key-file={key}")
     command = [python(), "-m", "qcowfuse", "-f", *options, str(image), str(mount_point)]
     started = time.monotonic()
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
@@ -92,18 +103,26 @@ def serve_qcowfuse(image: Path, folder: Path, *options: str) -> Iterator[Served]
 
 
 @contextmanager
-def serve_qsd(program: str, image: Path, folder: Path) -> Iterator[Served]:
-    """QEMU's FUSE export."""
+def serve_qsd(program: str, n_iothreads: int, image: Path, folder: Path) -> Iterator[Served]:
+    """QEMU's FUSE export; without a thread for it, or with ``n_iothreads`` that answer in turn (from QEMU 11)."""
     descriptor, name = tempfile.mkstemp(dir=folder, prefix="qsd")
     os.close(descriptor)
     file = Path(name)
     size = _size_of(image)
-    command = [
-        program,
-        *("--blockdev", f"driver=file,node-name=f,filename={image},discard=unmap"),
-        *("--blockdev", "driver=qcow2,node-name=q,file=f,discard=unmap"),
-        *("--export", f"type=fuse,id=e,node-name=q,mountpoint={file},writable=on"),
-    ]
+    key = _passphrase(image)
+    format_: dict[str, object] = {"driver": "qcow2", "node-name": "q", "file": "f", "discard": "unmap"}
+    export: dict[str, object] = {"type": "fuse", "id": "e", "node-name": "q", "mountpoint": str(file)}
+    export["writable"] = True
+    command = [program, "--blockdev", f"driver=file,node-name=f,filename={image},discard=unmap"]
+    if key:
+        command += ["--object", f"secret,id=key,file={key}"]
+        format_["encrypt"] = {"format": "luks", "key-secret": "key"}
+    threads = [f"t{number}" for number in range(n_iothreads)]
+    for thread in threads:
+        command += ["--object", f"iothread,id={thread}"]
+    if threads:
+        export["iothread"] = threads[0] if len(threads) == 1 else threads
+    command += ["--blockdev", json.dumps(format_), "--export", json.dumps(export)]
     started = time.monotonic()
     process = subprocess.Popen(command)
     try:
@@ -134,7 +153,14 @@ def _serve_nbdfuse(nbdfuse: str, server: list[str], image: Path, folder: Path) -
 
 def serve_qemu_nbd(nbdfuse: str, qemu_nbd: str, image: Path, folder: Path) -> AbstractContextManager[Served]:
     """qemu-nbd, mounted by nbdfuse."""
-    return _serve_nbdfuse(nbdfuse, [qemu_nbd, "--discard=unmap", "-f", "qcow2", str(image)], image, folder)
+    command = [qemu_nbd, "--discard=unmap"]
+    key = _passphrase(image)
+    if key:
+        opened = f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={image}"
+        command += ["--object", f"secret,id=key,file={key}", "--image-opts", opened]
+    else:
+        command += ["-f", "qcow2", str(image)]
+    return _serve_nbdfuse(nbdfuse, command, image, folder)
 
 
 def serve_nbdkit(nbdfuse: str, command: list[str], image: Path, folder: Path) -> AbstractContextManager[Served]:
@@ -198,7 +224,9 @@ def find_contenders(peers: Path | None) -> list[Contender]:
     nbdkit, qcowmount = find("nbdkit"), find("qcowmount")
     if qsd:
         version = run(qsd, "--version").splitlines()[0]
-        found.append(Contender(QSD, partial(serve_qsd, qsd), True, version))
+        found.append(Contender(QSD, partial(serve_qsd, qsd, 0), True, version))
+        for number, unit in ((1, "iothread"), (2, "iothreads"), (4, "iothreads")):
+            found.append(Contender(f"{QSD}, {number} {unit}", partial(serve_qsd, qsd, number), True, version))
     else:
         missing.append(QSD)
     if nbdfuse and qemu_nbd:
@@ -209,45 +237,30 @@ def find_contenders(peers: Path | None) -> list[Contender]:
     command = _nbdkit_command(nbdkit) if nbdkit else None
     if nbdfuse and nbdkit and command:
         version = run(nbdkit, "--version").strip()
-        found.append(Contender("nbdfuse+nbdkit", partial(serve_nbdkit, nbdfuse, command), False, version, ("chain",)))
+        found.append(
+            Contender(
+                "nbdfuse+nbdkit",
+                partial(serve_nbdkit, nbdfuse, command),
+                False,
+                version,
+                ("chain", *_ENCRYPTED, "extended"),
+            )
+        )
     else:
         missing.append("nbdfuse+nbdkit qcow2dec")
     if qcowmount:
         version = run(qcowmount, "-V").strip().splitlines()[0]
-        found.append(Contender("qcowmount", partial(serve_qcowmount, qcowmount), False, version, ("chain", "zstd")))
+        found.append(
+            Contender(
+                "qcowmount",
+                partial(serve_qcowmount, qcowmount),
+                False,
+                version,
+                ("chain", "zstd", *_ENCRYPTED, "extended"),
+            )
+        )
     else:
         missing.append("qcowmount")
     if missing:
         print(f"left out, because they are not installed: {', '.join(missing)} (see scripts/bench get-peers)")
     return found
-
-
-_BACKPORTS = "qemu-utils/{0}-backports,qemu-system-common/{0}-backports,nbdkit,libnbd-bin,libqcow-utils"
-_WRAPPER = """#!/bin/sh
-r={root}
-exec $r/usr/lib64/ld-linux-x86-64.so.2 --library-path $r/usr/lib/x86_64-linux-gnu $r/usr/bin/{name} "$@"
-"""
-
-
-def get_peers(folder: Path, suite: str) -> None:
-    """Unpack Debian's newest builds of the contenders beside the system; nothing is installed.
-
-    The mirror is the one that the machine's own apt sources name.
-    """
-    if shutil.which("mmdebstrap") is None:
-        raise SystemExit("bench: needs mmdebstrap (apt install mmdebstrap)")
-    sites = run("apt-get", "indextargets", "--format", "$(REPO_URI)").splitlines()
-    mirrors = [site for site in sites if site.rstrip("/").endswith("/debian")]
-    if not mirrors:
-        raise SystemExit("bench: apt's sources name no Debian mirror")
-    folder.mkdir(parents=True, exist_ok=True)
-    root = folder.resolve() / "root"
-    lines = [f"deb {mirrors[0]} {suite} main", f"deb {mirrors[0]} {suite}-backports main"]
-    include = _BACKPORTS.format(suite)
-    run("mmdebstrap", "--quiet", "--variant=extract", f"--include={include}", suite, str(root), *lines)
-    for name in ("qemu-storage-daemon", "qemu-nbd", "nbdkit", "nbdfuse", "qcowmount"):
-        if (root / "usr/bin" / name).exists():
-            wrapper = folder / name
-            wrapper.write_text(_WRAPPER.format(root=root, name=name))
-            wrapper.chmod(0o755)
-            print(wrapper)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import images
 from .contenders import Contender
-from .rows import Settings
+from .row import Settings
 from .tools import fio, run, table
 
 _SIZES = (("1 GiB", 1 << 10), ("16 GiB", 1 << 14), ("256 GiB", 1 << 18), ("1 TiB", 1 << 20), ("16 TiB", 1 << 24))

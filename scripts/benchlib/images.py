@@ -9,6 +9,8 @@ from pathlib import Path
 from .tools import run
 
 MIB = 1 << 20
+PASSPHRASE = "passphrase"
+"""Name, in the folder of an encrypted image, of the file with its passphrase."""
 IMAGE = "disk.qcow2"
 """Name, in its folder, of the image that is served."""
 
@@ -68,6 +70,60 @@ def chain(folder: Path, size_mib: int) -> None:
         commands = [f"write -q -P {number + 1} {at}M 1M" for at in range(number, size_mib, 4)]
         run("qemu-io", "-f", "qcow2", *(part for command in commands for part in ("-c", command)), name, cwd=folder)
         below = name
+
+
+def half(folder: Path, size_mib: int) -> None:
+    """Every second cluster of 64 KiB is allocated."""
+    empty(folder, size_mib)
+    writes = [f"write -q -P 5 {at}k 64k" for at in range(0, size_mib << 10, 128)]
+    for start in range(0, len(writes), 2000):
+        commands = (part for command in writes[start : start + 2000] for part in ("-c", command))
+        run("qemu-io", "-f", "qcow2", *commands, str(folder / IMAGE))
+
+
+def luks(folder: Path, size_mib: int) -> None:
+    """Encrypted, and every cluster is allocated. The passphrase is in :data:`PASSPHRASE` beside it."""
+    luks_empty(folder, size_mib)
+    source = _raw(folder, size_mib, compressible=False)
+    run(
+        "qemu-img",
+        "convert",
+        "-n",
+        "-f",
+        "raw",
+        *_secret(folder),
+        "--target-image-opts",
+        str(source),
+        _opened(folder),
+    )
+    source.unlink()
+
+
+def luks_empty(folder: Path, size_mib: int) -> None:
+    """Encrypted with AES-XTS, nothing is allocated."""
+    (folder / PASSPHRASE).write_text("passphrase")
+    options = "encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10"
+    image = str(folder / IMAGE)
+    run("qemu-img", "create", "-q", *_secret(folder), "-f", "qcow2", "-o", options, image, f"{size_mib}M")
+
+
+def _secret(folder: Path) -> tuple[str, str]:
+    return "--object", f"secret,id=key,file={folder / PASSPHRASE}"
+
+
+def _opened(folder: Path) -> str:
+    return f"driver=qcow2,encrypt.format=luks,encrypt.key-secret=key,file.filename={folder / IMAGE}"
+
+
+def extended(folder: Path, size_mib: int) -> None:
+    """Extended L2 entries with 32 subclusters; nothing is allocated."""
+    options = ("-o", "extended_l2=on,cluster_size=128k")
+    run("qemu-img", "create", "-q", "-f", "qcow2", *options, str(folder / IMAGE), f"{size_mib}M")
+
+
+def clusters_of_4_kib(folder: Path, size_mib: int) -> None:
+    """Nothing is allocated."""
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "cluster_size=4k", str(folder / IMAGE), f"{size_mib}M")
 
 
 def empty(folder: Path, size_mib: int) -> None:

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 from .compare import Result
 from .contenders import OURS, QSD, Contender
-from .rows import Settings
+from .row import Settings
 from .tools import table
 
 
@@ -29,9 +29,9 @@ def geometric_mean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else 1.0
 
 
-def print_table(results: list[Result], contenders: list[Contender]) -> None:
-    """Medians of all contenders, and our ratios to the best other one and to qemu-storage-daemon."""
-    names = [contender.name for contender in contenders]
+def print_table(results: list[Result], peers: list[str]) -> None:
+    """Medians of ours and of ``peers``, and our ratios to the best of them and to qemu-storage-daemon."""
+    names = [OURS, *peers]
     rows = []
     for result in results:
         figures = [_figure(result.median(name)) if result.figures.get(name) else "" for name in names]
@@ -40,9 +40,9 @@ def print_table(results: list[Result], contenders: list[Contender]) -> None:
     table(["", "unit", *names, "to best", "to qsd"], rows)
     print()
     for peer in names[1:]:
-        ratios = [ratio for result in results if (ratio := result.ratio(peer)) is not None]
-        if ratios:
-            print(f"geometric mean to {peer}: {geometric_mean(ratios):.2f} ({len(ratios)} rows)")
+        measured = [ratio for result in results if (ratio := result.ratio(peer)) is not None]
+        if measured:
+            print(f"geometric mean to {peer}: {geometric_mean(measured):.2f} ({len(measured)} rows)")
 
 
 def write_json(

@@ -1,57 +1,19 @@
-"""What is measured: each row is one figure of one served disk, on one kind of image."""
+"""What is measured: fio jobs here, and the rows of whole commands, file systems and databases.
+
+A row that reads through the kernel's page cache says "buffered". fio throws the cache of the file away before such a
+job, which then reads to the end of the file: nothing of it is in memory when the job begins.
+"""
 
 from __future__ import annotations
 
-import os
-import random
-import shutil
-import tarfile
-import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from . import images
+from .command_rows import COMMAND_ROWS
 from .contenders import Served
-from .tools import fio, run
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How much is measured. ``folder`` is for helper files."""
-
-    folder: Path
-    size_mib: int
-    compressed_mib: int
-    seconds: float
-    quick: bool
-
-
-Measure = Callable[[Served, Settings], float]
-
-
-@dataclass(frozen=True)
-class Row:
-    """``is_fresh``: each measurement has its own copy of the image and its own daemon. ``unit`` names the figure;
-    of seconds and MiB of memory less is better."""
-
-    name: str
-    scene: str
-    unit: str
-    measure: Measure
-    writes: bool = False
-    is_fresh: bool = False
-    needs: tuple[str, ...] = ()
-    needs_root: bool = False
-
-    @property
-    def less_is_better(self) -> bool:
-        """Whether the smaller figure is the better one."""
-        return self.unit in ("s", "MiB")
-
+from .loop_rows import LOOP_ROWS
+from .row import Measure, Row, Settings
+from .tools import fio
 
 MAKERS: dict[str, images.Maker] = {
     "full": images.full,
@@ -62,14 +24,24 @@ MAKERS: dict[str, images.Maker] = {
     "sparse": images.sparse_16_tib,
     "start": images.full,
     "loop": images.empty,
+    "luks": images.luks,
+    "luks-empty": images.luks_empty,
+    "extended": images.extended,
+    "small": images.clusters_of_4_kib,
+    "copy": images.full,
+    "copy-half": images.half,
+    "copy-empty": images.empty,
 }
+
+
+_SMALLER = frozenset({"zlib", "zstd", "chain", "luks", "luks-empty", "extended", "small"})
 
 
 def image_mib(scene: str, settings: Settings) -> int:
     """Size of the images of a scene."""
     if scene == "loop":
         return 4096
-    return settings.compressed_mib if scene in ("zlib", "zstd", "chain") else settings.size_mib
+    return settings.compressed_mib if scene in _SMALLER else settings.size_mib
 
 
 def _job(
@@ -87,14 +59,16 @@ def _job(
 
     def measure(served: Served, settings: Settings) -> float:
         share = 8 if settings.quick else 1
-        amount = {"seconds": settings.seconds}
+        seconds, count = settings.seconds, 0
         extra = options
         if n_mib:
-            amount = {}
-            extra = (*options, f"--size={min(n_mib, settings.size_mib)}M")
+            seconds = 0.0
+            extra = (*options, f"--size={min(n_mib, served.file.stat().st_size >> 20)}M")
         elif n_ops:
-            amount = {"n_ops": n_ops // share}
-        result = fio(served.file, mode, block, depth=depth, direct=direct, options=extra, **amount)
+            seconds, count = 0.0, n_ops // share
+        result = fio(
+            served.file, mode, block, depth=depth, direct=direct, seconds=seconds, n_ops=count, options=extra
+        )
         return result["iops"] if figure == "iops" else result["bytes_per_second"] / images.MIB
 
     return measure
@@ -112,85 +86,49 @@ def _resident(served: Served, settings: Settings) -> float:
     return served.resident_mib()
 
 
-@contextmanager
-def _mounted_on_loop(file: Path, folder: Path, *, direct: bool) -> Iterator[Path]:
-    """A new ext4 on a loop device over ``file``."""
-    loop = run("losetup", "-f", "--show", f"--direct-io={'on' if direct else 'off'}", str(file)).strip()
-    tree = Path(tempfile.mkdtemp(dir=folder, prefix="ext4"))
-    try:
-        run("mkfs.ext4", "-q", "-E", "lazy_itable_init=0,lazy_journal_init=0", loop)
-        run("mount", loop, str(tree))
-        try:
-            yield tree
-        finally:
-            run("umount", str(tree), check=False)
-    finally:
-        run("losetup", "-d", loop, check=False)
-        tree.rmdir()
-
-
-def _tree_archive(settings: Settings) -> Path:
-    """A tar archive of many small and some larger files, made once."""
-    archive = settings.folder / "tree.tar"
-    if archive.exists():
-        return archive
-    generator = random.Random(1)
-    n_files = 1000 if settings.quick else 4000
-    source = Path(tempfile.mkdtemp(dir=settings.folder))
-    for number in range(n_files):
-        path = source / f"d{number % 97}" / f"f{number}"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(generator.randbytes(generator.choice((300, 2000, 9000, 30000, 200000))))
-    with tarfile.open(archive, "w") as tar:
-        tar.add(source, arcname="tree")
-    shutil.rmtree(source)
-    return archive
-
-
-def _unpack(served: Served, settings: Settings, *, direct: bool) -> float:
-    archive = _tree_archive(settings)
-    with _mounted_on_loop(served.file, settings.folder, direct=direct) as tree:
-        start = time.monotonic()
-        run("tar", "-C", str(tree), "-xf", str(archive))
-        run("sync", "-f", str(tree))
-        return time.monotonic() - start
-
-
-def _bonnie(served: Served, settings: Settings, *, direct: bool) -> float:
-    size = 128 if settings.quick else 512
-    with _mounted_on_loop(served.file, settings.folder, direct=direct) as tree:
-        start = time.monotonic()
-        user = ("-u", "root") if os.geteuid() == 0 else ()
-        run(
-            *("bonnie++", "-q", *user, "-d", str(tree), "-s", f"{size}M"),
-            *("-r", str(size // 2), "-n", "8:65536:1024:4", "-m", "q"),
-        )
-        return time.monotonic() - start
-
-
-def _loop_rows() -> Iterator[Row]:
-    tools = ("losetup", "mkfs.ext4")
-    for name, direct in (("buffered", False), ("direct-io", True)):
-        common = {"writes": True, "is_fresh": True, "needs_root": True}
-        yield Row(
-            f"ext4 on a loop device ({name}): unpack a tree",
-            "loop",
-            "s",
-            partial(_unpack, direct=direct),
-            needs=tools,
-            **common,  # type: ignore[arg-type]
-        )
-        yield Row(
-            f"ext4 on a loop device ({name}): bonnie++",
-            "loop",
-            "s",
-            partial(_bonnie, direct=direct),
-            needs=(*tools, "bonnie++"),
-            **common,  # type: ignore[arg-type]
-        )
-
-
 _END = ("--end_fsync=1",)
+
+
+def _luks_rows() -> tuple[Row, ...]:
+    luks = partial(Row, scene="luks")
+    return (
+        luks("LUKS: 1 MiB sequential read, direct, depth 4", unit="MiB/s", measure=_stream("read", "1M", 4)),
+        luks(
+            "LUKS: 1 MiB sequential write, direct, depth 4",
+            unit="MiB/s",
+            measure=_stream("write", "1M", 4),
+            writes=True,
+        ),
+        luks("LUKS: 4 KiB random read, direct, depth 1", unit="IOPS", measure=_job("randread", "4k")),
+        luks("LUKS: 4 KiB random read, direct, depth 16", unit="IOPS", measure=_job("randread", "4k", 16)),
+        luks("LUKS: 4 KiB random write, direct, depth 1", unit="IOPS", measure=_job("randwrite", "4k"), writes=True),
+        luks(
+            "LUKS: 4 KiB random write, direct, depth 16",
+            unit="IOPS",
+            measure=_job("randwrite", "4k", 16),
+            writes=True,
+        ),
+        luks(
+            "LUKS: 128 KiB sequential read, buffered",
+            unit="MiB/s",
+            measure=_stream("read", "128k", direct=False, n_mib=256),
+        ),
+        luks(
+            "LUKS: 1 MiB sequential write, buffered",
+            unit="MiB/s",
+            measure=_stream("write", "1M", direct=False, n_mib=256, options=_END),
+            writes=True,
+        ),
+        Row(
+            "LUKS, allocating: 1 MiB sequential write, direct, depth 4",
+            "luks-empty",
+            "MiB/s",
+            _stream("write", "1M", 4, n_mib=256, options=_END),
+            writes=True,
+            is_fresh=True,
+        ),
+    )
+
 
 ROWS: tuple[Row, ...] = (
     Row("4 KiB random read, direct, depth 1", "full", "IOPS", _job("randread", "4k")),
@@ -265,12 +203,45 @@ ROWS: tuple[Row, ...] = (
     Row("chain of three: 4 KiB random read, direct", "chain", "IOPS", _job("randread", "4k")),
     Row("chain of three: 4 KiB random read, direct, depth 16", "chain", "IOPS", _job("randread", "4k", 16)),
     Row("chain of three: 1 MiB sequential read, direct", "chain", "MiB/s", _stream("read", "1M")),
+    *_luks_rows(),
+    Row(
+        "4 KiB random write, direct, fsync each",
+        "full",
+        "IOPS",
+        _job("randwrite", "4k", options=("--fsync=1",)),
+        writes=True,
+    ),
+    Row(
+        "allocating: 4 KiB random write, direct, fsync each",
+        "empty",
+        "IOPS",
+        _job("randwrite", "4k", n_ops=4_000, options=("--fsync=1",)),
+        writes=True,
+        is_fresh=True,
+    ),
+    Row(
+        "extended entries, allocating: 4 KiB random write, direct, depth 16",
+        "extended",
+        "IOPS",
+        _job("randwrite", "4k", 16, n_ops=16_000, options=_END),
+        writes=True,
+        is_fresh=True,
+    ),
+    Row(
+        "clusters of 4 KiB, allocating: 1 MiB sequential write, direct, depth 4",
+        "small",
+        "MiB/s",
+        _stream("write", "1M", 4, n_mib=256, options=_END),
+        writes=True,
+        is_fresh=True,
+    ),
     Row("16 TiB, sparse: 4 KiB random read, direct", "sparse", "IOPS", _job("randread", "4k")),
     Row("16 TiB, sparse: 4 KiB random read, direct, depth 16", "sparse", "IOPS", _job("randread", "4k", 16)),
     Row("16 TiB, sparse: start-up", "sparse", "s", _start_seconds, is_fresh=True),
     Row("start-up", "start", "s", _start_seconds, is_fresh=True),
     Row("resident memory after random reads", "start", "MiB", _resident, is_fresh=True),
-    *_loop_rows(),
+    *COMMAND_ROWS,
+    *LOOP_ROWS,
 )
 
 

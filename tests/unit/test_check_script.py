@@ -95,7 +95,7 @@ def test_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
     project = tmp_path / "project"
     (project / "scripts").mkdir(parents=True)
     (project / "scripts" / "check").write_bytes(CHECK.read_bytes())
-    for name in ("qcowfuse", "tests"):
+    for name in ("qcowfuse", "tests", "scripts/benchlib"):
         (project / name).mkdir()
         (project / name / "__init__.py").touch()
     (project / "pyproject.toml").write_bytes((REPOSITORY / "pyproject.toml").read_bytes())

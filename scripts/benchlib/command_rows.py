@@ -1,0 +1,97 @@
+"""Rows of whole commands that people run on the served file, and of calls that a command makes very often.
+
+Each measurement has a daemon of its own: nothing of the file is in the kernel's page cache when it begins, and each
+command goes through the whole of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+from .contenders import Served
+from .row import Row, Settings
+from .tools import run
+
+_FALLOC_FL_KEEP_SIZE, _FALLOC_FL_PUNCH_HOLE = 1, 2
+_PUNCH_BYTES = 64 << 10
+
+
+def _timed(served: Served, settings: Settings, *, command: tuple[str, ...]) -> float:
+    """Seconds of a command, in which {} is the served file and {out} a new one in memory."""
+    folder = Path(tempfile.mkdtemp(dir=settings.folder, prefix="out"))
+    names = {"{}": str(served.file), "{out}": str(folder / "out")}
+    try:
+        start = time.monotonic()
+        run(*(word.replace("{out}", names["{out}"]).replace("{}", names["{}"]) for word in command))
+        return time.monotonic() - start
+    finally:
+        shutil.rmtree(folder)
+
+
+def _copy_in(served: Served, settings: Settings) -> float:
+    """Seconds of dd into the served file, of as much as it has, until it is durable."""
+    start = time.monotonic()
+    run("dd", "if=/dev/zero", f"of={served.file}", "bs=4M", f"count={settings.size_mib // 4}", "conv=notrunc,fsync")
+    return time.monotonic() - start
+
+
+def _punches(served: Served, settings: Settings) -> float:
+    """Punches a second, of 64 KiB each, one after the other."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fallocate = libc.fallocate64
+    fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+    n_punches = min(500 if settings.quick else 2000, (settings.size_mib << 20) // _PUNCH_BYTES)
+    descriptor = os.open(served.file, os.O_RDWR)
+    try:
+        start = time.monotonic()
+        for number in range(n_punches):
+            mode = _FALLOC_FL_KEEP_SIZE | _FALLOC_FL_PUNCH_HOLE
+            if fallocate(descriptor, mode, number * _PUNCH_BYTES, _PUNCH_BYTES):
+                raise OSError(ctypes.get_errno(), "fallocate")
+        return n_punches / (time.monotonic() - start)
+    finally:
+        os.close(descriptor)
+
+
+def _seeks(served: Served, settings: Settings) -> float:
+    """Extents a second that a walk with SEEK_DATA and SEEK_HOLE finds."""
+    descriptor = os.open(served.file, os.O_RDONLY)
+    try:
+        n_found = position = 0
+        start = time.monotonic()
+        while True:
+            try:
+                position = os.lseek(descriptor, position, os.SEEK_DATA)
+            except OSError:
+                break
+            position = os.lseek(descriptor, position, os.SEEK_HOLE)
+            n_found += 1
+        return max(n_found, 1) / (time.monotonic() - start)
+    finally:
+        os.close(descriptor)
+
+
+def _command(name: str, scene: str, *command: str) -> Row:
+    return Row(name, scene, "s", partial(_timed, command=command), is_fresh=True, needs=(command[0],))
+
+
+_CONVERT = ("qemu-img", "convert", "-f", "raw", "-O")
+
+COMMAND_ROWS = (
+    _command("cp of the whole file, buffered", "copy", "cp", "{}", "{out}"),
+    _command("cp --sparse=always, half is holes, buffered", "copy-half", "cp", "--sparse=always", "{}", "{out}"),
+    _command("dd bs=4M of the whole file, buffered", "copy", "dd", "if={}", "of=/dev/null", "bs=4M"),
+    _command("qemu-img convert to raw, full, buffered", "copy", *_CONVERT, "raw", "{}", "{out}"),
+    _command("qemu-img convert to raw, half is holes, buffered", "copy-half", *_CONVERT, "raw", "{}", "{out}"),
+    _command("qemu-img convert to qcow2, full, buffered", "copy", *_CONVERT, "qcow2", "{}", "{out}"),
+    _command("qemu-img convert to raw, empty, buffered", "copy-empty", *_CONVERT, "raw", "{}", "{out}"),
+    Row("dd bs=4M into the whole file, buffered", "copy-empty", "s", _copy_in, writes=True, is_fresh=True),
+    Row("punches of 64 KiB, one by one", "copy", "per s", _punches, writes=True, is_fresh=True),
+    Row("SEEK_DATA and SEEK_HOLE, half is holes", "copy-half", "per s", _seeks, is_fresh=True),
+)
