@@ -31,7 +31,7 @@ EXPLANATIONS: dict[ExitCode, str] = {
     ExitCode.UNEXPECTED: "an unexpected failure, a bug in qcowfuse",
     ExitCode.USAGE: "the arguments are wrong",
     ExitCode.IMAGE: "no QCOW image, damaged, not supported, names a file that it can't have; or the key is wrong",
-    ExitCode.LOCKED: "another process holds the image",
+    ExitCode.LOCKED: "another process holds the image; umount: something uses the disk",
     ExitCode.MOUNT: "the mount point or FUSE cannot be used, or the mount broke",
     ExitCode.SYSTEM: "the system refused an access to the image (permissions, no such file, I/O error)",
 }

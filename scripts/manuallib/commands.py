@@ -15,6 +15,8 @@ from qcowfuse.cli.img.main import build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import LIST_NAMES, list_words
 from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser
+from qcowfuse.cli.verb_names import VERBS
+from qcowfuse.cli.verbs.main import build_parser as build_verb_parser
 
 KINDS = {
     "PATH": "file",
@@ -63,8 +65,9 @@ class Command(NamedTuple):
 
 
 def qcowfuse() -> Command:
-    """The program that mounts."""
-    return _command(build_parser(), "qcowfuse", "", list_words())
+    """The program that mounts, with its verbs as commands."""
+    verbs = tuple(_command(build_verb_parser(verb), verb, text, ()) for verb, text in VERBS.items())
+    return _command(build_parser(), "qcowfuse", "", list_words())._replace(commands=verbs)
 
 
 def qcowfuse_img() -> Command:

@@ -58,7 +58,6 @@ PRINTED_BY = {
     "cli/img/main.py": {name for name in COMMANDS if name.startswith("qcowfuse-img")},
     "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
-    "cli/verbs/options.py": {"qcowfuse status"},
     "cli/verbs/unmounting.py": {"qcowfuse umount"},
     "cli": {"qcowfuse"},
     "driver/chain.py": OPENS_A_CHAIN,

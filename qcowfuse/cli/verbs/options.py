@@ -63,7 +63,7 @@ VERB_OPTIONS = {
             Option("watch", "go on, with a line of rates for each interval; JSON: an object a line"),
             Option(
                 "interval",
-                f"with --watch, seconds between two lines ({DEFAULT_INTERVAL:g})",
+                f"seconds between two lines of rates ({DEFAULT_INTERVAL:g})",
                 metavar="SECONDS",
                 convert=interval,
             ),
