@@ -12,12 +12,12 @@ The packages, from the lowest to the highest; each imports only from those above
     tables              the tables of an image, read through a storage
     consistency         check and repair
     driver              the virtual disk: ``image`` (what others see of it), ``options``, ``files``,
-                        ``partition_window``
+                        ``overlay``, ``partition_window``
       layers            mapping, caches, ciphers, data files, claims
       reading           guest data out of a chain of images
       writing           allocation, write-back, rules R1 to R5
-      (facade)          ``qcow_image``, ``chain``, ``counters``
-    tools               info, map, check, create, snapshots: images at rest
+      (facade)          ``qcow_image``, ``chain``, ``assembly``, ``counters``
+    tools               info, map, check, create, snapshots: images at rest; overlays
     fuse                one disk as one file: operations, errnos
       libfuse           what pyfuse3 has no public way for
     daemon              mount, serve, end; the process outside of the mount; the sandbox

@@ -13,8 +13,9 @@ class Option(NamedTuple):
     """An option by its long ``name`` (without dashes); a name of one letter has no long form.
 
     ``metavar`` is empty for a flag. ``convert`` makes a value of the text and raises ValueError. ``is_repeated``: all
-    values count, not the last. ``group`` is the heading in the help. ``in_list`` and ``on_command_line`` say where
-    the option may stand: in the list after ``-o``, and by itself with dashes.
+    values count, not the last. ``is_optional``: the value may be left out, and the text is empty then; with dashes it
+    stands behind an equals sign, which the program takes care of. ``group`` is the heading in the help. ``in_list``
+    and ``on_command_line`` say where the option may stand: in the list after ``-o``, and by itself with dashes.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Option(NamedTuple):
     metavar: str = ""
     convert: Callable[[str], Any] = str
     is_repeated: bool = False
+    is_optional: bool = False
     in_list: bool = True
     on_command_line: bool = True
 
@@ -45,6 +47,8 @@ def add_options(parser: argparse._ActionsContainer, options: Iterable[Option]) -
         names.append(f"-{option.name}" if len(option.name) == 1 else f"--{option.name}")
         if not option.metavar:
             groups[option.group].add_argument(*names, action="store_true", help=option.help)
+        elif option.is_optional:
+            groups[option.group].add_argument(*names, action="store_const", const="", help=option.help)
         elif option.is_repeated:
             groups[option.group].add_argument(
                 *names, metavar=option.metavar, action="append", default=[], help=option.help

@@ -49,7 +49,7 @@ class KeySource:
 
         What else is wrong with the image is found when the image is opened. Raises ImageUsageError.
         """
-        if self._key_file is not None or not may_need_passphrase(image):
+        if self._key_file is not None or self._typed >= 0 or not may_need_passphrase(image):
             return
         import trio
 

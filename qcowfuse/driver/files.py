@@ -21,7 +21,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..errors import BackingChainError
+from ..errors import BackingChainError, ImageUsageError
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
 from ..storage.locks import wait_image_lock
@@ -54,22 +54,26 @@ async def open_storage(path: str, writable: bool, options: OpenOptions) -> Stora
 
 
 async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOptions) -> Storage:
-    storage: Storage = file
     try:
         if not options.force_share:
             await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
             file.refresh_size()
-        if options.image_in_memory:
-            from ..storage.measuring.memory import ResidentStorage
-
-            storage = ResidentStorage(file)
-        if options.io_delay is not None:
-            from ..storage.measuring.latency import LatencyStorage
-
-            storage = LatencyStorage(storage, options.io_delay)
+        return _measured(file, options)
     except BaseException:
         await file.aclose()
         raise
+
+
+def _measured(file: FileStorage, options: OpenOptions) -> Storage:
+    storage: Storage = file
+    if options.image_in_memory:
+        from ..storage.measuring.memory import ResidentStorage
+
+        storage = ResidentStorage(file)
+    if options.io_delay is not None:
+        from ..storage.measuring.latency import LatencyStorage
+
+        storage = LatencyStorage(storage, options.io_delay)
     return storage
 
 
@@ -133,6 +137,44 @@ class ChainFiles:
         self._seen.add(_identity(status))
         return ChainFile(path, await _ready(file, path, writable, self._options), status)
 
+    async def open_overlay(self, path: str, *, writable: bool) -> ChainFile:
+        """The file that the user named to lie over the chain.
+
+        Raises ImageUsageError where it is part of the chain, OSError, ImageLockedError.
+        """
+        identity = (os.path.realpath(path),) if self._opener is not None else _identity(os.stat(path))
+        if identity in self._seen:
+            raise ImageUsageError(f"{path}: is part of the chain that it should lie over")
+        return await self.open_image(path, writable=writable)
+
+    def adopt(self, fd: int, path: str) -> ChainFile:
+        """A file that nobody else opens, now or later: it needs no lock, and is not made durable. ``path``: what it
+        is called. Owns ``fd`` from now on."""
+        from ..storage.throw_away import ThrowAwayFile
+
+        try:
+            file = ThrowAwayFile(fd, path, writable=True, io_uring=self._options.io_uring)
+        except BaseException:
+            os.close(fd)
+            raise
+        return ChainFile(path, _measured(file, self._options), os.fstat(fd))
+
+    async def is_named(self, holder: ChainFile, name: str, path: str, status: os.stat_result | None) -> bool:
+        """Whether ``name``, found inside ``holder``, is the open file with ``status``, which the user named ``path``.
+
+        Nothing is looked at but in the folders that ``name`` may lead into and in those of ``path``.
+        """
+        try:
+            plain = plain_name(holder.path, name, "backing file")
+            if status is None:
+                named = os.path.join(os.path.dirname(holder.path), plain)
+                return os.path.realpath(named) == os.path.realpath(path)
+            found = await self._find(holder, plain, "backing file", beside=(path, os.path.realpath(path)))
+        except (BackingChainError, OSError):
+            return False
+        found.close()
+        return _identity(found.status) == _identity(status)
+
     async def open_given(self, holder: ChainFile, path: str, what: str, *, writable: bool) -> ChainFile:
         """The file at ``path``, which the user named in place of the one that ``holder`` names.
 
@@ -186,7 +228,8 @@ class ChainFiles:
         storage = await _ready(file, path, writable, self._options)
         return ChainFile(path, storage, found.status, found.folder)
 
-    async def _find(self, holder: ChainFile, name: str, what: str) -> FoundFile:
+    async def _find(self, holder: ChainFile, name: str, what: str, *, beside: Sequence[str] = ()) -> FoundFile:
+        """``beside``: the name may lead to the folders of these paths as well."""
         from ..storage.beneath import OutsideError, UnfitFileError, find_file, open_folder, open_folders
 
         def find() -> FoundFile:
@@ -196,7 +239,12 @@ class ChainFiles:
             if holder.folder is None:
                 holder.folder = open_folder(os.path.dirname(holder.path))
                 self._folders.append(holder.folder)
-            return find_file(holder.folder, name, self._allowed)
+            others = open_folders(os.path.dirname(path) or "." for path in beside)
+            try:
+                return find_file(holder.folder, name, [*self._allowed, *others])
+            finally:
+                for folder in others:
+                    folder.close()
 
         try:
             return await trio.to_thread.run_sync(find)

@@ -341,8 +341,7 @@ class FileStorage:
         it.
         """
         async with self._flush_lock:
-            if self._flush_errno:
-                raise OSError(self._flush_errno, os.strerror(self._flush_errno) + " (an earlier flush)", self._name)
+            self.raise_flush_failure()
             if not self._writable:
                 return
             self.counters.flushes += 1
@@ -352,8 +351,17 @@ class FileStorage:
                 else:
                     await self._run(os.fdatasync)
             except OSError as error:
-                self._flush_errno = error.errno or errno.EIO
+                self.keep_flush_failure(error)
                 raise
+
+    def raise_flush_failure(self) -> None:
+        """Raises OSError if a flush has failed."""
+        if self._flush_errno:
+            raise OSError(self._flush_errno, os.strerror(self._flush_errno) + " (an earlier flush)", self._name)
+
+    def keep_flush_failure(self, error: OSError) -> None:
+        """A flush has failed, and each later one will."""
+        self._flush_errno = error.errno or errno.EIO
 
     async def aclose(self) -> None:
         """Wait for the calls in flight, cancelled or not, then close: that gives up the locks. Idempotent."""

@@ -1,4 +1,4 @@
-"""The few system calls that the os module lacks: fallocate with a mode, mlocked mappings, timers.
+"""The few system calls that the os module lacks: fallocate with a mode, write errors, mlocked mappings, timers.
 
 1. Each raises OSError with the errno that the kernel gave.
 2. All may block and give up the interpreter lock meanwhile.
@@ -15,6 +15,8 @@ FALLOC_KEEP_SIZE = 0x01
 FALLOC_PUNCH_HOLE = 0x02
 FALLOC_ZERO_RANGE = 0x10
 
+_SYNC_FILE_RANGE_WAIT_BEFORE = 1
+_NOWHERE = 1 << 62
 _PROT_READ = 1
 _MAP_SHARED = 1
 _CLOCK_MONOTONIC = 1
@@ -24,6 +26,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = getattr(_libc, "fallocate64", None) or _libc.fallocate
 _fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
 _fallocate.restype = ctypes.c_int
+_sync_file_range = _libc.sync_file_range
+_sync_file_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
+_sync_file_range.restype = ctypes.c_int
 _mmap = _libc.mmap
 _mmap.argtypes = (
     ctypes.c_void_p,
@@ -52,6 +57,16 @@ def fallocate(fd: int, mode: int, host_offset: int, n_bytes: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             raise OSError(number, os.strerror(number))  # said as any other write would say it
+
+
+def written_back_without_error(fd: int) -> None:
+    """Ask whether some page of the file could not be written to the disk, without waiting for any that still is to
+    be. Raises OSError for what happened since the last call, once for each open file."""
+    # The range that it waits for is one in which there is nothing; the error is that of the whole file.
+    if _sync_file_range(fd, _NOWHERE, 1, _SYNC_FILE_RANGE_WAIT_BEFORE) != 0:
+        number = ctypes.get_errno()
+        if number not in (errno.ENOSYS, errno.ESPIPE):
+            raise OSError(number, os.strerror(number))
 
 
 class LockedMapping:

@@ -165,9 +165,11 @@ async def create_image(
     overwrite: bool = False,
     progress: Progress = _no_progress,
     passphrase: bytes | bytearray | None = None,
+    mode: int | None = None,
 ) -> int:
     """Make the image; its virtual size in bytes is returned. ``passphrase``: for an encrypted one. ``overwrite``: a
-    file that exists, or a block device.
+    file that exists, or a block device. ``mode``: the most that new files may have of
+    the usual permissions.
 
     Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
     """
@@ -185,8 +187,24 @@ async def create_image(
         if options.encryption.spec is not None:
             luks = await trio.to_thread.run_sync(make_area, options.encryption, passphrase)
     layout = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options, luks)
-    await _write(path, layout, options, size, overwrite=overwrite, progress=progress)
+    await _write(path, layout, options, size, overwrite=overwrite, progress=progress, mode=mode)
     return size
+
+
+async def fill_image(
+    file: NewFile, size: int, cluster_bits: int, backing_file: str | None, backing_format: str
+) -> None:
+    """Make an empty QCOW2 image over a backing file in ``file``, which stays open. None: the backing file has no name
+    that could be written down. ``size``: of the disk, in bytes. Raises CreateError, OSError."""
+    options = CreateOptions(
+        size=size,
+        cluster_bits=cluster_bits,
+        backing_file=backing_file,
+        backing_format=None if backing_file is None else backing_format,
+    )
+    layout = _layout_v2(size, options, None)
+    await file.reserve(layout.length, Preallocation.OFF, _no_progress)
+    await file.write(layout.parts, layout.n_bytes, _no_progress)
 
 
 async def _backing_size(path: str, name: str, format_name: str | None) -> int:
@@ -367,15 +385,24 @@ def _header_v2(
 
 
 async def _write(
-    path: str, layout: _Layout, options: CreateOptions, size: int, *, overwrite: bool, progress: Progress
+    path: str,
+    layout: _Layout,
+    options: CreateOptions,
+    size: int,
+    *,
+    overwrite: bool,
+    progress: Progress,
+    mode: int | None,
 ) -> None:
     files: list[NewFile] = []
     try:
         if options.data_file is not None:
             data_path = local_path(path, options.data_file, "data file")
             _require(os.path.realpath(data_path) != os.path.realpath(path), "the image would be its own data file")
-            files.append(await trio.to_thread.run_sync(partial(open_new_file, data_path, overwrite=overwrite)))
-        files.append(await trio.to_thread.run_sync(partial(open_new_file, path, overwrite=overwrite)))
+            files.append(
+                await trio.to_thread.run_sync(partial(open_new_file, data_path, overwrite=overwrite, mode=mode))
+            )
+        files.append(await trio.to_thread.run_sync(partial(open_new_file, path, overwrite=overwrite, mode=mode)))
         image = files[-1]
         if image.is_device and options.format_name == "qcow":
             raise CreateError(f"{path}: version 1 only grows at the end of its file, and a block device has none")

@@ -38,11 +38,13 @@ _MEASURED_SECONDS = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Encryption:
-    """How to encrypt; without a ``spec``, by the old AES method. ``iter_time`` in milliseconds."""
+    """How to encrypt; without a ``spec``, by the old AES method. ``iter_time`` in milliseconds; ``iterations`` takes
+    its place."""
 
     spec: CipherSpec | None = None
     hash_name: str = "sha256"
     iter_time: int = 2000
+    iterations: int | None = None
 
     @property
     def crypt_method(self) -> int:
@@ -88,8 +90,10 @@ def make_area(encryption: Encryption, passphrase: bytes | bytearray) -> LuksArea
 
     spec = encryption.spec
     assert spec is not None
-    per_second = _iterations_per_second(encryption.hash_name, spec.key_bytes)
-    wanted = int(per_second * encryption.iter_time / 1000)
+    wanted = encryption.iterations
+    if wanted is None:
+        per_second = _iterations_per_second(encryption.hash_name, spec.key_bytes)
+        wanted = int(per_second * encryption.iter_time / 1000)
     randomness = LuksRandomness(
         master_key=secrets.token_bytes(spec.key_bytes),
         split=os.urandom(spec.key_bytes * (STRIPES - 1)),

@@ -2,9 +2,9 @@
 
 1. A file that exists is only overwritten when asked for, and never while somebody has it open in a way that matters.
 2. Whatever takes long is done in steps, each in a thread: between two of them the whole can be given up.
-3. A new file has no name until it is whole and durable, where the file system can do that: whatever ends the making,
-   SIGKILL and a power cut included, nothing is left of it. Elsewhere it is removed again by the command that gives
-   up.
+3. A new file has no name until it is whole and durable: whatever ends the making, SIGKILL and a power cut included,
+   nothing is left of it. Where the file system has no files without a name it has another name until then, which is
+   removed again by the command that gives up.
 4. What had a name before (a file that is overwritten, a block device) begins with zeroes until all else is durable.
    The header goes last: half an image can't be taken for one. A file that is given up is left empty.
 5. A block device keeps its length. What of the image must read as zeroes is zeroed there.
@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
+import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from enum import Enum
@@ -36,6 +38,7 @@ _ALLOCATE_STEP_BYTES = 1 << 30
 _ZEROES = bytes(1 << 20)
 _NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.ENOENT})
 """What O_TMPFILE says where it is not known; ENOENT may also mean that there is no such folder."""
+_NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
 class CreateError(ImageUsageError):
@@ -54,12 +57,14 @@ class Preallocation(Enum):
 class NewFile:
     """A new file, open and locked. Use :func:`open_new_file`."""
 
-    def __init__(self, path: str, fd: int, *, is_new: bool, has_name: bool) -> None:
+    def __init__(self, path: str, fd: int, *, is_new: bool, other_name: str | None = None) -> None:
+        """``other_name``: the path that a new file has until it is whole."""
         self.path = path
         self.fd = fd
         self.is_device = is_block_device(fd)
         self._is_new = is_new
-        self._has_name = has_name
+        self._own_name = other_name
+        """Where a new file is now."""
         self._is_changed = False
 
     async def reserve(
@@ -114,7 +119,7 @@ class NewFile:
                 batch, n_batch, n_done = [], 0, n_done + n_batch
                 progress(min(n_done, n_all), n_all)
         await self._run(_write_parts, batch)
-        if self._has_name:
+        if not self._is_new:
             await self._run(os.fsync)
         await self._run(_write_parts, header)
 
@@ -125,22 +130,34 @@ class NewFile:
             return
         folder = await trio.to_thread.run_sync(_open_folder, self.path)
         try:
-            if not self._has_name:
-                source, name = f"/proc/self/fd/{self.fd}", os.path.basename(self.path)
-                # With a folder's descriptor os.link() is linkat(), which can follow the link in /proc.
-                await self._run(lambda _: os.link(source, name, dst_dir_fd=folder, follow_symlinks=True))
-                self._has_name = True
+            await self._run(self._give_name, folder)
             with suppress(OSError):  # some file systems don't sync folders
                 await trio.to_thread.run_sync(os.fsync, folder)
         finally:
             os.close(folder)
 
+    def _give_name(self, fd: int, folder: int) -> None:
+        other, name = self._own_name, os.path.basename(self.path)
+        try:
+            # With a folder's descriptor os.link() is linkat(), which can follow the link in /proc.
+            os.link(other or f"/proc/self/fd/{fd}", name, dst_dir_fd=folder, follow_symlinks=True)
+        except OSError as error:
+            if other is None or error.errno not in _NO_LINKS:
+                raise
+            if os.path.lexists(self.path):
+                raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), self.path) from None
+            os.rename(other, self.path)
+        else:
+            if other is not None:
+                os.unlink(other)
+        self._own_name = self.path
+
     def discard(self) -> None:
         """Give it up: remove what is new, and leave what was there before empty, if anything was changed in it."""
         with suppress(OSError):
-            if self._is_new and self._has_name:
-                os.unlink(self.path)
-            elif self._is_changed and not self.is_device:
+            if self._own_name is not None:
+                os.unlink(self._own_name)
+            elif self._is_changed and not self._is_new and not self.is_device:
                 os.ftruncate(self.fd, 0)
 
     def close(self) -> None:
@@ -155,18 +172,22 @@ class NewFile:
             raise OSError(error.errno, error.strerror, self.path) from error
 
 
-def open_new_file(path: str, *, overwrite: bool) -> NewFile:
-    """Make or open a file, and lock it; blocks. Raises FileExistsError, ImageLockedError, OSError."""
+def open_new_file(path: str, *, overwrite: bool, mode: int | None = None) -> NewFile:
+    """Make or open a file, and lock it; blocks. ``mode``: the most that a new one may have of the usual permissions,
+    which are 0644 less the umask. Raises FileExistsError, ImageLockedError, OSError."""
     if os.path.lexists(path) and not overwrite:
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
     path = os.path.realpath(path) if os.path.islink(path) else path
     is_new = not os.path.exists(path)
-    fd = open_nameless(path) if is_new else None
-    has_name = fd is None
+    fd, other_name = open_nameless(path) if is_new else None, None
+    if fd is None and is_new:
+        other_name = os.path.join(os.path.dirname(path), f".qcowfuse-{secrets.token_hex(8)}.new")
     if fd is None:
-        fd = open_descriptor(path, writable=True, flags=os.O_CREAT | os.O_EXCL if is_new else 0)
-    file = NewFile(path, fd, is_new=is_new, has_name=has_name)
+        fd = open_descriptor(other_name or path, writable=True, flags=os.O_CREAT | os.O_EXCL if is_new else 0)
+    file = NewFile(path, fd, is_new=is_new, other_name=other_name)
     try:
+        if is_new and mode is not None:
+            os.fchmod(fd, stat.S_IMODE(os.fstat(fd).st_mode) & mode)
         acquire_image_lock(file.fd, path, writable=True)
     except BaseException:
         file.discard()

@@ -34,7 +34,7 @@ ROOMS = {
     "fuse.libfuse": "errors buffer driver fuse system",
     "daemon": "errors buffer driver fuse fuse.libfuse system",
     "cli": "errors partitions driver printable system tools driver.facade daemon",
-    "cli.mount": "errors driver printable driver.facade daemon _version cli",
+    "cli.mount": "errors driver printable driver.facade tools daemon _version cli",
     "cli.img": "errors partitions driver printable driver.facade consistency tools _version cli",
     "cli.verbs": "errors printable system daemon cli cli.mount",
     "cli.entry": "cli cli.mount cli.img cli.verbs",
@@ -42,7 +42,13 @@ ROOMS = {
     "__main__": "cli.entry",
 }
 """Each room and those it may import from, besides its own. ``qcowfuse/__init__.py`` draws them."""
-WITHIN = {"chain": "driver.facade", "qcow_image": "driver.facade", "counters": "driver.facade", "entry": "cli.entry"}
+WITHIN = {
+    "assembly": "driver.facade",
+    "chain": "driver.facade",
+    "qcow_image": "driver.facade",
+    "counters": "driver.facade",
+    "entry": "cli.entry",
+}
 """Modules of a package's root that are a room of their own, above its sub-packages."""
 ONLY_IN = {
     "pyfuse3": {"fuse", "daemon"},

@@ -56,6 +56,7 @@ OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
 PRINTED_BY = {
     "cli/img/create_options.py": {"qcowfuse-img create"},
     "cli/img/main.py": {name for name in COMMANDS if name.startswith("qcowfuse-img")},
+    "tools/overlay.py": {"qcowfuse"},
     "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
     "cli/verbs/unmounting.py": {"qcowfuse umount"},
@@ -163,6 +164,7 @@ def test_the_readme_has_a_row_for_each_option() -> None:
             assert f"`{option.name}{'=' + option.metavar if option.metavar else ''}`" in table
         elif len(option.name) > 1:
             value = f" {option.metavar}".replace("|", "\\|") if option.metavar else ""
+            value = f"[={option.metavar}]" if option.is_optional else value
             assert f"--{option.name}{value}`" in first_cells
             assert not option.short or f"`-{option.short}`, `--{option.name}" in first_cells
     assert set(OPTION.findall(first_cells)) <= commands()["qcowfuse"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from ...daemon.settings import MountSettings, User
@@ -17,7 +17,7 @@ from ...driver.options import DetectZeroes, OpenOptions
 from ...printable import printable
 from ..exit_codes import ExitCode
 from ..image_names import check_names, configured_folders
-from .mount_options import MountOptionError, sort_options
+from .mount_options import MountOptionError, sort_options, with_values_listed
 from .options import DEFAULT_LOCK_WAIT, OPTIONS
 
 _MAX_NAME_OF_PARTS = 255 - len(".p8192")
@@ -30,6 +30,9 @@ class Arguments(NamedTuple):
     image: str
     mount_point: str
     open_options: OpenOptions
+    ephemeral: str | None
+    """The folder for what is written, "" for that of the image, None: it is not thrown away."""
+    overlay: str | None
     partition: str | None
     foreground: bool
     debug: bool
@@ -52,9 +55,28 @@ class Arguments(NamedTuple):
     @property
     def descriptors(self) -> frozenset[int]:
         """Inherited descriptors that are named as files (``/dev/fd/63``, a shell's process substitution)."""
-        names = (self.image, self.mount_point, self.key_file, self.log_file, self.open_options.data_file)
+        names = (
+            self.image,
+            self.mount_point,
+            self.key_file,
+            self.log_file,
+            self.open_options.data_file,
+            self.overlay,
+        )
         found = (re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,9})", name) for name in names if name is not None)
         return frozenset(int(match[1]) for match in found if match)
+
+    @property
+    def has_overlay(self) -> bool:
+        """Whether writes go to another file than the image."""
+        return self.ephemeral is not None or self.overlay is not None
+
+    @property
+    def images_with_keys(self) -> Iterator[tuple[str, OpenOptions]]:
+        """What may need a passphrase, and how to look."""
+        yield self.image, self.open_options
+        if self.overlay is not None:
+            yield self.overlay, self.open_options._replace(backing_file=self.image, data_file=None, no_backing=False)
 
     def mount_settings(self) -> MountSettings:
         """Where and how to serve."""
@@ -62,7 +84,7 @@ class Arguments(NamedTuple):
             mount_point=self.mount_point,
             file_name=self.file_name,
             fuse_options=self.fuse_options,
-            source=self.source,
+            source=self.source or (os.path.abspath(self.image) if self.has_overlay else None),
             writeback_cache=self.writeback_cache,
             allow_non_empty=self.allow_non_empty,
             uid=self.uid,
@@ -98,7 +120,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if given is None:
         from .parser import build_parser
 
-        given = vars(build_parser().parse_args(argv))
+        given = vars(build_parser().parse_args(with_values_listed(argv)))
     if not given["image"] or not given["mountpoint"]:
         _refuse("IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf of qcowfuse@NAME both must be set")
     try:
@@ -113,7 +135,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         """None where the option was not given; what the command line says goes before the list after ``-o``."""
         option = _BY_NAME[name]
         text = given.get(option.key)
-        text = listed.values.get(name) if text is None else text
+        text = text or listed.values.get(name, text)
         if text is None:
             return None
         try:
@@ -142,6 +164,16 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         _refuse("--partition and --partitions exclude each other")
     if partitions and len(os.fsencode(value("name") or "")) > _MAX_NAME_OF_PARTS:
         _refuse(f"--name: at most {_MAX_NAME_OF_PARTS} bytes with --partitions, which puts .p1 behind it")
+    ephemeral, overlay = value("ephemeral"), value("overlay")
+    read_only, snapshot = flag("read-only"), value("snapshot")
+    if ephemeral is not None and overlay is not None:
+        _refuse("--ephemeral and --overlay exclude each other: what is written is thrown away, or it is kept")
+    if ephemeral is not None and read_only:
+        _refuse("--ephemeral and -r exclude each other: without -r the image is only read as well")
+    if overlay is not None and snapshot is not None:
+        _refuse(
+            "--overlay and --snapshot exclude each other: an overlay cannot name a snapshot; --ephemeral can have one"
+        )
     backing_file, no_backing = value("backing-file"), flag("no-backing")
     allow_dirs = repeated("allow-dir")
     try:
@@ -152,11 +184,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         image=given["image"],
         mount_point=given["mountpoint"],
         open_options=OpenOptions(
-            read_only=flag("read-only"),
+            read_only=read_only,
             l2_cache_size=value("l2-cache-size"),
             discard=discard,
             detect_zeroes=detect_zeroes,
-            snapshot=value("snapshot"),
+            snapshot=snapshot,
             backing_format=value("backing-format"),
             backing_file=backing_file,
             data_file=value("data-file"),
@@ -167,6 +199,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             io_delay=io_delay,
             image_in_memory=flag("debug-image-in-memory"),
         ),
+        ephemeral=ephemeral,
+        overlay=overlay,
         partition=partition,
         foreground=flag("foreground") or flag("debug"),
         debug=flag("debug"),

@@ -27,7 +27,7 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         text = str(exc) if arguments.image in str(exc) else f"{arguments.image}: {exc}"
     elif isinstance(exc, OSError | QcowFuseError):
         text = describe_known(exc, arguments.image)
-        if isinstance(exc, OSError) and exc.errno == errno.EROFS and not arguments.open_options.read_only:
+        if isinstance(exc, OSError) and exc.errno == errno.EROFS and not _is_only_read(arguments):
             text += " (-r serves the image read-only)"
         if _look_swapped(arguments.image, arguments.mount_point):
             text += " (IMAGE comes first: qcowfuse IMAGE MOUNTPOINT)"
@@ -35,6 +35,10 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         detail = " ".join(str(exc).split())
         text = f"unexpected failure, please report it: {type(exc).__name__}: {detail} (--debug shows more)"
     return printable(text)
+
+
+def _is_only_read(arguments: Arguments) -> bool:
+    return arguments.open_options.read_only or arguments.has_overlay
 
 
 def _look_swapped(image: str, mount_point: str) -> bool:

@@ -40,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logs.log_to_stderr(debug=arguments.debug)
     key = KeySource(arguments.key_file, os.environ)
     try:
-        key.prepare(arguments.image, arguments.open_options)
+        for image, options in arguments.images_with_keys:
+            key.prepare(image, options)
         if arguments.foreground:
             with stop_signals_held_back():
                 return _run(arguments, key, None)

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ..option_table import Option
 from .options import OPTIONS
@@ -71,6 +71,22 @@ def split_options(text: str) -> list[str]:
     return [option for option in (*parts, part) if option]
 
 
+def with_values_listed(words: Sequence[str]) -> list[str]:
+    """A command line with ``-o NAME=VALUE`` for ``--NAME=VALUE`` of the options whose value may be left out: argparse
+    knows no such options, or takes the next word for the value."""
+    names = {f"--{option.name}" for option in OPTIONS if option.is_optional}
+    end = words.index("--") if "--" in words else len(words)
+    listed: list[str] = []
+    for word in words[:end]:
+        name, has_value, value = word.partition("=")
+        if has_value and name in names:
+            plain = value.replace("\\", "\\\\").replace(",", "\\,")
+            listed += ["-o", f"{name.removeprefix('--')}={plain}"]
+        else:
+            listed.append(word)
+    return [*listed, *words[end:]]
+
+
 def sort_options(lists: Iterable[str]) -> GivenOptions:
     """Sort the options of all the lists; later ones win. Raises MountOptionError."""
     found = GivenOptions()
@@ -106,6 +122,8 @@ def _add(found: GivenOptions, option: Option, key: str, value: str | None) -> No
         if value is not None:
             raise MountOptionError(f"option {key} takes no value")
         found.flags.add(option.name)
+    elif option.is_optional and value is None:
+        found.values.setdefault(option.name, "")
     elif not value:
         raise MountOptionError(f"option {key} needs a value: {key}=...")
     elif option.is_repeated:

@@ -14,7 +14,27 @@ _COMMON, _TUNING, _MEASURING = "common options", "tuning", "for measuring"
 
 OPTIONS = (
     Option("read-only", "do not write to the image", _COMMON, "r"),
-    Option("snapshot", "serve an internal snapshot, with its own size; implies -r", _COMMON, metavar="NAME_OR_ID"),
+    Option(
+        "snapshot",
+        "serve an internal snapshot, with its own size; implies -r, or goes with -x",
+        _COMMON,
+        metavar="NAME_OR_ID",
+    ),
+    Option(
+        "ephemeral",
+        "throw away in the end what is written to the disk; the image is only read. --ephemeral=DIR: it is kept in a "
+        "file without a name in DIR meanwhile (the image's folder)",
+        _COMMON,
+        "x",
+        metavar="DIR",
+        is_optional=True,
+    ),
+    Option(
+        "overlay",
+        "write to this QCOW2 image over IMAGE, which is only read; made if it is not there",
+        _COMMON,
+        metavar="FILE",
+    ),
     Option(
         "partition",
         "serve one partition of the disk: its number, or its label or UUID in the partition table",

@@ -40,6 +40,8 @@ exit codes:
 examples:
   qcowfuse disk.qcow2 /mnt/x                     then: losetup -fP --show /mnt/x/disk.raw
   qcowfuse -r disk.qcow2 /tmp/disk.raw           mounted over an existing regular file
+  qcowfuse -x disk.qcow2 /mnt/x                  what is written is thrown away in the end
+  qcowfuse --overlay new.qcow2 disk.qcow2 /mnt/x it goes to new.qcow2
   qcowfuse -o ro,allow_other,umask=022 disk.qcow2 /mnt/x
   mount -t fuse.qcowfuse disk.qcow2 /mnt/x -o ro
   qcowfuse status /mnt/x                         counters of the L2 cache and the backend

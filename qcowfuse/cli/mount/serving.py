@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import sdnotify
 import trio
@@ -25,6 +26,9 @@ from .. import logs
 from ..exit_codes import ExitCode
 from ..passphrase import KeySource
 from .arguments import Arguments
+
+if TYPE_CHECKING:
+    from ...driver.overlay import Overlay
 
 
 def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, on_ready: Callable[[], None]) -> None:
@@ -55,8 +59,9 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     def stopping(text: str) -> None:
         notifier.notify(f"STOPPING=1\nSTATUS={printable(text)}")
 
+    options = arguments.open_options._replace(passphrase=key)
     opener: Callable[[], Awaitable[Image]] = functools.partial(
-        open_image, arguments.image, arguments.open_options._replace(passphrase=key)
+        open_image, arguments.image, options, overlay=_overlay_of(arguments)
     )
     if arguments.partition is not None:
         opener = functools.partial(_open_partition, opener, arguments.partition)
@@ -65,6 +70,18 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
     with Outside(MountClient(place, settings.file_name)) as outside:
         trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))
+
+
+def _overlay_of(arguments: Arguments) -> Overlay | None:
+    """What takes the writes in place of the image."""
+    if not arguments.has_overlay:
+        return None
+    from ...tools.overlay import EphemeralOverlay, KeptOverlay
+
+    if arguments.overlay is None:
+        return EphemeralOverlay(arguments.ephemeral or None)
+    options = arguments.open_options
+    return KeptOverlay(arguments.overlay, writable=not options.read_only, unnamed_format=options.backing_format)
 
 
 async def _open_partition(open_disk: Callable[[], Awaitable[Image]], wanted: str) -> Image:
