@@ -99,3 +99,27 @@ def test_a_failed_flush_is_final_and_can_be_seen(tmp_path: Path) -> None:
         qemu.must_run("qemu-img", "convert", "-O", "raw", image, raw)
         with raw.open("rb") as stream:
             assert stream.read(MIB) == early
+
+
+def test_what_a_throw_away_overlay_loses_is_told(tmp_path: Path) -> None:
+    """A flush of it waits for no disk; when the kernel has tried in vain to write it back, the next one fails."""
+    mount_point = tmp_path / "mnt"
+    mount_point.mkdir()
+    image = create_image(tmp_path / "disk.qcow2", "48M")
+    with failing_disk(tmp_path) as (host, below):
+        with Mounted(image, mount_point, f"--ephemeral={host}") as mount:
+            fd = os.open(mount.file, os.O_RDWR)
+            fill(below)
+            for number in range(16):
+                os.pwrite(fd, os.urandom(MIB), number * MIB)
+            os.fsync(fd)
+            assert counters(mount.file)["flush_failed"] == 0
+            qemu.run("sync", "-f", host)
+            with pytest.raises(OSError) as caught:
+                os.fsync(fd)
+            assert caught.value.errno in LOST
+            assert counters(mount.file)["flush_failed"] == 1
+            with suppress(OSError):
+                os.close(fd)
+            subprocess.run(["fusermount3", "-u", mount_point], check=True)
+            mount.wait_for_end(6)

@@ -22,8 +22,8 @@ OPTIONS = (
     ),
     Option(
         "ephemeral",
-        "throw away in the end what is written to the disk; the image is only read. --ephemeral=DIR: it is kept in a "
-        "file without a name in DIR meanwhile (the image's folder)",
+        "only read the image, and throw away in the end what is written to the disk: until then it is in a file "
+        "without a name in the image's folder, with --ephemeral=DIR in DIR",
         _COMMON,
         "x",
         metavar="DIR",
