@@ -86,8 +86,9 @@ BREAKAGES = {
     "R2 linked before written": Breakage(
         Writer,
         "_allocate_and_link",
-        "        await self._write_data(write_offset,",
-        "        self._link(slice_, start, host_offset, plan)\n        await self._write_data(write_offset,",
+        "        await self._write_data(parts,",
+        "        self._link(slice_, plan, guest_offset=start, host_offset=host_offset)\n"
+        "        await self._write_data(parts,",
         specs=(SHARED,),
         suspend=True,
     ),

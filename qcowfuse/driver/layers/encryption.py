@@ -66,10 +66,10 @@ class EncryptedData:
         self._too_long = sys.maxsize
         """A write of as many bytes was once declined by the storage: it is not encrypted in vain again."""
 
-    def _sector(self, host_offset: int, guest_offset: int) -> int:
+    def _sector(self, *, host_offset: int, guest_offset: int) -> int:
         return (guest_offset if self._by_guest_offset else host_offset) // SECTOR_SIZE
 
-    def try_read_into(self, host_offset: int, guest_offset: int, part: memoryview) -> bool:
+    def try_read_into(self, part: memoryview, *, host_offset: int, guest_offset: int) -> bool:
         """Fill ``part`` with what is at ``host_offset``, or return False when that would block."""
         skip = guest_offset & _SECTOR_MASK
         n_bytes = skip + len(part) + _SECTOR_MASK & ~_SECTOR_MASK
@@ -78,15 +78,15 @@ class EncryptedData:
         if n_bytes == len(part):
             if not self._storage.try_pread_into(host_offset, part):
                 return False
-            self._cipher.decrypt_in_place(part, self._sector(host_offset, guest_offset))
+            self._cipher.decrypt_in_place(part, self._sector(host_offset=host_offset, guest_offset=guest_offset))
             return True
         data = self._storage.try_pread(host_offset - skip, n_bytes)
         if data is None:
             return False
-        self._decrypt_into(part, data, host_offset - skip, guest_offset - skip, skip)
+        self._decrypt_into(part, data, skip, host_offset=host_offset - skip, guest_offset=guest_offset - skip)
         return True
 
-    async def read_into(self, host_offset: int, guest_offset: int, part: memoryview) -> None:
+    async def read_into(self, part: memoryview, *, host_offset: int, guest_offset: int) -> None:
         """Fill ``part`` with what is at ``host_offset``. Raises OSError."""
         skip = guest_offset & _SECTOR_MASK
         n_bytes = divide_up(skip + len(part), SECTOR_SIZE) * SECTOR_SIZE
@@ -102,15 +102,15 @@ class EncryptedData:
         finally:
             self._reads.release(claim)
         if n_bytes == len(part):
-            self._cipher.decrypt_in_place(part, self._sector(host_offset, guest_offset))
+            self._cipher.decrypt_in_place(part, self._sector(host_offset=host_offset, guest_offset=guest_offset))
         else:
-            self._decrypt_into(part, data, host_offset - skip, guest_offset - skip, skip)
+            self._decrypt_into(part, data, skip, host_offset=host_offset - skip, guest_offset=guest_offset - skip)
 
     def may_write_at_once(self, n_bytes: int) -> bool:
         """Whether it makes sense to call :meth:`try_write`."""
         return n_bytes < self._too_long
 
-    def try_write(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> bool:
+    def try_write(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> bool:
         """:meth:`write`, or return False where that would have to wait: nothing is written then. Raises OSError."""
         n_new = sum(map(len, buffers))
         skip = guest_offset & _SECTOR_MASK
@@ -130,18 +130,18 @@ class EncryptedData:
                 old = self._storage.try_pread(host_offset + place, SECTOR_SIZE)
                 if old is None:
                     return False
-                self._decrypt_sector(whole, place, old, host_offset, guest_offset)
+                self._decrypt_sector(whole, place, old, host_offset=host_offset, guest_offset=guest_offset)
         place = skip
         for part in buffers:
             whole[place : place + len(part)] = part
             place += len(part)
-        self._cipher.encrypt_in_place(whole, self._sector(host_offset, guest_offset))
+        self._cipher.encrypt_in_place(whole, self._sector(host_offset=host_offset, guest_offset=guest_offset))
         if self._storage.try_pwritev(host_offset, [whole]):
             return True
         self._too_long = n_bytes
         return False
 
-    async def write(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> None:
+    async def write(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> None:
         """Write the buffers back to back; any offset and length. Raises OSError."""
         data = bytearray().join(buffers)
         skip = guest_offset & _SECTOR_MASK
@@ -158,10 +158,12 @@ class EncryptedData:
                 whole = bytearray(n_bytes)
                 for place in self._edges(skip, len(data), n_bytes):
                     old = await pread(self._storage, host_offset + place, SECTOR_SIZE)
-                    self._decrypt_sector(memoryview(whole), place, old, host_offset, guest_offset)
+                    self._decrypt_sector(
+                        memoryview(whole), place, old, host_offset=host_offset, guest_offset=guest_offset
+                    )
                 whole[skip : skip + len(data)] = data
                 data = whole
-            self._cipher.encrypt_in_place(data, self._sector(host_offset, guest_offset))
+            self._cipher.encrypt_in_place(data, self._sector(host_offset=host_offset, guest_offset=guest_offset))
             if not self._storage.try_pwritev(host_offset, [data]):
                 await self._storage.pwritev(host_offset, [data])
         finally:
@@ -177,14 +179,16 @@ class EncryptedData:
         return places
 
     def _decrypt_sector(
-        self, whole: memoryview, place: int, data: Buffer, host_offset: int, guest_offset: int
+        self, whole: memoryview, place: int, data: Buffer, *, host_offset: int, guest_offset: int
     ) -> None:
         """Put what ``data`` decrypts to at byte ``place`` of ``whole``, which lies at the two offsets."""
         sector = whole[place : place + SECTOR_SIZE]
-        self._decrypt_into(sector, data, host_offset + place, guest_offset + place, 0)
+        self._decrypt_into(sector, data, 0, host_offset=host_offset + place, guest_offset=guest_offset + place)
 
-    def _decrypt_into(self, part: memoryview, data: Buffer, host_offset: int, guest_offset: int, skip: int) -> None:
-        plain = self._cipher.decrypt(data, self._sector(host_offset, guest_offset))
+    def _decrypt_into(
+        self, part: memoryview, data: Buffer, skip: int, *, host_offset: int, guest_offset: int
+    ) -> None:
+        plain = self._cipher.decrypt(data, self._sector(host_offset=host_offset, guest_offset=guest_offset))
         part[:] = plain if len(plain) == len(part) else memoryview(plain)[skip : skip + len(part)]
 
     # Version 1 may have clusters at any offset: a range is every sector of the file that it touches.
@@ -205,23 +209,25 @@ class EncryptedPlaces:
     def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
         """See Storage."""
         data = bytearray(n_bytes)
-        if n_bytes and not self._encrypted.try_read_into(host_offset, host_offset, memoryview(data)):
+        if n_bytes and not self._encrypted.try_read_into(
+            memoryview(data), host_offset=host_offset, guest_offset=host_offset
+        ):
             return None
         return data
 
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """See Storage. Raises OSError."""
         data = bytearray(n_bytes)
-        await self._encrypted.read_into(host_offset, host_offset, memoryview(data))
+        await self._encrypted.read_into(memoryview(data), host_offset=host_offset, guest_offset=host_offset)
         return data
 
     def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
         """See Storage. Raises OSError."""
-        return self._encrypted.try_write(host_offset, host_offset, buffers)
+        return self._encrypted.try_write(buffers, host_offset=host_offset, guest_offset=host_offset)
 
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """See Storage. Raises OSError."""
-        await self._encrypted.write(host_offset, host_offset, buffers)
+        await self._encrypted.write(buffers, host_offset=host_offset, guest_offset=host_offset)
 
 
 class Passphrase:

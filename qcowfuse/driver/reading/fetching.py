@@ -26,7 +26,7 @@ class Fetcher:
         if extent.kind == ClusterKind.ENCRYPTED:
             encrypted = self._encrypted[extent.layer]
             assert encrypted is not None
-            return encrypted.try_read_into(extent.value, extent.guest_offset, part)
+            return encrypted.try_read_into(part, host_offset=extent.value, guest_offset=extent.guest_offset)
         return True
 
     async def fetch_all(self, waiting: Sequence[tuple[Extent, memoryview]]) -> None:
@@ -47,7 +47,7 @@ class Fetcher:
             return
         encrypted = self._encrypted[extent.layer]
         assert encrypted is not None
-        await encrypted.read_into(extent.value, extent.guest_offset, part)
+        await encrypted.read_into(part, host_offset=extent.value, guest_offset=extent.guest_offset)
 
     async def _fetch_noting(self, extent: Extent, part: memoryview, errors: list[Exception]) -> None:
         try:

@@ -232,7 +232,7 @@ class Writer:
             if self._encrypted is None:
                 is_written = self._try_pwritev(host_offset, parts)
             else:
-                is_written = self._encrypted.try_write(host_offset, start, parts)
+                is_written = self._encrypted.try_write(parts, host_offset=host_offset, guest_offset=start)
         except BaseException:
             self._allocator.give_back(run)
             raise
@@ -241,7 +241,7 @@ class Writer:
             self._allocator.give_back(run)
             return 0
         self._cache.use(slice_)
-        self._link(slice_, start, run.host_offset, plan)
+        self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
         self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start))
         return plan.n_bytes
 
@@ -252,7 +252,8 @@ class Writer:
             return 0
         self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
         host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
-        return plan.n_bytes if encrypted.try_write(host_offset, guest_offset, [view[: plan.n_bytes]]) else 0
+        part = view[: plan.n_bytes]
+        return plan.n_bytes if encrypted.try_write([part], host_offset=host_offset, guest_offset=guest_offset) else 0
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
@@ -273,7 +274,7 @@ class Writer:
                     )
             if plan.action is Action.IN_PLACE:
                 host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
-                await self._write_data(host_offset, guest_offset, [view[: plan.n_bytes]])
+                await self._write_data([view[: plan.n_bytes]], host_offset=host_offset, guest_offset=guest_offset)
                 return plan.n_bytes
             first = guest_offset >> self._cluster_bits
             conflict = self.claims.first_conflict(first, first + plan.n_clusters)
@@ -308,7 +309,7 @@ class Writer:
                 start, min(n_clusters << self._cluster_bits, self._mapping.size - start)
             )
             plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
-            self._link(slice_, start, start, plan)
+            self._link(slice_, plan, guest_offset=start, host_offset=start)
         finally:
             self._cache.unpin(slice_)
         self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
@@ -349,34 +350,35 @@ class Writer:
             elif run is None or not run.is_fresh or not self._holes_are_zeroes:
                 buffers.append(ZEROES[: plan.tail])
             write_offset = host_offset + (start & self._cluster_mask) + skipped
-            await self._write_data(write_offset, start + skipped, [part for part in buffers if len(part)])
+            parts = [part for part in buffers if len(part)]
+            await self._write_data(parts, host_offset=write_offset, guest_offset=start + skipped)
         except BaseException as error:
             if self._data_clusters is not None:
                 if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
-                    self._link(slice_, start, host_offset, plan)
+                    self._link(slice_, plan, guest_offset=start, host_offset=host_offset)
             elif run is not None:
                 await self.give_back(run)
             raise
-        self._link(slice_, start, host_offset, plan)
+        self._link(slice_, plan, guest_offset=start, host_offset=host_offset)
         n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
         self._usage.add(start, n_holes)
         return plan.n_bytes
 
-    def _link(self, slice_: L2Slice, start: int, host_offset: int, plan: CowPlan) -> None:
-        """Point the entries of a plan whose bytes begin at guest offset ``start`` at the clusters written."""
+    def _link(self, slice_: L2Slice, plan: CowPlan, *, guest_offset: int, host_offset: int) -> None:
+        """Point the entries of a plan whose bytes begin at ``guest_offset`` at the clusters written."""
         entries = slice_.entries
         entry_format = self._mapping.entry_format
         words = self._words
-        first = (start >> self._cluster_bits & self._mapping.slice_mask) * words
+        first = (guest_offset >> self._cluster_bits & self._mapping.slice_mask) * words
         end = first + plan.n_clusters * words
         replaced = entries[first:end:words]
         if entry_format.is_extended:
             link_extended(
                 entries,
                 entry_format,
-                self._mapping.index(start),
+                self._mapping.index(guest_offset),
                 host_offset=host_offset,
-                in_cluster=start & self._cluster_mask,
+                in_cluster=guest_offset & self._cluster_mask,
                 n_bytes=plan.head + plan.n_bytes + plan.tail,
             )
         else:
@@ -411,7 +413,7 @@ class Writer:
         old = await self._reader.read(guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 
-    async def _write_plain(self, host_offset: int, guest_offset: int, buffers: Sequence[Buffer]) -> None:
+    async def _write_plain(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> None:
         """Write guest data as it is."""
         if not self._try_pwritev(host_offset, buffers):
             await self._data.pwritev(host_offset, buffers)
