@@ -2,43 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.support import qemu
-from tests.support.container import is_contained, lacks, need_loop_devices
+from tests.support.booting import REPOSITORY, run_booted, throw_away_root
+from tests.support.container import need_loop_devices
 
-REPOSITORY = Path(__file__).parents[2]
 UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
-LAUNCHER = f"""#!/bin/sh
-export PYTHONPATH={REPOSITORY}
-exec {sys.executable} -c 'import sys; from qcowfuse.cli.mount.main import main; sys.exit(main())' "$@"
-"""
-PRELUDE = """#!/bin/bash
-exec >/srv/out.log 2>&1
-set -x
-fail() {
-    set +x; echo "FAILED: $*"
-    systemctl --no-pager -l status "qcowfuse@*"; journalctl --no-pager -n 100
-    exit 1
-}
-expect() { [ "$1" = "$2" ] || fail "$1 is not $2"; }
-# wait_for COMMAND: 10 s at most
-wait_for() { for i in $(seq 100); do "$@" && return; sleep 0.1; done; fail "waited for $*"; }
-state() { systemctl show -P ActiveState "$1"; }
-mounted() { grep -q " $1 fuse" /proc/self/mounts; }
-gone() { ! mounted "$1"; }
-no_daemon() { ! pgrep -f "cli[.]main" >/dev/null; }
-checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
-"""
-LOOP_NODES = sorted(Path("/dev").glob("loop[0-9]*[0-9]")) + sorted(Path("/dev").glob("loop[0-9]"))
-LOOP_NODES += [node for node in (Path("/dev/loop-control"),) if node.exists()]
 pytestmark = [
     pytest.mark.mount,
     pytest.mark.root,
@@ -49,61 +26,16 @@ pytestmark = [
 @pytest.fixture
 def machine() -> Iterator[Path]:
     """The root directory of a container that is this machine, with the unit and the command installed."""
-    top = Path(f"/dev/shm/qcowfuse-systemd-{os.getpid()}")
-    upper, work, root = top / "upper", top / "work", top / "root"
-    for directory in (upper, work, root):
-        directory.mkdir(parents=True)
-    options = f"lowerdir=/,upperdir={upper},workdir={work}"
-    command: list[str | Path] = ["mount", "-t", "overlay", "overlay", "-o", options, root]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        shutil.rmtree(top)
-        lacks(f"overlay mounts: {done.stderr.strip()}")
-    try:
+    with throw_away_root() as root:
         shutil.copy(UNIT, root / "etc/systemd/system")
-        launcher = root / "usr/local/bin/qcowfuse"
-        launcher.write_text(LAUNCHER)
-        launcher.chmod(0o755)
         (root / "etc/qcowfuse").mkdir()
-        (root / "etc/fstab").write_text("")
         yield root
-    finally:
-        subprocess.run(["umount", root], check=True)
-        shutil.rmtree(top)
 
 
 @pytest.fixture
-def boot(machine: Path) -> Iterator[Callable[[str], None]]:
+def boot(machine: Path) -> Callable[[str], None]:
     """A function that boots the container, runs a script in it and fails with the log where the script fails."""
-    # systemd-tmpfiles in the container changes the mode of the device node that it shares with this machine.
-    mode = os.stat("/dev/fuse").st_mode & 0o777
-
-    def boot(script: str) -> None:
-        (machine / "srv/scenario").write_text(PRELUDE + script)
-        (machine / "srv/scenario").chmod(0o755)
-        # The overlay holds the root file system alone, and /tmp in the container is its own.
-        needed = {str(REPOSITORY), sys.prefix, sys.base_prefix} - {"/usr"}
-        binds = [f"--bind-ro={path}" for path in sorted(needed)]
-        command = [
-            *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", str(machine)),
-            *("--bind=/dev/fuse", *binds),
-            *(f"--bind={node}" for node in LOOP_NODES),
-            *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
-            *("systemd.run_success_action=exit", "systemd.run_failure_action=exit"),
-        ]
-        with (machine.parent / "console").open("w") as console:
-            done = subprocess.run(
-                command, stdin=subprocess.DEVNULL, stdout=console, stderr=console, timeout=60, check=False
-            )
-        log = machine / "srv/out.log"
-        console_said = (machine.parent / "console").read_text()
-        if not log.exists() and is_contained():
-            lacks(f"a systemd within it: {console_said.strip()}")
-        said = log.read_text() if log.exists() else console_said
-        assert done.returncode == 0, said
-
-    yield boot
-    os.chmod("/dev/fuse", mode)
+    return functools.partial(run_booted, machine)
 
 
 @pytest.fixture
