@@ -1,11 +1,16 @@
-"""What pip builds and installs: the wheel's contents, and an entry point that runs."""
+"""What pip builds and installs: the contents of the sdist and of the wheel, and an entry point that runs.
+
+The Debian package and the container image are tried on clean systems by ``scripts/package try`` and ``image``.
+"""
 
 from __future__ import annotations
 
 import email
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,19 +22,66 @@ REPOSITORY = Path(__file__).parents[2]
 WHEEL_NAME = f"qcowfuse-{__version__}-py3-none-any.whl"
 
 
+NOT_IN_A_COPY = shutil.ignore_patterns(
+    ".venv", ".git", ".*_cache", ".hypothesis", "__pycache__", "*.egg-info", "build", "dist"
+)
+BUILD = """
+import sys
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
+"""
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy so that the working tree stays as it is."""
-    source = tmp_path_factory.mktemp("source") / "qcowfuse"
-    source.mkdir()
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(REPOSITORY / name, source)
-    shutil.copytree(REPOSITORY / "qcowfuse", source / "qcowfuse", ignore=shutil.ignore_patterns("__pycache__"))
-    out = source.parent / "out"
-    command: list[str | Path] = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", out, source]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The sdist, unpacked; built from a copy so that the working tree stays as it is."""
+    folder = tmp_path_factory.mktemp("sdist")
+    shutil.copytree(REPOSITORY, folder / "source", ignore=NOT_IN_A_COPY)
+    # What builds is asked directly, as pip and python -m build do it, and fetched once for both packages.
+    fetched: list[str | Path] = ["-q", "--target", folder / "tools", "setuptools>=77"]
+    subprocess.run([sys.executable, "-m", "pip", "install", *fetched], check=True)
+    build(folder, "build_sdist", folder / "source")
+    with tarfile.open(folder / f"out/qcowfuse-{__version__}.tar.gz") as archive:
+        archive.extractall(folder, filter="data")
+    return folder / f"qcowfuse-{__version__}"
+
+
+def build(folder: Path, what: str, source: Path) -> None:
+    """Call a function of the build backend in a source tree; the product goes to ``folder/out``."""
+    done = subprocess.run(
+        [sys.executable, "-c", BUILD, what, folder / "out"],
+        cwd=source,
+        env=os.environ | {"PYTHONPATH": str(folder / "tools")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
-    return out / WHEEL_NAME
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist: Path) -> Path:
+    """The wheel, built out of the sdist."""
+    build(sdist.parent, "build_wheel", sdist)
+    return sdist.parent / "out" / WHEEL_NAME
+
+
+def test_sdist_holds_what_a_packager_needs(sdist: Path) -> None:
+    """Tests, documents, scripts and what packages are made of, with their modes; nothing that was made by a run."""
+    for folder in ("docs", "packaging", "qcowfuse", "scripts", "tests"):
+        expected = {
+            path.relative_to(REPOSITORY): os.access(path, os.X_OK)
+            for path in (REPOSITORY / folder).rglob("*")
+            if path.is_file() and "__pycache__" not in path.parts
+        }
+        found = {
+            path.relative_to(sdist): os.access(path, os.X_OK)
+            for path in (sdist / folder).rglob("*")
+            if path.is_file()
+        }
+        assert found == expected
+    for name in ("CHANGELOG.md", "CONTRIBUTING.md", "Containerfile", "LICENSE", "README.md", "SECURITY.md"):
+        assert (sdist / name).read_bytes() == (REPOSITORY / name).read_bytes()
 
 
 def test_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
@@ -38,7 +90,7 @@ def test_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
     modules = {str(path.relative_to(REPOSITORY)) for path in REPOSITORY.glob("qcowfuse/**/*.py")}
     assert {name for name in names if name.endswith(".py")} == modules
     assert "qcowfuse/py.typed" in names
-    assert not [name for name in names if name.startswith(("tests", "scripts"))]
+    assert not [name for name in names if name.startswith(("tests", "scripts", "packaging", "docs"))]
 
 
 def test_wheel_holds_the_systemd_unit_where_systemd_looks(wheel: Path) -> None:
