@@ -4,6 +4,6 @@ Modules: ``service`` (from opening to closing), ``session`` (the mount itself), 
 serves), ``ending`` (unmounted by hand, told to stop, cut off), ``process`` (daemon, report to the starter),
 ``sandbox`` (what the daemon gives up once it serves), ``mountpoint`` (what may be a mount point, unmounting),
 ``mount_users`` (who uses it), ``record`` (what a daemon says where its mount can't be asked), ``served_file`` (calls
-on the file that keep nobody from unmounting), ``outside`` (the process that asks the mount) and ``mount_client``
-(what it can be asked for).
+on the file that keep nobody from unmounting), ``outside`` (calls on the mount, made by a process outside of it),
+``outside_process`` (that process) and ``mount_client`` (what it can be asked for).
 """

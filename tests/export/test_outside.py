@@ -15,6 +15,7 @@ import trio
 from qcowfuse.daemon.mount_client import MountClient
 from qcowfuse.daemon.mountpoint import MountBusyError
 from qcowfuse.daemon.outside import Outside
+from qcowfuse.daemon.outside_process import OutsideProcess
 from qcowfuse.errors import MountError
 from tests.support.mounting import is_alive, wait_until
 
@@ -89,7 +90,7 @@ class Client(MountClient):
 @pytest.fixture
 def outside() -> Iterator[Outside[Client]]:
     """One that is closed after the test."""
-    with Outside(Client()) as made:
+    with Outside(OutsideProcess(Client())) as made:
         yield made
 
 
@@ -168,7 +169,7 @@ async def test_stop_signals_are_not_for_it(outside: Outside[Client]) -> None:
 
 async def test_it_ends_with_us() -> None:
     """When the other end is closed, the process is gone."""
-    with Outside(Client()) as outside:
+    with Outside(OutsideProcess(Client())) as outside:
         pid = await outside.run(Client.parent_pid)
         assert is_alive(pid)
     wait_until(lambda: not is_alive(pid), "the end of the process")

@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qcowfuse.cli.mount import arguments, parser
-from qcowfuse.daemon import outside
+from qcowfuse.daemon import outside_process
 from qcowfuse.driver.layers.encryption import EncryptedData
 from qcowfuse.driver.writing.append_allocation import AppendAllocator
 from qcowfuse.format import luks
@@ -138,7 +138,11 @@ def test_a_way_out_of_the_folder_is_found(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_request_with_more_than_numbers_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text that gets to a call on the mount."""
     break_line(
-        monkeypatch, outside, "_parse", "all(isinstance(value, int) for value in args)", "isinstance(args, list)"
+        monkeypatch,
+        outside_process,
+        "parse_request",
+        "all(isinstance(value, int) for value in args)",
+        "isinstance(args, list)",
     )
     assert next(Fuzzing(SEED, ["requests"], n_cases=40).run()).text.startswith("AssertionError")
 
@@ -154,7 +158,7 @@ def test_a_message_of_several_lines_is_found(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_cipher_that_numbers_sectors_otherwise_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is written in one session is read as something else in the next."""
     numbers = iter(range(1 << 30))
-    monkeypatch.setattr(EncryptedData, "_sector", lambda *_: next(numbers))
+    monkeypatch.setattr(EncryptedData, "_sector", lambda *_, **__: next(numbers))
     case = Case(WHOLE, "v3-luks", (), (("rw",), ("write", 700, 9000, 7), ("read", 0, 20_000)))
     assert "reading 20000 bytes at 0x0 differs" in (judge_apart(case) or "")
 

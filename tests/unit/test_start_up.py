@@ -67,6 +67,32 @@ def test_the_starter_imports_nothing_that_serves() -> None:
     assert not modules & {"trio", "pyfuse3", "ssl", "qcowfuse.driver.chain", *NEEDLESS_FOR_A_PLAIN_IMAGE}
 
 
+def test_the_process_outside_of_the_mount_is_started_before_what_serves_is_imported(tmp_path: Path) -> None:
+    """It stays as long as the mount, so its memory counts as the daemon's does."""
+    modules = run(
+        """
+        import sys
+        from qcowfuse.cli.mount import main
+        import qcowfuse.daemon.mountpoint as mountpoint
+        import qcowfuse.daemon.outside_process as outside_process
+
+        class Process:
+            def __init__(self, client):
+                print(*sys.modules)
+                sys.stdout.flush()
+                os._exit(0)
+
+        import os
+        outside_process.OutsideProcess = Process
+        mountpoint.check_fuse = lambda: None
+        main.main(["-f", "image", sys.argv[1]])
+        """,
+        str(tmp_path),
+    )
+    assert "qcowfuse.daemon.mount_client" in modules.split()
+    assert not set(modules.split()) & {"trio", "pyfuse3", "ssl", "qcowfuse.driver.chain"}
+
+
 def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
     """All that serves a plain image is imported when it is open: nothing for other kinds of images, and nothing
     more while the disk is read, written, discarded, grown, flushed and closed."""

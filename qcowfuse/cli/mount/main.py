@@ -4,6 +4,7 @@ With the debug option, tracebacks too.
 
 1. What serves (trio, pyfuse3, the driver: nine tenths of the time that a start takes) is imported by the process that
    is going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
+   So does the process outside of the mount, which stays: it is forked before these imports.
 2. A stop signal in that time is a failure to start like any other: it waits until there is an event loop to hear it.
 3. Before the fork there is nothing that would have to be undone: a stop signal just ends the program.
 """
@@ -17,6 +18,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from ...daemon.process import Starter, run_as_daemon, stop_signals_held_back
 from ...errors import ImageUsageError
@@ -26,6 +28,12 @@ from ..failures import is_interrupt
 from ..passphrase import KeySource
 from .arguments import Arguments, parse_arguments
 from .failures import describe
+
+if TYPE_CHECKING:
+    from ...daemon.mount_client import MountClient
+    from ...daemon.mountpoint import MountPoint
+    from ...daemon.outside_process import OutsideProcess
+    from ...daemon.settings import MountSettings
 
 _log = logging.getLogger("qcowfuse")
 
@@ -71,10 +79,12 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
+        settings = arguments.mount_settings()
+        place, process = _start_outside(settings)
         with _garbage_kept():
             from .serving import serve_image
         with key.explained():
-            serve_image(arguments, key, starter, on_ready)
+            serve_image(arguments, key, starter, on_ready, settings=settings, place=place, process=process)
     except BaseException as exc:
         code, line = exit_code_of(exc), describe(exc, arguments, has_served=is_ready)
         if is_ready or arguments.log_file is not None:
@@ -89,6 +99,18 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             print(f"qcowfuse: {line}", file=sys.stderr)
         return code
     return ExitCode.OK
+
+
+def _start_outside(settings: MountSettings) -> tuple[MountPoint, OutsideProcess[MountClient]]:
+    """Look at the mount point, and have the process that asks the mount, before anything is imported that serves.
+    Raises MountError."""
+    from ...daemon.mount_client import MountClient
+    from ...daemon.mountpoint import check_fuse, open_mount_point
+    from ...daemon.outside_process import OutsideProcess
+
+    check_fuse()
+    place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
+    return place, OutsideProcess(MountClient(place, settings.file_name))
 
 
 @contextmanager

@@ -15,10 +15,12 @@ import trio
 
 from ...daemon.ending import Notices
 from ...daemon.mount_client import MountClient
-from ...daemon.mountpoint import check_fuse, open_mount_point
+from ...daemon.mountpoint import MountPoint
 from ...daemon.outside import Outside
+from ...daemon.outside_process import OutsideProcess
 from ...daemon.process import Starter, leave_session
 from ...daemon.service import serve
+from ...daemon.settings import MountSettings
 from ...driver.chain import open_image
 from ...driver.image import Image
 from ...printable import printable
@@ -31,8 +33,18 @@ if TYPE_CHECKING:
     from ...driver.overlay import Overlay
 
 
-def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, on_ready: Callable[[], None]) -> None:
-    """Serve until unmounted or told to stop. ``starter`` is told when the mount is ready, after ``on_ready``.
+def serve_image(
+    arguments: Arguments,
+    key: KeySource,
+    starter: Starter | None,
+    on_ready: Callable[[], None],
+    *,
+    settings: MountSettings,
+    place: MountPoint,
+    process: OutsideProcess[MountClient],
+) -> None:
+    """Serve at ``place`` until unmounted or told to stop. ``starter`` is told when the mount is ready, after
+    ``on_ready``.
 
     Raises what opening, mounting and closing raise.
     """
@@ -65,10 +77,7 @@ def serve_image(arguments: Arguments, key: KeySource, starter: Starter | None, o
     )
     if arguments.partition is not None:
         opener = functools.partial(_open_partition, opener, arguments.partition)
-    settings = arguments.mount_settings()
-    check_fuse()
-    place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
-    with Outside(MountClient(place, settings.file_name)) as outside:
+    with Outside(process) as outside:
         trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))
 
 

@@ -23,7 +23,7 @@ from unittest.mock import patch
 from qcowfuse.cli.exit_codes import ExitCode
 from qcowfuse.cli.mount.arguments import parse_arguments
 from qcowfuse.cli.mount.parser import build_parser
-from qcowfuse.daemon import mount_users, mountpoint, outside, served_file
+from qcowfuse.daemon import mount_users, mountpoint, outside, outside_process, served_file
 from qcowfuse.daemon.mount_client import MountClient
 from qcowfuse.errors import MountError
 from qcowfuse.storage.beneath import OutsideError, UnfitFileError, find_file, open_folder, open_folders
@@ -249,7 +249,7 @@ def requests(given: Subject) -> None:
     """A request is a verb with numbers, or nothing; whatever becomes of it, the daemon can take the answer."""
     chooser = _chooser(given)
     texts = [*bytes(given.data).split(b"\n")]
-    verbs = (*sorted(MountClient.VERBS), outside._LEAVE_SESSION, "__init__", "_file", "_place")
+    verbs = (*sorted(MountClient.VERBS), outside_process.LEAVE_SESSION, "__init__", "_file", "_place")
     for _ in range(6):
         args = [chooser.choice(_NUMBERS if chooser.random() < 0.8 else _ODD) for _ in range(chooser.randrange(6))]
         name = chooser.choice(verbs) if chooser.random() < 0.9 else chooser.choice(_ODD)
@@ -281,20 +281,20 @@ def _failing(error: Exception) -> Callable[[], object]:
 
 
 def _judge_request(text: bytes, client: MountClient, done: list[tuple[object, ...]]) -> None:
-    call = outside._parse(text, MountClient.VERBS)
+    call = outside_process.parse_request(text, MountClient.VERBS)
     if call is None:
         return
     number, name, args = call
     assert isinstance(number, int)
     assert all(isinstance(value, int) for value in args)
-    if name == outside._LEAVE_SESSION:
+    if name == outside_process.LEAVE_SESSION:
         return
     assert name in MountClient.VERBS
     answers = _Answers()
     done.clear()
-    outside._answer(answers, client, number, name, args)  # type: ignore[arg-type]
+    outside_process.answer(answers, client, number, name, args)  # type: ignore[arg-type]
     assert len(answers.sent) == 1
-    assert len(answers.sent[0]) <= outside._MAX_MESSAGE
+    assert len(answers.sent[0]) <= outside_process.MAX_MESSAGE
     echoed, failure, _ = json.loads(answers.sent[0])
     assert echoed == number
     for did in done:  # on the mount that was settled before, and with numbers
