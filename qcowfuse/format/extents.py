@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from .entries import ClusterKind, EntryFormat
@@ -35,6 +36,21 @@ class Extent(NamedTuple):
     value: int
     guest_offset: int
     n_bytes: int
+
+
+def clipped(extents: Iterable[Extent], guest_offset: int, n_bytes: int) -> list[Extent]:
+    """What of ``extents`` lies in a guest range."""
+    end = guest_offset + n_bytes
+    found = []
+    for extent in extents:
+        first = max(extent.guest_offset, guest_offset)
+        n_here = min(extent.guest_offset + extent.n_bytes, end) - first
+        if n_here > 0:
+            # A compressed cluster is named by its entry, whatever part of it is wanted.
+            has_place = extent.kind == ClusterKind.DATA or extent.kind == ClusterKind.ENCRYPTED
+            value = extent.value + first - extent.guest_offset if has_place else extent.value
+            found.append(Extent(extent.kind, extent.layer, value, first, n_here))
+    return found
 
 
 def lookup_run(entries: array[int], entry_format: EntryFormat, index: int, in_cluster: int, n_bytes: int) -> Run:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowfuse.format.entries import COMPRESSED, COMPRESSED_V1, COPIED, READS_ZERO, ClusterKind, entry_format
-from qcowfuse.format.extents import count_data, lookup_run
+from qcowfuse.format.extents import Extent, clipped, count_data, lookup_run
 
 CLUSTER = 1 << 12
 DATA = st.integers(1, 1 << 40).map(lambda cluster: cluster * CLUSTER)
@@ -57,3 +57,22 @@ def test_extended_entries_are_not_counted(needs_holes: bool) -> None:
     """Their subclusters have to be looked at."""
     extended = entry_format(3, 16, is_extended=True)
     assert count_data(array("Q", [0, 0]), extended, needs_holes=needs_holes) is None
+
+
+def test_extents_are_clipped_to_a_range() -> None:
+    """Places move with the start of what is left; a compressed cluster stays named by its entry."""
+    extents = [
+        Extent(ClusterKind.DATA, 0, 0x50000, 0, 4096),
+        Extent(ClusterKind.COMPRESSED, 1, 0x4000_0000_0001_2345, 4096, 4096),
+        Extent(ClusterKind.ENCRYPTED, 2, 0x90000, 8192, 4096),
+        Extent(ClusterKind.ZERO, 0, 0, 12288, 4096),
+    ]
+    assert clipped(extents, 0, 16384) == extents
+    assert clipped(extents, 1000, 500) == [Extent(ClusterKind.DATA, 0, 0x50000 + 1000, 1000, 500)]
+    assert clipped(extents, 5000, 8000) == [
+        Extent(ClusterKind.COMPRESSED, 1, 0x4000_0000_0001_2345, 5000, 3192),
+        Extent(ClusterKind.ENCRYPTED, 2, 0x90000, 8192, 4096),
+        Extent(ClusterKind.ZERO, 0, 0, 12288, 712),
+    ]
+    assert clipped(extents, 9000, 100) == [Extent(ClusterKind.ENCRYPTED, 2, 0x90000 + 808, 9000, 100)]
+    assert clipped(extents, 4096, 0) == []

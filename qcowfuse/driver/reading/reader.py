@@ -79,6 +79,11 @@ class ChainReader:
         started = self.start(guest_offset, n_bytes, never)
         return await started.finish() if isinstance(started, PendingRead) else started
 
+    async def read_extents(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> Buffer:
+        """The bytes of a range, of which ``extents`` are what a look-up found. Raises OSError, FormatError."""
+        started = self._start_extents(extents, guest_offset, n_bytes, never)
+        return await started.finish() if isinstance(started, PendingRead) else started
+
     async def _look_further(
         self, lookup: ChainLookup, missing: Layer, guest_offset: int, n_bytes: int, is_alone: Callable[[], bool]
     ) -> Buffer:

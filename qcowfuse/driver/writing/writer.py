@@ -28,6 +28,7 @@ from ...buffer import Buffer
 from ...errors import QcowFuseError
 from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
 from ...format.entries import ClusterKind
+from ...format.extents import Extent, clipped
 from ...format.geometry import MAX_CLUSTER_BITS
 from ...format.subclusters import link_extended, plan_write_extended
 from ..layers.data_file import DataClusters
@@ -335,8 +336,9 @@ class Writer:
         try:
             n_covered = min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start)
             extents = await self._reader.lookup(start, n_covered)
-            head = await self._old_bytes(start, plan.head)
-            tail = await self._old_bytes(guest_offset + plan.n_bytes, plan.tail)
+            # Nobody changes them meanwhile: the clusters are claimed, and what lies below is never written.
+            head = await self._old_bytes(extents, start, plan.head)
+            tail = await self._old_bytes(extents, guest_offset + plan.n_bytes, plan.tail)
             buffers: list[Buffer] = [view[: plan.n_bytes]]
             skipped = 0
             if head is not None:
@@ -402,15 +404,16 @@ class Writer:
         elif entry_format.host_offset(old) not in (0, new_offset):
             self._write_back.unlink_cluster(HostRun(entry_format.host_offset(old), 1))
 
-    async def _old_bytes(self, guest_offset: int, n_bytes: int) -> Buffer | None:
-        """What the guest sees now, zeroes past the end of the disk; None where all of it is zeroes."""
-        inside = min(n_bytes, max(self._mapping.size - guest_offset, 0))
-        if not inside:
+    async def _old_bytes(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
+        """What the guest sees now of a range that ``extents`` cover up to the end of the disk, zeroes behind that;
+        None where all of it is zeroes."""
+        inside = min(n_bytes, self._mapping.size - guest_offset)
+        if inside <= 0:
             return None
-        extents = await self._reader.lookup(guest_offset, inside)
-        if len(extents) == 1 and extents[0].kind == ClusterKind.ZERO:
+        extents = clipped(extents, guest_offset, inside)
+        if all(extent.kind == ClusterKind.ZERO for extent in extents):
             return None
-        old = await self._reader.read(guest_offset, inside)
+        old = await self._reader.read_extents(extents, guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 
     async def _write_plain(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> None:
