@@ -248,4 +248,4 @@ def test_the_same_rules_in_every_command(place: Path, capsys: pytest.CaptureFixt
             assert main([*words, "--no-backing", option]) == ImgExit.FAILED
             assert "exclude each other" in capsys.readouterr().err
     assert main(["map", path, "--backing-format", "vmdk"]) == ImgExit.FAILED
-    assert "none of raw, qcow2 and auto" in capsys.readouterr().err
+    assert "not one of raw, qcow2 and auto" in capsys.readouterr().err

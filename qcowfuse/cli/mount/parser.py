@@ -45,7 +45,7 @@ examples:
   qcowfuse -o ro,allow_other,umask=022 disk.qcow2 /mnt/x
   mount -t fuse.qcowfuse disk.qcow2 /mnt/x -o ro
   qcowfuse status /mnt/x                         counters of the L2 cache and the backend
-  qcowfuse umount /mnt/x                         the end: flushes, closes, unlocks (or fusermount3 -u)
+  qcowfuse umount /mnt/x                         flush, close and unlock (or fusermount3 -u)
 
 SIGTERM and SIGINT end it as fusermount3 -u does; while the file is in use, they flush it and wait
 for its users. SIGUSR1 prints the counters to the log.""",
