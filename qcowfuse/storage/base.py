@@ -56,6 +56,11 @@ class Storage(Protocol):
         """Whether writes are allowed; a write to a read-only storage raises ``OSError(EBADF)``."""
 
     @property
+    def is_fixed(self) -> bool:
+        """Whether the length never changes: a block device. There is no room behind its end (ENOSPC), and what was
+        not written yet may be anything."""
+
+    @property
     def counters(self) -> StorageCounters:
         """Live counts of backend operations."""
 
@@ -87,11 +92,13 @@ class Storage(Protocol):
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers back to back (any number of them), however many system calls it takes."""
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
-        """Make the range read as zeroes, keeping its space allocated where the file system can; may grow."""
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
+        """Make the range read as zeroes, keeping its space allocated where the file system can; may grow. ``unmap``:
+        giving its space back where the file system can, and never growing."""
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Give the range's space back where the file system can; reads as zeroes in any case; never grows."""
+        """Give the range's space back where the file system or the device can. What is read there afterwards may be
+        what it was, or zeroes: this is for what nothing refers to any more."""
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Set space aside for the range, so that later writes there need none, and keep what it holds; grows the

@@ -36,8 +36,8 @@ from .base import StorageCounters
 from .blocking import read_all, read_all_into, write_all, zero_range
 from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
-from .space import allocate_range
-from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from .space import allocate_range, give_back
+from .syscalls import FALLOC_ZERO_RANGE
 from .workers import retain_worker_pool
 
 MAX_INLINE_WRITE = 1 << 20
@@ -80,12 +80,13 @@ class FileStorage:
         self._name = path
         self._writable = writable
         self._size = length_of(fd)
+        self.is_fixed = is_block_device(fd)
         self._file_system = file_systems.type_of(fd)
         self._in_memory = self._file_system in file_systems.MEMORY_FILE_SYSTEMS
         self._flush_errno = 0
         self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
-        self._punch_mode = FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE
+        self._can_give_back = True
         self._can_allocate = True
         self._reserve_fd: int | None = None
         if writable and self._file_system in file_systems.COPY_ON_WRITE_FILE_SYSTEMS:
@@ -148,13 +149,15 @@ class FileStorage:
         self._size = length_of(self._fd)
 
     def allocated_bytes(self) -> int:
-        """Bytes of disk space in use. Raises OSError."""
+        """Bytes of disk space in use; of a device, all that it has. Raises OSError."""
+        if self.is_fixed:
+            return self._size
         return os.fstat(self._fd).st_blocks * 512
 
     def free_bytes(self) -> int:
         """Bytes that may still be written to the file system, for an ordinary user; the length of a device, which
         has none. Raises OSError."""
-        if is_block_device(self._fd):
+        if self.is_fixed:
             return self._size
         status = os.fstatvfs(self._fd)
         return status.f_bavail * status.f_frsize
@@ -281,10 +284,16 @@ class FileStorage:
         if n_bytes:
             self._grow_to(host_offset + n_bytes)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
-        """Zero the range, growing the file where it reaches past the end. Raises OSError."""
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
+        """Zero the range, growing the file where it reaches past the end. ``unmap``: only what lies within the file,
+        and give its space back where that can be. Raises OSError."""
         self._must_be_writable()
+        if unmap:
+            n_bytes = min(n_bytes, self._size - host_offset)
         if n_bytes <= 0:
+            return
+        if unmap and await self._run(give_back, host_offset, n_bytes, True):
+            self.counters.writes += 1
             return
         self.counters.writes += 1
         self.counters.written_bytes += n_bytes
@@ -293,14 +302,14 @@ class FileStorage:
         self._grow_to(host_offset + n_bytes)
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Zero the part of the range that lies within the file and give its space back. Raises OSError."""
+        """Give the space of the range back, as far as it lies within the file: a device is told to discard it.
+        Raises OSError."""
         self._must_be_writable()
         n_bytes = min(n_bytes, self._size - host_offset)
-        if n_bytes <= 0:
+        if n_bytes <= 0 or not self._can_give_back:
             return
         self.counters.writes += 1
-        if not await self._run(zero_range, self._punch_mode, host_offset, n_bytes):
-            self._punch_mode = 0
+        self._can_give_back = await self._run(give_back, host_offset, n_bytes, False)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """See Storage. Raises OSError."""
@@ -327,7 +336,7 @@ class FileStorage:
     async def truncate(self, n_bytes: int) -> None:
         """Set the length; a device, which has one for ever, can only be told to keep it. Raises OSError."""
         self._must_be_writable()
-        if is_block_device(self._fd):
+        if self.is_fixed:
             if n_bytes != self._size:
                 raise OSError(errno.EFBIG, f"a block device of {self._size} bytes cannot have {n_bytes}", self._name)
             return

@@ -137,14 +137,15 @@ def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) ->
     encryption = None
     if header.crypt_method != CRYPT_NONE:
         encryption = "aes" if header.crypt_method == CRYPT_AES else "luks"
+    is_device = os.path.exists(path) and not os.path.isfile(path)
     info = ImageInfo(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
         virtual_size=header.virtual_size if isinstance(header, Qcow1Header) else round_up(header.size, _SECTOR),
         cluster_size=1 << header.cluster_bits,
         file_length=storage.size(),
-        actual_size=storage.allocated_bytes(),
-        is_block_device=os.path.exists(path) and not os.path.isfile(path),
+        actual_size=0 if is_device else storage.allocated_bytes(),  # of a device QEMU says so
+        is_block_device=is_device,
         dirty=False,
         encryption=encryption,
         backing_file=header.backing_file,

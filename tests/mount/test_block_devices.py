@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.img.main import main
+from qcowfuse.storage.syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 from tests.support import qemu
 from tests.support.images import pattern
 from tests.support.loops import loop_device, served
@@ -120,3 +121,113 @@ def test_a_device_as_data_file(tmp_path: Path, is_raw: str, capsys: pytest.Captu
         assert f"a block device of {8 * MIB} bytes cannot have {9 * MIB}" in capsys.readouterr().err
         assert qemu.info(image, "qcow2")["virtual-size"] == 8 * MIB
         assert qemu.check(image).clean
+
+
+def write_far_apart(device: Path, n_places: int) -> None:
+    """Data in as many L2 tables: with more than 32 of them, what is free is looked for in the background."""
+    qemu.io(device, [f"write -P 7 {number << 29} 4k" for number in range(n_places)])
+
+
+def test_a_large_image_on_a_device_takes_new_clusters(tmp_path: Path) -> None:
+    """A device has no room behind its end: the first write waits until the clusters that are free are known."""
+    raw = backing(tmp_path, 16 * MIB)
+    with loop_device(raw) as device:
+        qemu.create(device, "qcow2", "1T")
+        write_far_apart(device, 60)
+        with served(device) as mount:
+            fd = os.open(mount.file, os.O_RDWR | os.O_DSYNC)
+            for number in range(20):
+                os.pwrite(fd, b"x" * 4096, MIB * (number + 1))
+            os.close(fd)
+        assert qemu.check(device).clean
+        qemu.io(device, [f"read -P 120 {MIB * 20} 4k", f"read -P 7 {59 << 29} 4k"])
+
+
+def test_a_device_that_is_full(tmp_path: Path) -> None:
+    """ENOSPC is told, what was synced stays, metadata finds no place behind the end; a discard makes room again."""
+    raw = backing(tmp_path, 5 * MIB + 32768)
+    with loop_device(raw) as device:
+        qemu.create(device, "qcow2", "1T")
+        with served(device) as mount:
+            fd = os.open(mount.file, os.O_RDWR | os.O_DSYNC)
+            n_written = 0
+            with pytest.raises(OSError, match="No space left"):  # noqa: PT012
+                while n_written < 200:
+                    os.pwrite(fd, b"x" * 4096, n_written << 29)
+                    n_written += 1
+            assert 30 <= n_written <= 40
+            os.fsync(fd)
+            fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 0, 1 << 30)
+            os.fsync(fd)
+            os.pwrite(fd, b"y" * 4096, 5 << 29)
+            os.close(fd)
+            assert os.getxattr(mount.file, "user.qcowfuse.image.flush_failed") == b"0"
+        assert qemu.check(device).clean
+        qemu.io(device, [f"read -P 120 {number << 29} 4k" for number in range(2, n_written) if number != 5])
+        qemu.io(device, [f"read -P 121 {5 << 29} 4k", "read -P 0 0 4k"])
+
+
+def test_a_discard_reaches_the_device(tmp_path: Path) -> None:
+    """The file below a loop device gets its space back; one that cannot discard is not written to for that."""
+    raw = backing(tmp_path, 32 * MIB)
+    with loop_device(raw) as device:
+        qemu.create(device, "qcow2", "24M")
+        qemu.io(device, ["write -P 9 0 24M"])
+        qemu.must_run("sync", "-f", raw)
+        before = raw.stat().st_blocks
+        with served(device) as mount:
+            fd = os.open(mount.file, os.O_RDWR)
+            fallocate(fd, FALLOC_PUNCH_HOLE | FALLOC_KEEP_SIZE, 0, 16 * MIB)
+            os.fsync(fd)
+            os.close(fd)
+        qemu.must_run("sync", "-f", raw)
+        assert before - raw.stat().st_blocks >= 15 * MIB // 512
+        assert qemu.check(device).clean
+        qemu.io(device, ["read -P 0 0 16M", "read -P 9 16M 8M"])
+
+
+def test_check_snapshots_and_growth_on_a_device(tmp_path: Path) -> None:
+    """A refcount table that is gone is made anew inside the device; tables of several clusters find a place there,
+    and where there is none, nothing is changed."""
+    raw = backing(tmp_path, 16 * MIB)
+    with loop_device(raw) as device:
+        qemu.create(device, "qcow2", "1T")
+        write_far_apart(device, 60)
+        with open(device, "r+b") as stream:
+            stream.seek(65536)
+            stream.write(bytes(8))
+        assert main(["check", "-q", "-r", "all", str(device)]) == 0
+        assert qemu.check(device).clean
+        for words in (["-c", "a"], ["-c", "b"], ["-d", "a"], ["-a", "b"]):
+            assert main(["snapshot", *words, str(device)]) == 0
+            assert qemu.check(device).clean
+        assert main(["resize", "-q", str(device), "9T"]) == 0
+        assert qemu.check(device).clean
+        assert main(["resize", "-q", str(device), "900T"]) == 1
+        assert qemu.check(device).clean
+        assert qemu.info(device, "qcow2")["virtual-size"] == 9 << 40
+        qemu.io(device, [f"read -P 7 {59 << 29} 4k"])
+
+
+def test_an_image_on_a_device_over_one_on_a_device(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A chain of two devices, as volume managers make them: it needs --allow-dir, and both are locked."""
+    (tmp_path / "point").mkdir()
+    raws = [tmp_path / name for name in ("a", "b")]
+    for raw in raws:
+        raw.write_bytes(bytes(8 * MIB))
+    with loop_device(raws[0]) as base, loop_device(raws[1]) as top:
+        qemu.create(base, "qcow2", "4M")
+        qemu.io(base, ["write -P 1 0 4M"])
+        qemu.create(top, "qcow2", backing=str(base), backing_format="qcow2")
+        refused = run_qcowfuse(top, tmp_path / "point")
+        assert (refused.returncode, refused.stderr.count("\n")) == (3, 1)
+        assert "which is a block device: not opened; --backing-file PATH allows it, and --allow-dir" in refused.stderr
+        with served(top, ALLOWED) as mount:
+            mount.file.open("r+b").write(b"top")
+            assert mount.file.read_bytes() == b"top" + b"\1" * (4 * MIB - 3)
+            assert qemu.run("qemu-io", "-c", "write 0 512", base).code
+            refused = run_qcowfuse("--lock-wait=0", ALLOWED, base, tmp_path / "point")
+            assert refused.returncode == 4
+        assert qemu.check(top).clean
+        assert main(["map", ALLOWED, "--output=json", str(top)]) == 0
+        assert json.loads(capsys.readouterr().out) == qemu.map_extents(top)

@@ -38,10 +38,10 @@ class BoundedStorage(MemoryStorage):
         self._must_fit(host_offset + sum(len(buffer) for buffer in buffers))
         await super().pwritev(host_offset, buffers)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """See Storage."""
         self._must_fit(host_offset + n_bytes)
-        await super().write_zeroes(host_offset, n_bytes)
+        await super().write_zeroes(host_offset, n_bytes, unmap=unmap)
 
     async def truncate(self, n_bytes: int) -> None:
         """See Storage."""

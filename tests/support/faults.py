@@ -105,8 +105,11 @@ class FaultyStorage(ForwardingStorage):
             raise OSError(code, os.strerror(code))
         await self.inner.pwritev(host_offset, buffers)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """A write like any other."""
+        if unmap:
+            await self.punch_hole(host_offset, n_bytes)
+            return
         await self.pwritev(host_offset, [bytes(n_bytes)])
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:

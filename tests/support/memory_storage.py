@@ -25,6 +25,7 @@ class MemoryStorage:
         self.name = name
         self.writable = writable
         self.suspend = suspend
+        self.is_fixed = False
         self.counters = StorageCounters()
         self.closed = False
 
@@ -79,8 +80,11 @@ class MemoryStorage:
         await self._checkpoint()
         self._write(host_offset, b"".join(buffers))
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Write zeroes."""
+        if unmap:
+            await self.punch_hole(host_offset, n_bytes)
+            return
         self._must_be_writable()
         await self._checkpoint()
         self._write(host_offset, bytes(n_bytes))

@@ -35,6 +35,11 @@ class ForwardingStorage:
         return self.inner.name
 
     @property
+    def is_fixed(self) -> bool:
+        """The inner one's."""
+        return self.inner.is_fixed
+
+    @property
     def writable(self) -> bool:
         """The inner one's."""
         return self.inner.writable
@@ -80,8 +85,11 @@ class ForwardingStorage:
         """As the inner one."""
         await self.inner.pwritev(host_offset, buffers)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """As the inner one."""
+        if unmap:
+            await self.punch_hole(host_offset, n_bytes)
+            return
         await self.inner.write_zeroes(host_offset, n_bytes)
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
@@ -171,8 +179,11 @@ class RecordingStorage(ForwardingStorage):
             raise
         write.ended = self.clock.tick()
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Logged as a write of zeroes."""
+        if unmap:
+            await self.punch_hole(host_offset, n_bytes)
+            return
         write = self._begin(host_offset, bytes(n_bytes))
         try:
             await self.inner.write_zeroes(host_offset, n_bytes)

@@ -220,7 +220,8 @@ async def test_space_is_set_aside(storage: FileStorage, file_path: str, monkeypa
 
 
 async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where fallocate is not supported, zeroes are written, over more than one chunk, and it isn't asked again."""
+    """Where fallocate is not supported, zeroes are written, over more than one chunk, and it isn't asked again. What
+    nothing refers to is left as it is."""
     calls = []
 
     def refuse(*arguments: int) -> None:
@@ -228,6 +229,7 @@ async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pyte
         raise OSError(errno.EOPNOTSUPP, "no")
 
     monkeypatch.setattr(blocking, "fallocate", refuse)
+    monkeypatch.setattr(space, "fallocate", refuse)
     n_bytes = (2 << 20) + 777
     await write(storage, 0, b"w" * (n_bytes + 100))
     await storage.write_zeroes(50, n_bytes)
@@ -235,7 +237,12 @@ async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pyte
     await storage.punch_hole(10, 20)
     await storage.punch_hole(10, 20)
     assert len(calls) == 2
-    assert await read(storage, 0, n_bytes + 100) == b"w" * 10 + bytes(20) + b"w" * 20 + bytes(n_bytes) + b"w" * 50
+    assert await read(storage, 0, n_bytes + 100) == b"w" * 50 + bytes(n_bytes) + b"w" * 50
+    await storage.write_zeroes(10, 20, unmap=True)
+    await storage.write_zeroes(n_bytes + 90, 1 << 30, unmap=True)
+    assert storage.size() == n_bytes + 100
+    expected = b"w" * 10 + bytes(20) + b"w" * 20 + bytes(n_bytes) + b"w" * 40 + bytes(10)
+    assert await read(storage, 0, n_bytes + 100) == expected
 
 
 async def test_space_is_set_aside_and_contents_stay(tmp_path: Path, storage: FileStorage) -> None:
@@ -509,5 +516,29 @@ async def test_block_device(loop_device: str) -> None:
         with pytest.raises(OSError) as caught:
             await write(storage, 1 << 20, b"x" * 512)
         assert caught.value.errno == errno.ENOSPC
+    finally:
+        await storage.aclose()
+
+
+async def test_space_of_a_block_device(loop_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has its space and none behind its end. What is given back is discarded; what must be zeroes is."""
+    storage = await open_file_storage(loop_device, writable=True)
+    try:
+        size = storage.size()
+        assert storage.is_fixed
+        assert storage.allocated_bytes() == size
+        assert await storage.allocate(0, size)
+        with pytest.raises(OSError, match="No space left"):
+            await storage.allocate(size - 4096, 8192)
+        await storage.pwritev(0, [b"d" * 131072])
+        await storage.flush()
+        await storage.punch_hole(0, 65536)
+        await storage.write_zeroes(65536, 512, unmap=True)
+        await storage.write_zeroes(66048 + 1, 100, unmap=True)
+        found = bytes(await storage.pread(65536, 65536))
+        assert found == bytes(512) + b"d" + bytes(100) + b"d" * (65536 - 512 - 101)
+        monkeypatch.setattr(space, "BLKDISCARD", 0x1234)  # no such request: as if the device could not
+        await storage.punch_hole(65536, 65536)
+        assert bytes(await storage.pread(65536, 65536)) == found
     finally:
         await storage.aclose()

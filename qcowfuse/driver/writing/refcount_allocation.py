@@ -1,6 +1,7 @@
 """Host clusters of QCOW2: which are free by their refcounts, taking them, giving them back.
 
-1. A run is fresh when it lies behind the file's end at open and behind everything taken since.
+1. A run is fresh when it lies behind the file's end at open and behind everything taken since; on a block device none
+   is.
 2. The search starts at the lowest cluster that may be free and never looks at what lies below.
 3. Behind a limit that :meth:`RefcountAllocator.hold_back` sets, and :meth:`RefcountAllocator.let_in` takes away,
    clusters are taken only once it is known which are in use although their counts are 0 (:mod:`.unguarded`); those
@@ -10,6 +11,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from array import array
 from contextlib import suppress
 
@@ -61,8 +63,9 @@ class RefcountAllocator:
             cluster_bits=cluster_bits,
             metadata=metadata,
             space=self.space,
-            high_water=storage.size(),
+            high_water=0 if storage.is_fixed else storage.size(),
         )
+        self._end = (storage.size() if storage.is_fixed else MAX_HOST_OFFSET) >> cluster_bits
         self._first_maybe_free = self._held_back = 0
         self._in_use: frozenset[int] = frozenset()
 
@@ -112,11 +115,11 @@ class RefcountAllocator:
             self._decrement(cluster)
 
     async def allocate_exactly(self, n_clusters: int) -> HostRun:
-        """See Allocator. Where the file is too fragmented, behind its end."""
+        """See Allocator. Where the file is too fragmented, behind its end; a device has nothing there."""
         surplus: list[HostRun] = []
         found: HostRun | None = None
         try:
-            for _ in range(_MAX_TRIES):
+            for _ in range(self._end if self._storage.is_fixed else _MAX_TRIES):
                 run = await self.allocate(n_clusters - (found.n_clusters if found else 0))
                 if found and found.host_offset + (found.n_clusters << self._cluster_bits) == run.host_offset:
                     found = HostRun(found.host_offset, found.n_clusters + run.n_clusters)
@@ -203,8 +206,8 @@ class RefcountAllocator:
     def _allocate(self, n_clusters: int) -> HostRun:
         cluster = self._first_maybe_free
         while True:
-            if cluster + n_clusters > MAX_HOST_OFFSET >> self._cluster_bits:
-                raise OSError(errno.ENOSPC, "the image file cannot take another cluster", self._storage.name)
+            if cluster >= self._end:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
             block_index, index = divmod(cluster, self._per_block)
             if block_index >= len(self._blocks.table):
                 self._growth.grow_table(block_index)
@@ -220,14 +223,16 @@ class RefcountAllocator:
             except ValueError:
                 cluster = self._first_maybe_free = (block_index + 1) * self._per_block
                 continue
+            first = block_index * self._per_block + start
+            if first >= self._end:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
             if not block.has_space:
                 self._growth.require_space((self._blocks.place(block_index), 1 << self._cluster_bits))
                 block.has_space = True
             end = start + 1
-            limit = min(start + n_clusters, self._per_block)
+            limit = min(start + n_clusters, self._per_block, start + self._end - first)
             while end < limit and not counts[end]:
                 end += 1
-            first = block_index * self._per_block + start
             if self._in_use:
                 if first in self._in_use:
                     cluster = self._first_maybe_free = first
@@ -238,7 +243,7 @@ class RefcountAllocator:
             self._blocks.set_counts(block_index, block, start, end, 1)
             self._first_maybe_free = first + end - start
             host_offset = first << self._cluster_bits
-            is_fresh = host_offset >= self._growth.high_water
+            is_fresh = host_offset >= self._growth.high_water and not self._storage.is_fixed
             self._growth.high_water = max(self._growth.high_water, host_offset + (end - start << self._cluster_bits))
             return HostRun(host_offset, end - start, is_fresh)
 

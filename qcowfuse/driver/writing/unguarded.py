@@ -106,7 +106,7 @@ class UnguardedClusters:
         self._allocator.hold_back(self._n_clusters)
         n_blocks = -(-self._n_clusters // entries_per_block(self._bits, self._header.refcount_order))
         self._refcount_table = self._refcount_table[:n_blocks]  # as it is now: blocks in memory only can't be read
-        if await self._is_small():
+        if self._storage.is_fixed or await self._is_small():  # nothing can be taken behind the end of a device
             await self._run()
             self._has_begun = True
             return

@@ -128,8 +128,7 @@ class Zeroer:
         """Zero the start of a range in a raw data file; the entries stay as they are."""
         extent = (await self._reader.lookup(guest_offset, n_bytes))[0]
         if extent.kind == ClusterKind.DATA:
-            zero = self._data.punch_hole if unmap else self._data.write_zeroes
-            await zero(guest_offset, extent.n_bytes)
+            await self._data.write_zeroes(guest_offset, extent.n_bytes, unmap=unmap)
         elif unmap:
             await self._punch(guest_offset, extent.n_bytes)
         return extent.n_bytes

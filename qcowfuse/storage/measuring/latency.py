@@ -63,6 +63,11 @@ class LatencyStorage:
         return self._inner.name
 
     @property
+    def is_fixed(self) -> bool:
+        """The inner one's."""
+        return self._inner.is_fixed
+
+    @property
     def writable(self) -> bool:
         """The inner one's."""
         return self._inner.writable
@@ -114,10 +119,10 @@ class LatencyStorage:
             if not self._inner.try_pwritev(host_offset, buffers):
                 await self._inner.pwritev(host_offset, buffers)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
-        """The inner call, later: the disk moves all the zeroes."""
-        async with self._access(host_offset, n_bytes):
-            await self._inner.write_zeroes(host_offset, n_bytes)
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
+        """The inner call, later: the disk moves all the zeroes, unless it gives their space back."""
+        async with self._access(host_offset, 0 if unmap else n_bytes):
+            await self._inner.write_zeroes(host_offset, n_bytes, unmap=unmap)
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
         """The inner call, later: the disk moves nothing."""

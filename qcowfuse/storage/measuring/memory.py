@@ -90,6 +90,11 @@ class ResidentStorage:
         return self._inner.name
 
     @property
+    def is_fixed(self) -> bool:
+        """The inner one's."""
+        return self._inner.is_fixed
+
+    @property
     def writable(self) -> bool:
         """Whether the file was opened for writing."""
         return self._inner.writable
@@ -165,13 +170,13 @@ class ResidentStorage:
         if not self.try_pwritev(host_offset, buffers):
             await self._inner.pwritev(host_offset, buffers)
 
-    async def write_zeroes(self, host_offset: int, n_bytes: int) -> None:
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Zero the range; may grow. Raises OSError."""
-        await self._inner.write_zeroes(host_offset, n_bytes)
+        await self._inner.write_zeroes(host_offset, n_bytes, unmap=unmap)
         self._follow_growth()
 
     async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Zero the range and give its space back. Raises OSError."""
+        """Give the range's space back; it may be zeroes then. Raises OSError."""
         await self._inner.punch_hole(host_offset, n_bytes)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
