@@ -32,7 +32,7 @@ import trio
 from ..errors import BackingChainError, ImageUsageError
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
-from ..storage.locks import wait_image_lock
+from ..storage.locks import wait_image_lock, warn_of_no_lock
 from .options import OpenOptions
 
 if TYPE_CHECKING:
@@ -53,9 +53,16 @@ async def open_storage(path: str, writable: bool, options: OpenOptions) -> Stora
     return await _ready(file, path, writable, options)
 
 
+async def open_ignoring_locks(path: str, writable: bool, options: OpenOptions) -> Storage:
+    """:func:`open_storage`, whoever has it open. Raises OSError."""
+    return await open_storage(path, writable, options._replace(ignore_locks=True))
+
+
 async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOptions) -> Storage:
     try:
-        if not options.force_share:
+        if options.ignore_locks:
+            warn_of_no_lock(path, writable=writable)
+        elif writable or not options.force_share:
             await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
             file.refresh_size()
         return _measured(file, options)

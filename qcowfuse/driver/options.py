@@ -40,7 +40,8 @@ class OpenOptions(NamedTuple):
     the image leaves open.
     ``backing_file``, ``data_file``: those of the image itself, where they are not the ones that it names.
     ``allow_dirs``: folders beneath which images may name files; ``no_backing``: images may name none.
-    ``force_share``: read, without locks, what others may be writing.
+    ``force_share``: what is only read is read without locks, though others may be writing it. ``ignore_locks``: so is
+    what is written, for which there has to be a good reason.
     ``io_uring``: what must wait for the disk is read by io_uring, where that can be had.
     ``passphrase`` is asked once when a layer is encrypted; ``tables_only``: encrypted layers stay locked, and their
     data cannot be read.
@@ -58,6 +59,7 @@ class OpenOptions(NamedTuple):
     allow_dirs: tuple[str, ...] = ()
     no_backing: bool = False
     force_share: bool = False
+    ignore_locks: bool = False
     passphrase: PassphraseSource | None = None
     tables_only: bool = False
     io_uring: bool = False

@@ -8,7 +8,8 @@
    together, a writer goes with nobody, and a reader under ``--force-share``, which only uses 0, goes with all.
    A raw backing file, where QEMU shares everything, is locked like the others: its writer would spoil the image.
 3. They belong to the open file description: a fork keeps them, closing the last descriptor drops them.
-4. Where the file system knows no locks, that is one warning, and the image is opened all the same.
+4. Where the file system knows no locks, that is one warning, and the image is opened all the same. So it is where the
+   user wants no locks: they are not touched then, since a lock manager that is dead would not answer.
 """
 
 from __future__ import annotations
@@ -112,8 +113,16 @@ async def wait_image_lock(fd: int, path: str, *, writable: bool, timeout: float)
         await trio.sleep(min(remaining, POLL_INTERVAL * random.uniform(0.7, 1.3)))
 
 
+def warn_of_no_lock(path: str, *, writable: bool) -> None:
+    """Say that a file was opened without looking at its locks."""
+    danger = "a second writer destroys it" if writable else "a writer may change it meanwhile"
+    _log.warning("%s: opened without a look at its locks: %s", path, danger)
+
+
 def _describe(fd: int, conflict: int, writable: bool) -> str:
-    holder = _find_holder(fd, conflict) or "another process (not visible from here)"
+    holder = _find_holder(fd, conflict) or (
+        "another process (not visible from here; if it is surely dead: qcowfuse --ignore-locks)"
+    )
     is_written = any(_is_held_by_other(fd, _USES_BASE + p) for p in _UNSHARED)
     if writable and not is_written:
         return f"in use by {holder}; stop it, or serve the image read-only (qcowfuse -r)"

@@ -33,6 +33,7 @@ async def check_image(
     report: Report,
     progress: Progress | None = None,
     force_share: bool = False,
+    ignore_locks: bool = False,
     fix: Fix = Fix.NOTHING,
 ) -> CheckResult:
     """Check the image at ``path`` and mend what ``fix`` says; each finding goes to ``report``, and the sums are
@@ -42,7 +43,7 @@ async def check_image(
     understood at all; ImageUsageError where ``fix`` does not include what has to be done first; ImageLockedError,
     OSError.
     """
-    options = OpenOptions(read_only=not fix, force_share=force_share and not fix)
+    options = OpenOptions(read_only=not fix, force_share=force_share, ignore_locks=ignore_locks)
     storage = await open_storage(path, bool(fix), options)
     try:
         if fix:

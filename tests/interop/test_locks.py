@@ -11,16 +11,20 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import trio
 
+from qcowfuse.cli.img.main import main as img
+from qcowfuse.cli.mount.arguments import parse_arguments
+from qcowfuse.driver.chain import open_image
 from qcowfuse.errors import ImageLockedError
 from qcowfuse.storage import locks as locks_module
 from qcowfuse.storage.locks import acquire_image_lock, wait_image_lock
+from qcowfuse.tools.overlay import EphemeralOverlay
 
 needs_qemu = pytest.mark.skipif(
     shutil.which("qemu-io") is None or shutil.which("qemu-nbd") is None, reason="needs qemu-io and qemu-nbd"
@@ -310,3 +314,79 @@ def test_without_locks_it_is_a_warning(
     with pytest.raises(OSError, match="cannot lock") as caught, ours(image, writable=True):
         pass
     assert (caught.value.errno, caught.value.filename) == (errno.EIO, image)
+
+
+def test_reading_what_others_write(image: str, tmp_path: Path) -> None:
+    """-U reads while QEMU writes, and keeps nobody out; without it the writer is named. It writes nothing."""
+    raw = Path(image)
+    with qemu_io(image) as process:
+        for words in (["-r"], ["-x"]):
+            refused = parse_and_open(image, *words)
+            assert "open for writing by" in refused
+            assert "qemu-io" in refused
+            assert parse_and_open(image, *words, "-U") == "opened"
+        assert process.poll() is None
+    before = raw.read_bytes()
+    assert parse_and_open(image, "-x", "--force-share") == "opened"
+    assert raw.read_bytes() == before
+    assert os.listdir(tmp_path) == [raw.name]
+
+
+def test_locks_that_are_ignored(image: str, caplog: pytest.LogCaptureFixture) -> None:
+    """--ignore-locks opens for writing what others hold, takes no lock, and warns each time."""
+    with ours(image, writable=True):
+        for words in ([], ["-r"], ["-x"]):
+            caplog.clear()
+            assert parse_and_open(image, *words, "-o", "ignore-locks") == "opened"
+            warnings = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+            assert len(warnings) == 1
+            assert f"{image}: opened without a look at its locks" in warnings[0]
+    assert parse_and_open(image, "--ignore-locks", during=lambda: acquired(image)) == "opened"
+
+
+def test_changes_that_ignore_locks(
+    image: str, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """So do check -r, resize and snapshot of qcowfuse-img."""
+    with ours(image, writable=True):
+        for words in (["check", "-r", "all"], ["resize"], ["snapshot", "-c", "s"], ["snapshot", "-l"]):
+            more = ["2M"] if words == ["resize"] else []
+            assert img([*words, image, *more]) == 1
+            assert "open for writing by this process" in capsys.readouterr().err
+            assert img([*words, "--ignore-locks", image, *more]) == 0
+            assert ("without a look at its locks" in caplog.text) == (words[-1] != "-l")
+            caplog.clear()
+
+
+@pytest.mark.parametrize("words", [["-U"], ["-U", "--overlay", "o"], ["-r", "-U", "--overlay", "o"]])
+def test_what_is_written_needs_its_lock(words: list[str], image: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """-U is refused where something is written that means something afterwards."""
+    with pytest.raises(SystemExit):
+        parse_arguments([*words, image, "mnt"])
+    assert "--force-share" in capsys.readouterr().err
+
+
+def acquired(path: str) -> None:
+    """Nobody else has the image locked."""
+    with ours(path, writable=True):
+        pass
+
+
+def parse_and_open(image: str, *words: str, during: Callable[[], None] = lambda: None) -> str:
+    """Open as the command line says: "opened", or why not."""
+    given = parse_arguments([*words, "--lock-wait=0", image, "mnt"])
+
+    async def run() -> None:
+        overlay = None if given.ephemeral is None else EphemeralOverlay()
+        opened = await open_image(given.image, given.open_options, overlay=overlay)
+        try:
+            during()
+            await opened.read(0, 512)
+        finally:
+            await opened.aclose()
+
+    try:
+        trio.run(run)
+    except ImageLockedError as error:
+        return str(error)
+    return "opened"

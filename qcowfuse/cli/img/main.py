@@ -18,6 +18,7 @@ from ..._version import __version__
 from ...consistency.compare import LEAK
 from ...consistency.result import Fix
 from ...driver.chain import open_image
+from ...driver.files import open_ignoring_locks, open_storage
 from ...errors import ImageUsageError, QcowFuseError
 from ...printable import printable
 from ...tools.check import check_image
@@ -41,6 +42,9 @@ from .progress import ProgressLine
 MAX_LEAKS = 20
 MAX_FINDINGS = 1000
 """Leaks, and other findings, of a check that are printed; all are counted."""
+
+
+_IGNORE_LOCKS = "change an image that is in use, for lock managers that are dead: a second writer destroys it"
 
 
 class ImgExit(IntEnum):
@@ -95,6 +99,7 @@ def build_parser() -> _Parser:
         )
         command.set_defaults(run=run)
         if name == "check":
+            command.add_argument("--ignore-locks", action="store_true", help=_IGNORE_LOCKS)
             command.add_argument("-q", "--quiet", action="store_true", help="print nothing but failures")
             command.add_argument(
                 "-r",
@@ -144,6 +149,7 @@ def build_parser() -> _Parser:
     )
     add_options(resize, NAME_OPTIONS)
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
+    resize.add_argument("--ignore-locks", action="store_true", help=_IGNORE_LOCKS)
     resize.add_argument("image", metavar="IMAGE")
     resize.add_argument(
         "size", metavar="[+]SIZE", help="the new size, with + what is added to it: bytes, or k, M, G, T, P, E"
@@ -176,6 +182,7 @@ def _add_snapshot_command(commands: argparse._SubParsersAction[_Parser]) -> None
         "-d", "--delete", metavar="SNAPSHOT", help="forget it. A name or an id, the name goes first, as in qemu-img"
     )
     command.add_argument("-q", "--quiet", action="store_true", help="show no progress")
+    command.add_argument("--ignore-locks", action="store_true", help=_IGNORE_LOCKS)
     command.add_argument("--output", choices=("human", "json"), default="human", help="of a list; default: human")
     command.add_argument(
         "-U", "--force-share", action="store_true", help="list those of an image in use; what is seen may be torn"
@@ -287,7 +294,7 @@ def _check(given: argparse.Namespace) -> int:
         return ImgExit.FAILED
 
     async def run() -> int:
-        if await is_version_1(given.image, force_share=given.force_share):
+        if await is_version_1(given.image, force_share=given.force_share or given.ignore_locks):
             print("qcowfuse-img: This image format does not support checks", file=sys.stderr)
             return ImgExit.NOT_SUPPORTED
         n_left_out = 0
@@ -304,7 +311,12 @@ def _check(given: argparse.Namespace) -> int:
                     progress.print_above(printable(finding))
 
             result = await check_image(
-                given.image, report=report, progress=progress.show, force_share=given.force_share, fix=fix
+                given.image,
+                report=report,
+                progress=progress.show,
+                force_share=given.force_share,
+                ignore_locks=given.ignore_locks,
+                fix=fix,
             )
         if n_left_out and not given.quiet:
             print(f"... and {n_left_out} more", file=sys.stderr)
@@ -326,7 +338,8 @@ def _snapshot(given: argparse.Namespace) -> int:
 
     async def run() -> int:
         if given.create is None and given.apply is None and given.delete is None:
-            async with listing_snapshots(image, force_share=given.force_share) as (n_snapshots, snapshots):
+            shares = given.force_share or given.ignore_locks
+            async with listing_snapshots(image, force_share=shares) as (n_snapshots, snapshots):
                 if given.output == "json":
                     await write_json(output.snapshots_json(snapshots), sys.stdout.write)
                     print()
@@ -338,13 +351,14 @@ def _snapshot(given: argparse.Namespace) -> int:
             return ImgExit.OK
         if given.force_share:
             raise ImageUsageError(f"{image}: -U goes with -l alone: nobody else may have an image open that changes")
+        opener = open_ignoring_locks if given.ignore_locks else open_storage
         with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
             if given.create is not None:
-                await create_snapshot(image, given.create, progress=progress.show)
+                await create_snapshot(image, given.create, progress=progress.show, opener=opener)
             elif given.apply is not None:
-                await apply_snapshot(image, given.apply, progress=progress.show)
+                await apply_snapshot(image, given.apply, progress=progress.show, opener=opener)
             else:
-                await delete_snapshot(image, given.delete, progress=progress.show)
+                await delete_snapshot(image, given.delete, progress=progress.show, opener=opener)
         return ImgExit.OK
 
     return run_until_stopped(run)
@@ -370,7 +384,7 @@ def _partitions(given: argparse.Namespace) -> int:
 
 
 def _resize(given: argparse.Namespace) -> int:
-    options = options_of_names(given)
+    options = options_of_names(given)._replace(ignore_locks=given.ignore_locks)
     key = KeySource(given.key_file, os.environ)
     key.prepare(given.image, options)
 

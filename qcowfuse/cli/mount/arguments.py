@@ -174,6 +174,11 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         _refuse(
             "--overlay and --snapshot exclude each other: an overlay cannot name a snapshot; --ephemeral can have one"
         )
+    force_share = flag("force-share")
+    if force_share and not (read_only or snapshot is not None or ephemeral is not None):
+        _refuse("--force-share goes with -r or --ephemeral alone: an image that is written needs its lock")
+    if force_share and overlay is not None:
+        _refuse("--force-share and --overlay exclude each other: an overlay over an image that changes means nothing")
     backing_file, no_backing = value("backing-file"), flag("no-backing")
     allow_dirs = repeated("allow-dir")
     try:
@@ -194,6 +199,8 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             data_file=value("data-file"),
             allow_dirs=(*allow_dirs, *configured_folders()),
             no_backing=no_backing,
+            force_share=force_share,
+            ignore_locks=flag("ignore-locks"),
             lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
             io_uring=value("aio") is not False,
             io_delay=io_delay,

@@ -100,6 +100,17 @@ OPTIONS = (
         convert=values.seconds,
     ),
     Option(
+        "force-share",
+        "with -r or -x: read an image that others write; what is seen may be torn, and old",
+        _TUNING,
+        "U",
+    ),
+    Option(
+        "ignore-locks",
+        "open images that are in use, without locks, for lock managers that are dead: a second writer destroys them",
+        _TUNING,
+    ),
+    Option(
         "aio",
         "how to wait for reads from the disk (default: io_uring, and threads where the kernel lacks it)",
         _TUNING,

@@ -20,6 +20,7 @@ complete -c qcowfuse-img -n 'not __fish_seen_subcommand_from info map check crea
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -s h -l help -d 'show this help message and exit'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -l output -x -a 'human json' -d 'default: human'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -s U -l force-share -d 'look at an image in use; what is seen may be torn'
+complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -l ignore-locks -d 'change an image that is in use, for lock managers that are dead: a second writer destroys it'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -s q -l quiet -d 'print nothing but failures'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -s r -l repair -x -a 'leaks all' -d 'mend leaked clusters, or all that can be mended; nobody else may use the image meanwhile'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from check' -F
@@ -37,6 +38,7 @@ complete -c qcowfuse-img -n 'not __fish_seen_subcommand_from info map check crea
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -s h -l help -d 'show this help message and exit'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -l key-file -r -F -d 'the passphrase of an encrypted image, the whole file; default: a prompt'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -s q -l quiet -d 'say nothing'
+complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -l ignore-locks -d 'change an image that is in use, for lock managers that are dead: a second writer destroys it'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -l allow-dir -x -a '(__fish_complete_directories)' -d 'images may name files in or below this folder, too, not only in or below their own; may be repeated'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -l backing-file -r -F -d 'the backing file, in place of the one the image names'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from resize' -l data-file -r -F -d 'the data file, in place of the one the image names'
@@ -50,6 +52,7 @@ complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -s c -l creat
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -s a -l apply -x -d 'give the disk the contents and the size it had then; what it holds now is lost. An id or a name, the id goes first'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -s d -l delete -x -d 'forget it. A name or an id, the name goes first, as in qemu-img'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -s q -l quiet -d 'show no progress'
+complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -l ignore-locks -d 'change an image that is in use, for lock managers that are dead: a second writer destroys it'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -l output -x -a 'human json' -d 'of a list; default: human'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -s U -l force-share -d 'list those of an image in use; what is seen may be torn'
 complete -c qcowfuse-img -n '__fish_seen_subcommand_from snapshot' -F
