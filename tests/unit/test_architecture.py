@@ -198,7 +198,7 @@ def test_links_and_paths_lead_somewhere(document: Path) -> None:
     text = document.read_text()
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (document.parent / target).exists(), f"a link to {target}"
-    named = set(re.findall(r"(?<![\w/.])(?:scripts|tests|docs|qcowfuse)/[\w/.]*\w", text))
+    named = set(re.findall(r"(?<![\w/.])(?:scripts|tests|docs|qcowfuse)/[\w/.-]*\w", text))
     assert named
     for path in named:
         assert (REPOSITORY / path).exists(), f"{document.name} names {path}"
