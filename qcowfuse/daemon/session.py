@@ -120,7 +120,7 @@ class MountSession:
         """Mount. Raises MountError; then there is no mount."""
         options = set(pyfuse3.default_options) | self._settings.fuse_options
         options.add("subtype=qcowfuse")
-        options.add("fsname=" + escape_option(self._settings.source or os.path.abspath(self._image.path)))
+        options.add("fsname=" + escape_option(self._settings.source or self._image_path))
         if self._image.read_only:
             options.add("ro")
         self._session.prepare()
@@ -161,10 +161,14 @@ class MountSession:
         return self._statistics | now | self._session.statistics()
 
     @property
+    def _image_path(self) -> str:
+        """What the mount is a mount of, to others."""
+        return self._settings.image or os.path.abspath(self._image.path)
+
+    @property
     def record(self) -> Record:
         """What others may read where the mount can't be asked."""
-        image = os.path.abspath(self._image.path)
-        return Record(image, self.path, self.file_path, self.device, self._statistics["since"])
+        return Record(self._image_path, self.path, self.file_path, self.device, self._statistics["since"])
 
     def add_statistics(self, statistics: dict[str, int]) -> None:
         """Show these as well, as extended attributes and in the log."""

@@ -19,6 +19,7 @@ class MountSettings(NamedTuple):
     ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
     background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
     ``serves_partitions``: beside the file of the disk, a file of each partition.
+    ``image``: the whole path of the image that the user named, where another file takes the writes.
     ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600. ``uses_sandbox``: once it serves, the
     daemon gives up what it does not need. ``user``: and becomes that user.
     """
@@ -27,6 +28,7 @@ class MountSettings(NamedTuple):
     file_name: str = "disk.raw"
     fuse_options: frozenset[str] = frozenset()
     source: str | None = None
+    image: str | None = None
     writeback_cache: bool = True
     allow_non_empty: bool = False
     uid: int | None = None
