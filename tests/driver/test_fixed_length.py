@@ -1,0 +1,102 @@
+"""An image on what never changes its length, and holds anything where nothing was written: a block device."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from qcowfuse.buffer import Buffer
+from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.memory_storage import MemoryStorage
+from tests.support.oracle import DiskModel, first_difference
+
+SIZE = 2 << 20
+
+
+class Device(MemoryStorage):
+    """Nothing behind the end, noise where nothing was written, and a discard leaves what it likes."""
+
+    def __init__(self, image: bytes, n_bytes: int, *, suspend: bool) -> None:
+        noise = random.Random(n_bytes).randbytes(n_bytes - len(image))
+        super().__init__(image + noise, suspend=suspend)
+        self.is_fixed = True
+        self.n_discarded = 0
+
+    def _must_fit(self, host_offset: int, n_bytes: int) -> None:
+        if host_offset + n_bytes > len(self.data):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """See Storage."""
+        self._must_fit(host_offset, sum(map(len, buffers)))
+        return super().try_pwritev(host_offset, buffers)
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """See Storage."""
+        self._must_fit(host_offset, sum(map(len, buffers)))
+        await super().pwritev(host_offset, buffers)
+
+    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
+        """See Storage."""
+        self._must_fit(host_offset, n_bytes)
+        return True
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """See Storage."""
+        self.n_discarded += n_bytes
+        self.data[host_offset : host_offset + n_bytes] = b"\xdd" * n_bytes
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+@pytest.mark.parametrize(
+    ("cluster_size", "refcount_bits", "n_bytes"),
+    [(512, 64, 900 << 10), (512, 16, (700 << 10) + 256), (4096, 16, 1 << 20), (65536, 16, (20 << 16) + 512)],
+)
+async def test_writes_and_discards_until_it_is_full(
+    cluster_size: int, refcount_bits: int, n_bytes: int, suspend: bool
+) -> None:
+    """Whatever finds no room says so and changes nothing; all else is read, and a discard makes room again."""
+    built = build_image(ImageSpec(size=SIZE, cluster_size=cluster_size, refcount_bits=refcount_bits))
+    device = Device(bytes(built.top), n_bytes, suspend=suspend)
+    image = await open_memory_image({TOP: device})
+    model = DiskModel(bytes(SIZE))
+    chooser = random.Random(cluster_size + refcount_bits)
+    n_full = n_after = 0
+    for number in range(400):
+        place = chooser.randrange(SIZE >> 9) << 9
+        length = min(chooser.choice((512, 4096, 20_480, 70_144)), SIZE - place)
+        if number % 8 == 7:
+            place = place // cluster_size * cluster_size
+            length = min(max(length, 2 * cluster_size), SIZE - place)
+            await image.write_zeroes(place, length, unmap=True)
+            model.write(place, bytes(length))
+        else:
+            data = chooser.randbytes(length)
+            try:
+                await image.write(place, data)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                n_full += 1
+                # Part of it may be there: what the disk says now is what it has to go on saying.
+                model.write(place, bytes(await image.read(place, length)))
+            else:
+                model.write(place, data)
+                n_after += bool(n_full)
+        if number % 16 == 0:
+            await image.flush()
+            assert not first_difference(bytes(await image.read(0, SIZE)), model.data)
+    assert n_full > 5
+    assert n_after > 5
+    assert device.n_discarded > 0
+    assert not first_difference(bytes(await image.read(0, SIZE)), model.data)
+    await image.aclose()
+    assert len(device.data) == n_bytes
+    files = {TOP: bytes(device.data)}
+    code, said = qemu_check(files)
+    assert code == 0, said
+    assert not first_difference(qemu_read(files), model.data)
