@@ -106,6 +106,10 @@ disk="/srv/mount one/disk.raw"
 expect "$(stat -c %s "$disk")" $((64 << 20))
 pid=$(systemctl show -P MainPID qcowfuse@one)
 grep -q "Seccomp:.2" /proc/$pid/status && grep -q "CapEff:.0000000000000000" /proc/$pid/status || fail "no sandbox"
+namespace() { readlink "/proc/$1/ns/$2"; }
+expect "$(namespace $pid mnt)" "$(namespace 1 mnt)"
+[ "$(namespace $pid net)" != "$(namespace 1 net)" ] || fail "it has the network"
+systemd-analyze --no-pager security --threshold=40 qcowfuse@one || fail "exposed"
 head -c 5000000 /dev/urandom >/srv/data
 dd if=/srv/data of="$disk" bs=64k seek=16 conv=notrunc status=none || fail write
 cmp -n 5000000 /srv/data "$disk" 0 1048576 || fail "what was written is not read"

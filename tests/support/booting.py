@@ -125,7 +125,7 @@ def _boot(root: Path, script: str) -> Outcome:
     # The overlay holds the root file system alone, and /tmp in the container is its own.
     needed = {str(REPOSITORY), sys.prefix, sys.base_prefix} - {"/usr"}
     command = [
-        *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "-D", str(root)),
+        *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "-D", str(root)),
         *("--bind=/dev/fuse", *(f"--bind-ro={path}" for path in sorted(needed))),
         *(f"--bind={node}" for node in LOOP_NODES),
         *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
