@@ -178,9 +178,9 @@ def test_many_leaks_are_counted_not_listed(folder: Path) -> None:
     assert json.loads(run_img("check", "--output=json", "-q", image).stdout)["leaks"] == 625
 
 
-def test_the_readme_lists_the_exit_codes() -> None:
+def test_the_page_of_options_lists_the_exit_codes() -> None:
     """Word for word as --help does."""
-    rows = re.findall(r"^\| (\d) \| (.*) \|$", (REPOSITORY / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\d) \| (.*) \|$", (REPOSITORY / "docs/options.md").read_text(), re.MULTILINE)
     assert {int(code): text.replace("`", "") for code, text in rows} == {
         int(code): text for code, text in EXPLANATIONS.items()
     }

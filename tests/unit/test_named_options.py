@@ -21,6 +21,7 @@ from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser
 from qcowfuse.cli.verb_names import VERBS
 from qcowfuse.cli.verbs.main import build_parser as build_verb_parser
+from qcowfuse.cli.verbs.options import VERB_OPTIONS
 
 PACKAGE = Path(qcowfuse.__file__).parent
 OTHER_PROGRAMS = {
@@ -154,10 +155,10 @@ def test_every_command_is_known_here() -> None:
     assert all((PACKAGE / name).exists() for name in PRINTED_BY)
 
 
-def test_the_readme_has_a_row_for_each_option() -> None:
-    """The table under "Options" names each option with its short form and its value, and none that there is not."""
-    text = (PACKAGE.parent / "README.md").read_text()
-    table = text.partition("\n## Options\n")[2].partition("\n| Exit code")[0]
+def test_the_page_of_options_has_a_row_for_each() -> None:
+    """The table names each option with its short form and its value, and none that there is not."""
+    text = (PACKAGE.parent / "docs/options.md").read_text()
+    table = text.partition("\n## ")[0]
     first_cells = " ".join(line.split(" | ")[0] for line in table.splitlines() if line.startswith("| `"))
     for option in OPTIONS:
         if not option.on_command_line:
@@ -168,3 +169,13 @@ def test_the_readme_has_a_row_for_each_option() -> None:
             assert f"--{option.name}{value}`" in first_cells
             assert not option.short or f"`-{option.short}`, `--{option.name}" in first_cells
     assert set(OPTION.findall(first_cells)) <= commands()["qcowfuse"]
+
+
+def test_the_page_of_options_has_those_of_the_verbs() -> None:
+    """A row for each verb, with its arguments and its options, and none that there is not."""
+    rows = (PACKAGE.parent / "docs/options.md").read_text().partition("\n## Verbs\n")[2].partition("\n## ")[0]
+    table = {row.split("`")[1].split()[0]: row for row in rows.splitlines() if row.startswith("| `")}
+    assert table.keys() == VERB_OPTIONS.keys()
+    for name, verb in VERB_OPTIONS.items():
+        assert f"| `{name} {verb.arguments}".rstrip().replace("MOUNTPOINT|", "MOUNTPOINT\\|") in table[name]
+        assert set(OPTION.findall(table[name])) == {f"--{option.name}" for option in verb.options}

@@ -1,0 +1,83 @@
+"""What a Debian package is made of; scripts/package try installs and uses whole packages."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from qcowfuse import __version__
+from qcowfuse.cli.image_names import configured_folders
+from tests.support.mounting import REPOSITORY
+
+PACKAGING = REPOSITORY / "packaging"
+IMAGE, POINT = "/images/a disk.qcow2", "/srv/a disk"
+
+
+def test_packages_agree() -> None:
+    """The version is that of the program, and the container installs what the script asks for."""
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    try:
+        from packagelib import deb
+    finally:
+        sys.path.pop(0)
+    assert deb.version() == __version__
+    recipe = (REPOSITORY / "Containerfile").read_text().replace("\\\n", "")
+    first = re.findall(r"--no-install-recommends install (.*)", recipe)[0]
+    assert first.split() == list(deb.BUILD_PACKAGES)
+
+
+def test_the_configuration_that_comes_with_it_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """All of it is comment, and is taken without a warning."""
+    copy = tmp_path / "qcowfuse.conf"
+    copy.write_text((PACKAGING / "qcowfuse.conf").read_text())
+    copy.chmod(0o644)
+    assert configured_folders(str(copy), owner=os.getuid()) == ()
+    assert not caplog.records
+    copy.write_text(copy.read_text().replace("# allow-dir", "allow-dir"))
+    assert configured_folders(str(copy), owner=os.getuid()) == ("/var/lib/images/bases",)
+
+
+@pytest.mark.parametrize("name", ["postinst", "prerm", "postrm", "mount.qcowfuse"])
+def test_scripts_parse(name: str) -> None:
+    """By sh, and they may be run."""
+    assert os.access(PACKAGING / name, os.X_OK)
+    subprocess.run(["sh", "-n", PACKAGING / name], check=True)
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "expected"),
+    [
+        ((), 0, ("--", IMAGE, POINT)),
+        (("-o", "ro,nosuid"), 0, ("-o", "ro,nosuid", "--", IMAGE, POINT)),
+        (("-n", "-v", "-s", "-o", "rw,name=a b", "-t", "qcowfuse"), 0, ("-o", "rw,name=a b", "--", IMAGE, POINT)),
+        (("-f", "-o", "ro"), 0, ()),
+        (("-o", "nonsense"), 2, ("-o", "nonsense", "--", IMAGE, POINT)),
+        ((), 5, ("--", IMAGE, POINT)),
+    ],
+)
+def test_the_helper_of_mount(given: tuple[str, ...], code: int, expected: tuple[str, ...], tmp_path: Path) -> None:
+    """What mount(8) passes to it reaches qcowfuse whole, and exit codes become those of mount(8)."""
+    program = tmp_path / "qcowfuse"
+    program.write_text(f"#!/bin/sh\nprintf '%s\\n' \"$@\"\nexit {code}\n")
+    program.chmod(0o755)
+    done = subprocess.run(
+        [PACKAGING / "mount.qcowfuse", IMAGE, POINT, *given],
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert tuple(done.stdout.splitlines()) == expected
+    assert done.returncode == {0: 0, 2: 1, 5: 32}[code]
+
+
+def test_the_helper_alone_says_how_it_is_used() -> None:
+    """Called by hand, without arguments."""
+    done = subprocess.run([PACKAGING / "mount.qcowfuse"], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("usage: mount -t qcowfuse ")
