@@ -90,6 +90,16 @@ class PartitionWindow:
         """See Image."""
         return await self._image.find_extent(self._moved(guest_offset, n_bytes), n_bytes, keep=keep)
 
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+        """See Image."""
+        return self._image.try_find_extent(self._moved(guest_offset, n_bytes), n_bytes)
+
+    def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
+        """See Image."""
+        if not 0 <= guest_offset <= self.size - n_bytes:
+            return False
+        return self._image.try_write_zeroes(self._start + guest_offset, n_bytes, unmap=unmap)
+
     async def flush(self) -> None:
         """See Image."""
         await self._image.flush()

@@ -122,6 +122,15 @@ class QcowImage:
         async with self.life.look():
             return await self._holes.find(guest_offset, n_bytes, keep=keep)
 
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+        """See Image."""
+        check_range(self._mapping, guest_offset, n_bytes)
+        return self._holes.try_find(guest_offset, n_bytes)
+
+    def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
+        """See Image."""
+        return self.changes is not None and self.changes.try_write_zeroes(guest_offset, n_bytes, unmap=unmap)
+
     async def flush(self) -> None:
         """See Image."""
         await self.life.flush()

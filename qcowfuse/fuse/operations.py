@@ -32,6 +32,7 @@ from ..driver.image import Image
 from ..driver.pending import PendingRead, PendingWrite
 from .attributes import Attributes, Ownership
 from .errnos import errno_of
+from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
 from .request_gate import RequestGate
 from .seeking import Seeker, never
 from .sizes import Mend, Sizes
@@ -43,10 +44,6 @@ FILE_INODE_IN_DIRECTORY = 2
 _MAX_BLOCK_SIZE = 1 << 20
 _MIN_BLOCK_SIZE = 4096
 
-# linux/falloc.h
-FALLOC_KEEP_SIZE = 0x01
-FALLOC_PUNCH_HOLE = 0x02
-FALLOC_ZERO_RANGE = 0x10
 _WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
 
@@ -85,6 +82,9 @@ class Operations(pyfuse3.Operations):
         self._n_writers = 0
         self._image = image
         self._seeker = Seeker(image)
+        self.holes = HolesAtOnce(
+            image, self._seeker, knows_all=lambda: not self._may_lack_data, on_change=self._note_zeroes
+        )
         self.started = StartedRequest()
         self.start_read = image.start_read
         self._start_write = image.start_write
@@ -129,6 +129,15 @@ class Operations(pyfuse3.Operations):
         if pending is None:
             self._note_write()
         return pending
+
+    @property
+    def _may_lack_data(self) -> bool:
+        """Whether the kernel may hold data that the image does not know of."""
+        return self._n_writers > 0 and self.enable_writeback_cache
+
+    def _note_zeroes(self) -> None:
+        self._note_write()
+        self._on_discard()
 
     def _note_write(self) -> None:
         self._n_writes += 1
@@ -212,7 +221,7 @@ class Operations(pyfuse3.Operations):
         try:
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 raise FUSEError(errno.EINVAL)
-            if self._n_writers and self.enable_writeback_cache:
+            if self._may_lack_data:
                 if self.sizes.is_growable:
                     raise FUSEError(errno.EINVAL)
                 if not 0 <= off < self._image.size:

@@ -68,6 +68,23 @@ class Seeker:
                 return self._named_early(off) if is_wanted_data else end
         return None if is_wanted_data else end
 
+    def try_seek(self, off: int, end: int, whence: int) -> int | None:
+        """:meth:`seek`, where a few looks in memory tell; None where they don't, and where no data follows. Raises
+        CorruptImageError."""
+        is_wanted_data = whence == os.SEEK_DATA
+        if not is_wanted_data and off in self._named:
+            return None
+        for _ in range(_LOOKS_PER_QUESTION):
+            if off >= end:
+                return None if is_wanted_data else end
+            found = self._image.try_find_extent(off, end - off)
+            if found is None:
+                return None
+            if found[0] is is_wanted_data:
+                return off
+            off += found[1]
+        return None
+
     def _named_early(self, off: int) -> int:
         self._named[off] = None
         if len(self._named) > _MAX_NAMED:

@@ -49,7 +49,9 @@ async def by_extents(image: QcowImage, chooser: random.Random) -> list[bool]:
     place = 0
     while place < image.size:
         n_wanted = min(chooser.choice([SECTOR, 40 * KIB, image.size]), image.size - place)
+        at_once = image.try_find_extent(place, n_wanted)
         is_data, n_bytes = await image.find_extent(place, n_wanted, keep=chooser.random() < 0.5)
+        assert at_once in (None, (is_data, n_bytes))
         assert 0 < n_bytes <= n_wanted
         place += n_bytes
         found += [is_data] * (-(-place // SECTOR) - len(found))

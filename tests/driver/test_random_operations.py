@@ -82,7 +82,9 @@ async def perform(
             oracle[offset : offset + n_bytes] = data
         elif kind in ("zero", "discard"):
             n_bytes = min(n_bytes * (1 + value % 16), image.size - offset)
-            await image.write_zeroes(offset, n_bytes, unmap=kind == "discard")
+            is_discard, is_at_once = kind == "discard", (offset + n_bytes) // 512 % 2 == 0
+            if not (is_at_once and image.try_write_zeroes(offset, n_bytes, unmap=is_discard)):
+                await image.write_zeroes(offset, n_bytes, unmap=is_discard)
             oracle[offset : offset + n_bytes] = bytes(n_bytes)
         elif kind == "read":
             assert await read_image(image, offset, n_bytes) == oracle[offset : offset + n_bytes]

@@ -9,8 +9,10 @@ import select
 import socket
 import struct
 from collections.abc import Iterator
+from typing import cast
 
 import pytest
+from pyfuse3 import RequestContext
 
 from qcowfuse.fuse.attributes import Ownership
 from qcowfuse.fuse.libfuse import direct_requests
@@ -21,7 +23,7 @@ from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY
-READ, WRITE, GETATTR = 15, 16, 3
+READ, WRITE, GETATTR, FALLOCATE, LSEEK = 15, 16, 3, 43, 46
 N_BUFFER = (1 << 20) + 4096
 
 
@@ -38,6 +40,14 @@ def write_request(off: int, data: bytes, *, n_stated: int | None = None, **extra
     return header(WRITE, 80 + len(data), **extra) + struct.pack("<QQIIQII", 1, off, size, 0, 0, 0, 0) + data
 
 
+def lseek_request(off: int, whence: int, **extra: int) -> bytes:
+    return header(LSEEK, 64, **extra) + struct.pack("<QQII", 1, off, whence, 0)
+
+
+def fallocate_request(off: int, length: int, mode: int, **extra: int) -> bytes:
+    return header(FALLOCATE, 72, **extra) + struct.pack("<QQQII", 1, off, length, mode, 0)
+
+
 class Kernel:
     """The kernel's side of the connection, and an :class:`DirectRequests` on the other."""
 
@@ -50,6 +60,7 @@ class Kernel:
         )
         self.operations = operations
         self.at_once = DirectRequests(operations, self.gate)
+        self.at_once.answers_lseek = self.at_once.answers_fallocate = True
         self.at_once._fd = self._ours.fileno()
         self._memory = ctypes.create_string_buffer(N_BUFFER)
         self.fuse_buf = _FuseBuf(flags=5, mem=ctypes.addressof(self._memory))
@@ -110,6 +121,115 @@ def test_a_write_is_answered(kernel: Kernel, image: MemoryImage) -> None:
     assert (unique, error, struct.unpack("<II", rest)) == (5, 0, (5000, 0))
     assert bytes(image.data[123:5123]) == data
     assert kernel.operations._n_writes == 1
+
+
+class HoleyImage(MemoryImage):
+    """Knows at once where its data is, and zeroes at once."""
+
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+        """Up to the end of the cluster."""
+        assert 0 < n_bytes <= self.size - guest_offset
+        end = min(guest_offset // self.cluster_size * self.cluster_size + self.cluster_size, guest_offset + n_bytes)
+        return any(self.data[guest_offset:end]), end - guest_offset
+
+    def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
+        """Whole clusters."""
+        if (guest_offset | n_bytes) % self.cluster_size:
+            return False
+        self.data[guest_offset : guest_offset + n_bytes] = bytes(n_bytes)
+        self.was_unmapped = unmap
+        return True
+
+
+@pytest.fixture
+def holey() -> Iterator[tuple[Kernel, HoleyImage]]:
+    image = HoleyImage(1 << 20, cluster_size=4096)
+    image.data[8192:16384] = b"x" * 8192
+    kernel = Kernel(image)
+    yield kernel, image
+    kernel.close()
+
+
+@pytest.mark.parametrize(
+    ("off", "whence", "found"),
+    [
+        (0, os.SEEK_DATA, 8192),
+        (9000, os.SEEK_DATA, 9000),
+        (9000, os.SEEK_HOLE, 16384),
+        (3, os.SEEK_HOLE, 3),
+        ((1 << 20) - 100, os.SEEK_HOLE, (1 << 20) - 100),
+    ],
+)
+def test_a_seek_is_answered(holey: tuple[Kernel, HoleyImage], off: int, whence: int, found: int) -> None:
+    """The place."""
+    kernel, _ = holey
+    assert kernel.receive(lseek_request(off, whence, unique=3)) == -errno.EINTR
+    unique, error, rest = kernel.reply()
+    assert (unique, error, struct.unpack("<Q", rest)) == (3, 0, (found,))
+    assert kernel.at_once.n_answered == 1
+
+
+@pytest.mark.parametrize(("mode", "unmaps"), [(3, True), (16, False), (17, False)])
+async def test_a_punch_is_answered(holey: tuple[Kernel, HoleyImage], mode: int, unmaps: bool) -> None:
+    """Zeroes, and the next close will flush."""
+    kernel, image = holey
+    before = image.n_flushes
+    assert kernel.receive(fallocate_request(8192, 4096, mode, unique=4)) == -errno.EINTR
+    assert kernel.reply() == (4, 0, b"")
+    assert not any(image.data[8192:12288])
+    assert any(image.data[12288:16384])
+    assert image.was_unmapped is unmaps
+    await kernel.operations.flush(FILE)
+    assert image.n_flushes == before + 1
+
+
+HANDED_ON = {
+    "no data behind": lseek_request(20000, os.SEEK_DATA),
+    "behind the end": lseek_request(1 << 20, os.SEEK_HOLE),
+    "a place below 0": lseek_request((1 << 64) - 1, os.SEEK_HOLE),
+    "another whence": lseek_request(0, os.SEEK_END),
+    "a long search": lseek_request(20000, os.SEEK_DATA),
+    "another file": lseek_request(0, os.SEEK_DATA, inode=1),
+    "too short": header(LSEEK, 56) + bytes(16),
+    "space set aside": fallocate_request(8192, 4096, 0),
+    "past the end": fallocate_request((1 << 20) - 4096, 8192, 3),
+    "wrapped": fallocate_request(8192, (1 << 64) - 4096, 3),
+    "part of a cluster": fallocate_request(8192, 512, 3),
+    "collapse": fallocate_request(8192, 4096, 8),
+    "short": header(FALLOCATE, 64) + bytes(24),
+}
+
+
+@pytest.mark.parametrize("name", HANDED_ON)
+def test_other_requests_about_holes_are_handed_on(holey: tuple[Kernel, HoleyImage], name: str) -> None:
+    """As they came, with nothing done."""
+    kernel, image = holey
+    before = bytes(image.data)
+    request = HANDED_ON[name]
+    assert kernel.receive(request) == len(request)
+    assert kernel.handed_on(len(request)) == request
+    assert not kernel.has_reply()
+    assert bytes(image.data) == before
+
+
+def test_what_the_session_does_not_answer_is_handed_on(holey: tuple[Kernel, HoleyImage]) -> None:
+    """libfuse answers then that there is no such operation."""
+    kernel, _ = holey
+    kernel.at_once.answers_lseek = kernel.at_once.answers_fallocate = False
+    for request in (lseek_request(0, os.SEEK_DATA), fallocate_request(8192, 4096, 3)):
+        assert kernel.receive(request) == len(request)
+        assert not kernel.has_reply()
+
+
+async def test_nothing_is_said_about_holes_while_the_kernel_may_hold_data(holey: tuple[Kernel, HoleyImage]) -> None:
+    """With the write-back cache, as long as the file is open for writing."""
+    kernel, _ = holey
+    kernel.operations.enable_writeback_cache = True
+    request = lseek_request(0, os.SEEK_DATA)
+    info = await kernel.operations.open(FILE, os.O_RDWR, cast(RequestContext, None))
+    assert kernel.receive(request) == len(request)
+    await kernel.operations.release(info.fh)
+    assert kernel.receive(request) == -errno.EINTR
 
 
 def test_several_requests_are_answered_in_their_order(kernel: Kernel, image: MemoryImage) -> None:

@@ -52,6 +52,14 @@ class Clusters:
         number = guest_offset // CLUSTER
         return bool(self.data[number]), (number + 1) * CLUSTER - guest_offset
 
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+        """One cluster at a time; 2 stands for one that has to be read."""
+        assert 0 < n_bytes <= self.size - guest_offset
+        number = guest_offset // CLUSTER
+        if self.data[number] == 2:
+            return None
+        return bool(self.data[number]), (number + 1) * CLUSTER - guest_offset
+
 
 def seeker_on(data: bytes, step: float) -> tuple[Seeker, Clusters]:
     clock = Clock(step)
@@ -161,6 +169,22 @@ async def test_a_copy_of_all_data_misses_none(seed: int, step: float) -> None:
     if not step:
         return
     assert clusters.n_looks <= 3 * len(data)
+
+
+async def test_a_few_looks_in_memory_tell_the_same() -> None:
+    """Of every place, or nothing: where much would have to be looked at, something read, or no data follows."""
+    seeker, clusters = seeker_on(bytes([0, 1, 1, 0, 0, 1] + [0] * 20 + [1, 0]), 0)
+    n_told = 0
+    for off in range(0, clusters.size, CLUSTER // 2):
+        for whence in (os.SEEK_DATA, os.SEEK_HOLE):
+            told = seeker.try_seek(off, clusters.size, whence)
+            n_told += told is not None
+            assert told in (None, await seeker.seek(off, clusters.size, whence))
+    assert n_told > clusters.size // CLUSTER
+    assert seeker.try_seek(6 * CLUSTER, clusters.size, os.SEEK_DATA) is None
+    seeker, clusters = seeker_on(bytes([0, 2, 1]), 0)
+    assert seeker.try_seek(0, clusters.size, os.SEEK_DATA) is None
+    assert seeker.try_seek(0, clusters.size, os.SEEK_HOLE) == 0
 
 
 async def test_the_file_answers_like_that() -> None:

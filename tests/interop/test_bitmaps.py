@@ -45,7 +45,13 @@ async def change_at_random(image: QcowImage, chooser: random.Random, n_changes: 
         if chooser.random() < 0.7:
             ranges.append(await write(image, start, chooser.randbytes(n_bytes)))
         else:
-            await image.write_zeroes(start, n_bytes, unmap=chooser.random() < 0.5)
+            if chooser.random() < 0.5:  # whole clusters, so that it may be done at once
+                n_whole = min(n_bytes, 20_000) // image.cluster_size * image.cluster_size
+                start, n_bytes = start // image.cluster_size * image.cluster_size, n_whole or image.cluster_size
+                n_bytes = min(n_bytes, image.size - start)
+            unmap = chooser.random() < 0.5
+            if not image.try_write_zeroes(start, n_bytes, unmap=unmap):
+                await image.write_zeroes(start, n_bytes, unmap=unmap)
             ranges.append((start, n_bytes))
         if chooser.random() < 0.1:
             await image.flush()

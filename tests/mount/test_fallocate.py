@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.fuse.operations import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
+from qcowfuse.fuse.holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE
 from tests.mount.test_disk_full import small_disk
 from tests.support import qemu
 from tests.support.loops import served

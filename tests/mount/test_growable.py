@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.fuse.operations import FALLOC_ZERO_RANGE
+from qcowfuse.fuse.holes_at_once import FALLOC_ZERO_RANGE
 from tests.support import qemu
 from tests.support.loops import EXT4, loop_device, mounted_file_system, served
 from tests.support.mounting import Mounted, check_image_file, create_image, run_qcowfuse, wait_until

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.fuse.operations import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from qcowfuse.fuse.holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from tests.support import qemu
 from tests.support.loops import served
 from tests.support.mounting import check_image_file, create_image, run_qcowfuse, wait_until

@@ -148,7 +148,9 @@ class _Run:
         data = random.Random(step[3]).randbytes(n_bytes) if kind == "write" else bytes(n_bytes)
         begun = record.begin_write(offset, data)
         if kind != "write":
-            await image.write_zeroes(offset, n_bytes, unmap=kind == "discard")
+            is_discard, is_at_once = kind == "discard", (offset + n_bytes) // SECTOR % 2 == 0
+            if not (is_at_once and image.try_write_zeroes(offset, n_bytes, unmap=is_discard)):
+                await image.write_zeroes(offset, n_bytes, unmap=is_discard)
         else:
             await image.write(offset, data)
         record.end_write(begun)

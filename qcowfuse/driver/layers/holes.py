@@ -55,6 +55,27 @@ class HoleFinder:
                 return kind is ClusterKind.DATA, n_bytes
         return False, n_bytes
 
+    def try_find(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+        """:meth:`find` where all tables are in memory, else None. Raises CorruptImageError."""
+        for layer in self._layers:
+            if guest_offset >= layer.size:
+                break
+            n_bytes = min(n_bytes, layer.size - guest_offset)
+            if not isinstance(layer, Mapping):
+                return True, n_bytes
+            # Where the L1 entry is not in memory, neither is the slice.
+            empty_until = layer.empty_until(guest_offset, guest_offset + n_bytes)
+            if empty_until > guest_offset:
+                n_bytes = empty_until - guest_offset
+                continue
+            slice_ = layer.cache.slices.get(layer.key(guest_offset))
+            if slice_ is None:
+                return None
+            kind, n_bytes = layer.presence(slice_.entries, guest_offset, n_bytes)
+            if kind is not ClusterKind.UNALLOCATED:
+                return kind is ClusterKind.DATA, n_bytes
+        return False, n_bytes
+
 
 async def slice_entries(layer: Mapping, guest_offset: int, *, keep: bool = False) -> array[int]:
     """The entries of the slice that maps ``guest_offset``, through the cache or, without ``keep``, past it. Raises

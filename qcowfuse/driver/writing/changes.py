@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
+from ...errors import CorruptImageError
 from ...format.geometry import Geometry
 from ..layers.data_file import DataClusters
 from ..layers.mapping import Mapping
@@ -172,6 +173,26 @@ class Changes:
                 await self._life.flush()
             if guest_offset < end:
                 await trio.lowlevel.checkpoint()
+
+    def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
+        """See Image."""
+        if (
+            not self._life.may_write
+            or self.write_back.failure is not None
+            or self.write_back.n_unlinked >= MAX_UNLINKED
+            or not 0 <= guest_offset <= self._mapping.guest_size - n_bytes
+        ):
+            return False
+        try:
+            plan = self._zeroer.plan_at_once(guest_offset, n_bytes, unmap=unmap and self._discard)
+        except CorruptImageError:  # the image has to be marked, which takes waiting
+            return False
+        if plan is None:
+            return False
+        if self.bitmaps is not None:
+            self.bitmaps.mark(guest_offset, n_bytes)
+        self._zeroer.zero_at_once(plan)
+        return True
 
     async def allocate(self, guest_offset: int, n_bytes: int) -> None:
         """See Image."""

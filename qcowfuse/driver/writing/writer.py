@@ -111,6 +111,13 @@ class Writer:
         slice_.n_pins += 1
         return slice_
 
+    def slice_at_hand(self, guest_offset: int) -> L2Slice | None:
+        """:meth:`writable_slice`, not pinned, where it is in memory and has its space in the file; else None."""
+        if self._metadata.shared or not self._owns_table(guest_offset >> self._l1_shift):
+            return None
+        slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
+        return slice_ if slice_ is not None and slice_.has_space else None
+
     def _owns_table(self, l1_index: int) -> bool:
         entry_format = self._mapping.entry_format
         entry = self._mapping.l1_table[l1_index]

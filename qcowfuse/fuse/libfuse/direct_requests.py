@@ -1,10 +1,10 @@
-"""Reads and writes that need not wait, answered as soon as they have been read from /dev/fuse.
+"""Requests that need not wait, answered as soon as they have been read from /dev/fuse.
 
 pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then has libfuse take it apart and start a
 coroutine. For a read of 4 KiB from memory that costs several times what the read does. While
 :meth:`DirectRequests.active` lasts, that call is diverted: requests are read here, READ and WRITE of the one file are
 answered by plain calls, and then comes the next; whatever else is read is handed to libfuse, as if libfuse had read
-it.
+it. So are LSEEK and FALLOCATE, where the session answers them at all.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
    that does not fit) it is handed on as it came. A read or write that has to wait, or that failed, was started here
@@ -36,6 +36,7 @@ from ...driver.image import StartRead
 from ...driver.pending import PendingRead, PendingWrite
 from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
+from ..holes_at_once import HolesAtOnce
 from ..request_gate import RequestGate
 from ..started import StartedRequest
 
@@ -46,7 +47,12 @@ _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
 _REPLY = struct.Struct("<IiQ")
 _WRITTEN = struct.Struct("<IiQII")
-_FUSE_READ, _FUSE_WRITE = 15, 16
+_FUSE_READ, _FUSE_WRITE, _FUSE_FALLOCATE, _FUSE_LSEEK = 15, 16, 43, 46
+_ABOUT_HOLES = (_FUSE_FALLOCATE, _FUSE_LSEEK)
+_FALLOCATE = struct.Struct("<QI")
+_FALLOCATE_LENGTH = _HEADER_BYTES + 16
+_FALLOCATE_BYTES, _LSEEK_BYTES = _HEADER_BYTES + 32, _HEADER_BYTES + 24
+_SOUGHT = struct.Struct("<IiQQ")
 _MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
 _MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
 
@@ -68,6 +74,10 @@ class RequestHandlers(Protocol):
 
     def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
         """None when all of it was written. ``data`` is only lent."""
+
+    @property
+    def holes(self) -> HolesAtOnce:
+        """What answers LSEEK and FALLOCATE."""
 
 
 class _FuseBuf(ctypes.Structure):
@@ -100,6 +110,7 @@ class DirectRequests:
 
     def __init__(self, handlers: RequestHandlers, gate: RequestGate) -> None:
         self.refusal: str | None = None
+        self.answers_lseek = self.answers_fallocate = False
         self.n_answered = 0
         self._handlers = handlers
         self._gate = gate
@@ -221,6 +232,9 @@ class DirectRequests:
                                 n_answered += 1
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
+                    elif opcode in _ABOUT_HOLES and self._answer_holes(fd, view, opcode, unique, n_bytes, off, size):
+                        n_answered += 1
+                        continue
                 buffer.fuse_buf.size = n_bytes
                 buffer.fuse_buf.flags = 0
                 return n_bytes
@@ -228,6 +242,26 @@ class DirectRequests:
         finally:
             gate.count(n_answered)
             self.n_answered += n_answered
+
+    def _answer_holes(
+        self, fd: int, view: memoryview, opcode: int, unique: int, n_bytes: int, off: int, whence: int
+    ) -> bool:
+        """Answer a request about holes, unless it has to be handed on."""
+        try:
+            if opcode == _FUSE_LSEEK:
+                if self.answers_lseek and n_bytes == _LSEEK_BYTES:
+                    found = self._handlers.holes.start_lseek(off, whence)
+                    if found is not None:
+                        _reply(fd, unique, (_SOUGHT.pack(_SOUGHT.size, 0, unique, found),))
+                        return True
+            elif self.answers_fallocate and n_bytes == _FALLOCATE_BYTES:
+                length, mode = _FALLOCATE.unpack_from(view, _FALLOCATE_LENGTH)
+                if self._handlers.holes.start_fallocate(mode, off, length):
+                    _reply(fd, unique, (_REPLY.pack(_REPLY.size, 0, unique),))
+                    return True
+        except Exception as exc:
+            _log.debug("not answered at once: %r", exc)
+        return False
 
     def _keep(self, kind: type[PendingRead] | type[PendingWrite], off: int, size: int, failure: Exception) -> None:
         """Leave the failure of a start to the handler. What does not lie in the disk was not even started."""

@@ -124,6 +124,9 @@ class ExtendedSession:
             for feature in _BY_TABLE:
                 features.lose(feature, hook.refusal)
         self._keep_pyfuse3_off()
+        if self._direct is not None:
+            self._direct.answers_lseek = Feature.LSEEK in features
+            self._direct.answers_fallocate = Feature.FALLOCATE in features
         if not self._wants_cache:
             features.lose(Feature.WRITEBACK_CACHE, "it is not wanted")
         else:
