@@ -23,7 +23,7 @@ The packages, from the lowest to the highest; each imports only from those above
     daemon              mount, serve, end; the process outside of the mount; the sandbox
     cli                 arguments to open and serve; exit codes; the only reader of the environment
       mount, img        the two programs
-      verbs             what else qcowfuse can be told: list, status, umount
+      verbs             what else qcowfuse can be told: list, status, umount, run
 
 The way of a read: ``DirectRequests`` -> ``QcowImage.start_read`` -> ``FileStorage.try_pread``: plain calls, one
 dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine:

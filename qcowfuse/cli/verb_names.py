@@ -11,5 +11,6 @@ VERBS = {
     "list": "what is mounted, by whom, since when, and in what state",
     "status": "counters, hit rates and what waits, of one mount",
     "umount": "unmount, and return when the image is closed",
+    "run": "mount, run a command with the disk, unmount",
 }
 """Names and what they do, in the order of the help."""

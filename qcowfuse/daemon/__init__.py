@@ -5,5 +5,6 @@ serves), ``ending`` (unmounted by hand, told to stop, cut off), ``process`` (dae
 ``sandbox`` (what the daemon gives up once it serves), ``mountpoint`` (what may be a mount point, unmounting),
 ``mount_users`` (who uses it), ``record`` (what a daemon says where its mount can't be asked), ``served_file`` (calls
 on the file that keep nobody from unmounting), ``outside`` (calls on the mount, made by a process outside of it),
-``outside_process`` (that process) and ``mount_client`` (what it can be asked for).
+``outside_process`` (that process) and ``mount_client`` (what it can be asked for). Only for some mounts: ``idle``
+(unused for so long that it may go), ``metrics`` and ``metrics_process`` (counters for Prometheus).
 """

@@ -7,6 +7,10 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
+
+from ..errors import MountError
 from . import mount_users, mountpoint, served_file
 from .mountpoint import MountPoint
 from .served_file import ServedFile
@@ -14,13 +18,15 @@ from .served_file import ServedFile
 
 class MountClient:
     """The mount at ``place``, in which the file is called ``file_name`` if it is a folder. Methods raise OSError,
-    MountError."""
+    MountError. ``removes_place``: the mount point goes with the mount."""
 
     VERBS = frozenset(("adopt", "check_served", "mend_served", "sync_served", "sync_everything", "users", "unmount"))
     """The methods that may be asked for by name."""
+    _removes_place = False
 
-    def __init__(self, place: MountPoint, file_name: str) -> None:
+    def __init__(self, place: MountPoint, file_name: str, *, removes_place: bool = False) -> None:
         self._place = place
+        self._removes_place = removes_place
         self._name = file_name if place.is_folder else None
         self._device = -1
 
@@ -49,6 +55,14 @@ class MountClient:
     def sync_everything(self) -> None:
         """See :func:`.served_file.sync_everything`."""
         served_file.sync_everything(self._file)
+
+    def finish(self) -> None:
+        """The daemon is gone: leave nothing where that was asked for. It can't be asked for by name."""
+        if self._removes_place:
+            with suppress(OSError, MountError):
+                self.unmount(True)  # a dead one; after a good end there is none
+            with suppress(OSError):
+                os.rmdir(self._place.path)
 
     def users(self) -> str:
         """See :func:`.mount_users.users_of`."""

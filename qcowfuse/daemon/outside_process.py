@@ -76,8 +76,11 @@ def _serve(fd: int, client: MountClient) -> NoReturn:
                 finally:
                     os._exit(0)
         code = 0
-    finally:
-        os._exit(code)
+    finally:  # also where the daemon left an answer unread, which resets the connection
+        try:
+            client.finish()
+        finally:
+            os._exit(code)
 
 
 def _close_all_but(fd: int) -> int:

@@ -6,7 +6,9 @@
 3. A stop signal never meets a process that is not ready for it. It is held back from before the fork until, in the
    starter, it is passed on, and in the child the event loop hears of it. So none leaves a mount behind of which the
    starter knows nothing, and none shows a traceback.
-4. The child keeps no descriptor that its starter had from others: a reader of a pipe would wait for its end as long
+4. A starter that stays for as long as the child serves is followed: when it dies, however, the kernel closes its end
+   of a pipe, and the child stops. Its log stays on standard error.
+5. The child keeps no descriptor that its starter had from others: a reader of a pipe would wait for its end as long
    as the daemon lives.
 """
 
@@ -31,11 +33,15 @@ _log = logging.getLogger(__name__)
 
 
 class Starter:
-    """The child's line to the process that started it. ``kept``: inherited descriptors that a start may need."""
+    """The child's line to the process that started it. ``kept``: inherited descriptors that a start may need.
 
-    def __init__(self, fd: int, kept: frozenset[int] = frozenset()) -> None:
+    ``lifeline``: a descriptor that is at its end when the starter is gone; None where the starter does not stay.
+    """
+
+    def __init__(self, fd: int, kept: frozenset[int] = frozenset(), lifeline: int | None = None) -> None:
         self._fd = fd
         self._kept = kept
+        self.lifeline = lifeline
 
     def report(self, exit_code: int, line: str = "") -> None:
         """Let the starter print ``line`` to standard error, unless empty, and exit. Only the first call counts."""
@@ -52,25 +58,41 @@ class Starter:
 def run_as_daemon(
     child: Callable[[Starter], int], needed: frozenset[int] = frozenset(), kept: frozenset[int] = frozenset()
 ) -> int:
+    """:func:`start_daemon`, where the starter does not stay; gives the exit code."""
+    return start_daemon(child, needed, kept)[0]
+
+
+def start_daemon(
+    child: Callable[[Starter], int],
+    needed: frozenset[int] = frozenset(),
+    kept: frozenset[int] = frozenset(),
+    *,
+    stays: bool = False,
+) -> tuple[int, int, int]:
     """Fork; run ``child`` in the new process, which exits with what it returns; wait for its report here.
 
-    Of the descriptors above standard error the child has ``needed``, which it closes itself, and ``kept``, which are
-    closed when it has reported. Stop signals are held back from the child; here they are passed on to it, still so
-    after this function has returned.
+    Gives the exit code (0: it serves), the child's process, and with ``stays`` a descriptor that is to be open for as
+    long as it shall serve, else -1. Of the descriptors above standard error the child has ``needed``, which it closes
+    itself, and ``kept``, which are closed when it has reported. Stop signals are held back from the child; here they
+    are passed on to it, still so after this function has returned.
     """
     sys.stdout.flush()
     sys.stderr.flush()
     read_end, write_end = os.pipe()
+    lifeline, held = os.pipe() if stays else (None, -1)
     with stop_signals_held_back():
         pid = os.fork()
         if pid == 0:
             code = _UNEXPECTED
             try:
-                code = child(Starter(write_end, _close_inherited(needed | {write_end}, kept)))
+                own = needed | {write_end} | ({lifeline} if lifeline is not None else set())
+                code = child(Starter(write_end, _close_inherited(own, kept), lifeline))
             finally:
                 logging.shutdown()
                 os._exit(code)
         os.close(write_end)
+        if lifeline is not None:
+            os.close(lifeline)
         _forward_stop_signals(pid)
         with stop_signals_let_through():
             report = _read_all(read_end)
@@ -79,8 +101,8 @@ def run_as_daemon(
         number, _, line = report.decode("utf-8", "surrogateescape").partition(" ")
         if line:
             _print_line(line)
-        return int(number)
-    return _died_silently(pid)
+        return int(number), pid, held
+    return _died_silently(pid), pid, held
 
 
 def _close_inherited(needed: frozenset[int], kept: frozenset[int]) -> frozenset[int]:
@@ -140,13 +162,13 @@ def stop_signals_let_through() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def leave_session() -> None:
-    """A session of its own, ``/`` as directory, and /dev/null for the standard streams."""
+def leave_session(*, keeps_stderr: bool = False) -> None:
+    """A session of its own, ``/`` as directory, and /dev/null for the standard streams, or for all but the last."""
     with suppress(PermissionError):  # the leader of a process group can't, and needn't
         os.setsid()
     os.chdir("/")
     null = os.open(os.devnull, os.O_RDWR)
-    for fd in range(3):
+    for fd in range(2 if keeps_stderr else 3):
         os.dup2(null, fd)
     if null > 2:
         os.close(null)

@@ -12,9 +12,11 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -23,13 +25,17 @@ from ..driver.image import Image
 from ..errors import MountError, StoppedEarlyError
 from .ending import Ending, Notices, Stop
 from .mount_client import MountClient
-from .mountpoint import MountPoint
+from .mountpoint import MountBusyError, MountPoint
 from .outside import Outside
 from .process import STOP_SIGNALS, become_io_flusher, become_user, stop_signals_let_through
 from .record import RecordWriter, State
 from .sandbox import enter_sandbox
 from .session import MountSession
 from .settings import MountSettings
+
+if TYPE_CHECKING:
+    from .idle import IdleWatch
+    from .metrics_process import MetricsProcess
 
 _log = logging.getLogger(__name__)
 
@@ -40,6 +46,7 @@ async def serve(
     place: MountPoint,
     outside: Outside[MountClient],
     notices: Notices | None = None,
+    metrics: MetricsProcess | None = None,
 ) -> None:
     """Open, mount at ``place``, and serve until unmounted or told to stop; returns after a clean end.
 
@@ -48,11 +55,12 @@ async def serve(
     """
     stop = Stop()
     failure: Exception | None = None
-    service = _Service(settings, place, outside, notices or Notices(), stop)
+    service = _Service(settings, place, outside, notices or Notices(), stop, metrics)
     with trio.open_signal_receiver(*STOP_SIGNALS, signal.SIGUSR1, signal.SIGHUP) as signals:
         with stop_signals_let_through():
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(service.watch_signals, signals)
+                nursery.start_soon(service.watch_lifeline)
                 try:
                     await service.run(open_image)
                 except Exception as exc:
@@ -64,7 +72,13 @@ async def serve(
 
 class _Service:
     def __init__(
-        self, settings: MountSettings, place: MountPoint, outside: Outside[MountClient], notices: Notices, stop: Stop
+        self,
+        settings: MountSettings,
+        place: MountPoint,
+        outside: Outside[MountClient],
+        notices: Notices,
+        stop: Stop,
+        metrics: MetricsProcess | None,
     ) -> None:
         self._settings = settings
         self._place = place
@@ -74,6 +88,11 @@ class _Service:
             stopping=self._noting(State.STOPPING, notices.stopping),
         )
         self._stop = stop
+        self._metrics: Callable[[dict[str, str], Callable[[], dict[str, int]]], Awaitable[None]] | None = None
+        if metrics is not None:
+            from .metrics import answer_metrics
+
+            self._metrics = functools.partial(answer_metrics, metrics)
         self._image: Image | None = None
         self._mount: MountSession | None = None
         self._record: RecordWriter | None = None
@@ -97,17 +116,25 @@ class _Service:
             elif number in STOP_SIGNALS or self._settings.ends_on_hangup:
                 self._stop.request(signal.Signals(number).name)
 
+    async def watch_lifeline(self) -> None:
+        """The end of a starter that stays is an order to stop."""
+        if self._settings.lifeline is not None:
+            await trio.lowlevel.wait_readable(self._settings.lifeline)
+            self._stop.request("the end of its starter")
+
     def _log_statistics(self) -> None:
         if self._image is None:
             return
         try:
-            values = self._image.statistics()
-            if self._mount is not None:
-                values |= self._mount.statistics
+            values = self._statistics()
         except Exception as exc:
             _log.error("no statistics: %s", exc)
             return
         _log.info("statistics: %s", " ".join(f"{name}={value}" for name, value in values.items()))
+
+    def _statistics(self) -> dict[str, int]:
+        values = {} if self._image is None else self._image.statistics()
+        return values if self._mount is None else values | self._mount.statistics
 
     async def run(self, open_image: Callable[[], Awaitable[Image]]) -> None:
         become_io_flusher()
@@ -187,11 +214,32 @@ class _Service:
             nursery.start_soon(mount.flush_discards)
             if self._settings.counts_allocated:
                 nursery.start_soon(mount.count_allocated)
+            if mount.idle is not None:
+                nursery.start_soon(self._unmount_when_idle, mount, mount.idle)
+            if self._metrics is not None:
+                labels = {"image": mount.record.image, "file": mount.record.file}
+                nursery.start_soon(self._metrics, labels, self._statistics)
             nursery.start_soon(self._end, mount)
             await mount.ended.wait()
             self._notices.stopping("unmounted, closing the image")
             self._note(State.CLOSING)
             nursery.cancel_scope.cancel()
+
+    async def _unmount_when_idle(self, mount: MountSession, idle: IdleWatch) -> None:
+        while True:
+            await idle.until_idle()
+            # Once it is unmounted, there may be no time to say so.
+            _log.info("%s: idle for %g seconds, unmounting", mount.path, idle.seconds)
+            try:
+                await self._outside.run(MountClient.unmount)
+            except MountBusyError:  # somebody stands in it, or has just come
+                _log.info("%s: in use, not unmounted", mount.path)
+                idle.note_use()
+            except MountError as exc:
+                _log.warning("%s: idle, but cannot be unmounted: %s", mount.path, exc)
+                idle.note_use()
+            else:
+                return
 
     async def _end(self, mount: MountSession) -> None:
         await Ending(mount, self._outside, self._notices, self._stop).run()

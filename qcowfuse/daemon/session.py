@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 import pyfuse3
 import trio
@@ -31,6 +32,9 @@ from .outside import Outside
 from .process import captured_stderr
 from .record import Record
 from .settings import MountSettings
+
+if TYPE_CHECKING:
+    from .idle import IdleWatch
 
 MIN_TASKS = 16
 MAX_TASKS = 160
@@ -94,7 +98,14 @@ class MountSession:
         # Two names for one byte must not have a page each: see several_files.
         wants_cache = settings.writeback_cache and not image.read_only and partitions is None
         self._session = ExtendedSession(self._operations, gate, writeback_cache=wants_cache)
+        self.idle: IdleWatch | None = None
+        if settings.idle_timeout is not None:
+            from .idle import IdleWatch
+
+            self.idle = IdleWatch(self._operations, settings.idle_timeout)
         self.is_stopping = False
+        # What the mount is a mount of, to others; made before the working directory is another.
+        self._image_path = os.path.abspath(settings.image or image.path)
         self._gate = gate
         self._statistics = {"pid": os.getpid(), "since": int(time.time())}
         self._operations.daemon_statistics = lambda: self.statistics
@@ -159,11 +170,6 @@ class MountSession:
             "waiting_requests": self._gate.n_slow,
         }
         return self._statistics | now | self._session.statistics()
-
-    @property
-    def _image_path(self) -> str:
-        """What the mount is a mount of, to others."""
-        return self._settings.image or os.path.abspath(self._image.path)
 
     @property
     def record(self) -> Record:

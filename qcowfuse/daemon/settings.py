@@ -21,7 +21,9 @@ class MountSettings(NamedTuple):
     ``serves_partitions``: beside the file of the disk, a file of each partition.
     ``image``: the whole path of the image that the user named, where another file takes the writes.
     ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600. ``uses_sandbox``: once it serves, the
-    daemon gives up what it does not need. ``user``: and becomes that user.
+    daemon gives up what it does not need. ``user``: and becomes that user. ``idle_timeout``: seconds
+    without use after which it unmounts. ``lifeline``: a descriptor; when it is at
+    its end, that is an order to stop. ``removes_mount_point``: the mount point goes with the mount.
     """
 
     mount_point: str
@@ -40,3 +42,6 @@ class MountSettings(NamedTuple):
     serves_partitions: bool = False
     uses_sandbox: bool = True
     user: User | None = None
+    idle_timeout: float | None = None
+    lifeline: int | None = None
+    removes_mount_point: bool = False

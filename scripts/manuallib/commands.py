@@ -66,8 +66,10 @@ class Command(NamedTuple):
 
 def qcowfuse() -> Command:
     """The program that mounts, with its verbs as commands."""
-    verbs = tuple(_command(build_verb_parser(verb), verb, text, ()) for verb, text in VERBS.items())
-    return _command(build_parser(), "qcowfuse", "", list_words())._replace(commands=verbs)
+    program = _command(build_parser(), "qcowfuse", "", list_words())
+    verbs = {verb: _command(build_verb_parser(verb), verb, text, ()) for verb, text in VERBS.items()}
+    verbs["run"] = verbs["run"]._replace(flags=program.flags)  # it takes what a mount takes
+    return program._replace(commands=tuple(verbs.values()))
 
 
 def qcowfuse_img() -> Command:

@@ -90,7 +90,8 @@ def flags(given: Iterable[Flag], *, groups: bool = True) -> str:
 
 
 def commands(program: Command) -> str:
-    """Each command of a program with its synopsis, what it does and its options."""
+    """Each command of a program with its synopsis, what it does and its options, but for those of the program."""
+    shown = {flag.names for flag in program.flags}
     lines: list[str] = []
     for command in program.commands:
         lines += [
@@ -99,7 +100,10 @@ def commands(program: Command) -> str:
             + _plain(command.synopsis, is_code=True),
             ".PP",
             text(sentence(" ".join(command.description.split()))),
-            flags((flag for flag in command.flags if "--help" not in flag.names), groups=False),
+            flags(
+                (flag for flag in command.flags if flag.names not in shown and "--help" not in flag.names),
+                groups=False,
+            ),
         ]
     return "\n".join(line for line in lines if line)
 

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
 LAUNCHER = f"""#!/bin/sh
 export PYTHONPATH={REPOSITORY}
-exec {sys.executable} -c 'import sys; from qcowfuse.cli.mount.main import main; sys.exit(main())' "$@"
+exec {sys.executable} -c 'import sys; from qcowfuse.cli.entry import qcowfuse; sys.exit(qcowfuse())' "$@"
 """
 LOOK = r"""#!/bin/bash
 for folder in /proc/[0-9]*; do

@@ -31,6 +31,7 @@ OTHER_PROGRAMS = {
     "apt",
     "systemctl",
     "losetup",
+    "mkfs.ext4",
     "mount",
     "umount",
     "fuser",
@@ -49,7 +50,11 @@ def commands() -> dict[str, set[str]]:
     for action in build_img_parser()._actions:
         if isinstance(action, argparse._SubParsersAction):
             found |= {f"qcowfuse-img {name}": _options_of(parser) for name, parser in action.choices.items()}
-    return found | {f"qcowfuse {verb}": _options_of(build_verb_parser(verb)) for verb in VERBS}
+    return (
+        found
+        | {f"qcowfuse {verb}": _options_of(build_verb_parser(verb)) for verb in VERBS}
+        | {"qcowfuse run": found["qcowfuse"]}
+    )
 
 
 COMMANDS = commands()

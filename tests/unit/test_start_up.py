@@ -22,6 +22,7 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     *(f"qcowfuse.cli.{name}" for name in ("img.main", "mount.parser", "verbs.main")),
     *(f"qcowfuse.tools.{name}" for name in ("check", "create", "info", "overlay")),
     "qcowfuse.consistency.repair",
+    *(f"qcowfuse.daemon.{name}" for name in ("idle", "metrics", "metrics_process")),
     "qcowfuse.driver.layers.encryption",
     "qcowfuse.driver.overlay",
     "qcowfuse.driver.partition_window",

@@ -25,7 +25,8 @@ _BY_NAME = {option.name: option for option in OPTIONS}
 
 
 class Arguments(NamedTuple):
-    """A command line that makes sense. From ``file_name`` to ``user`` it is for :meth:`mount_settings`."""
+    """A command line that makes sense. From ``file_name`` to ``idle_timeout`` it is for
+    :meth:`mount_settings`. ``metrics`` None, with ``has_metrics``: the socket is systemd's."""
 
     image: str
     mount_point: str
@@ -51,6 +52,9 @@ class Arguments(NamedTuple):
     partitions: bool
     uses_sandbox: bool
     user: User | None
+    idle_timeout: float | None
+    metrics: tuple[str, int] | None
+    has_metrics: bool
 
     @property
     def descriptors(self) -> frozenset[int]:
@@ -97,6 +101,7 @@ class Arguments(NamedTuple):
             serves_partitions=self.partitions,
             uses_sandbox=self.uses_sandbox,
             user=self.user,
+            idle_timeout=self.idle_timeout,
         )
 
 
@@ -115,10 +120,26 @@ def _refuse(message: str) -> NoReturn:
     raise SystemExit(ExitCode.USAGE)
 
 
-def parse_arguments(argv: Sequence[str]) -> Arguments:
-    """Parse a command line. Raises SystemExit, after one line to standard error or the help to standard output."""
-    given = _plain(argv)
-    if given is None:
+def _check_metrics() -> None:
+    import importlib.util
+
+    try:
+        found = importlib.util.find_spec("prometheus_client")
+    except ImportError:
+        found = None
+    if found is None:
+        _refuse("--metrics needs the Python package prometheus_client: pip install 'qcowfuse[metrics]'")
+
+
+def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Arguments:
+    """Parse a command line, or all of it but ``mount_point``. Raises SystemExit, after one line to standard error or
+    the help to standard output."""
+    given = _plain(argv) if mount_point is None else None
+    if mount_point is not None:
+        from .parser import build_parser
+
+        given = {**vars(build_parser(takes_mount_point=False).parse_args(argv)), "mountpoint": mount_point}
+    elif given is None:
         from .parser import build_parser
 
         given = vars(build_parser().parse_args(with_values_listed(argv)))
@@ -143,6 +164,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
             return option.convert(text)
         except ValueError as exc:
             _refuse(f"{name}: {exc}")
+
+    def is_given(name: str) -> bool:
+        return given.get(_BY_NAME[name].key) is not None or name in listed.values
 
     def repeated(name: str) -> tuple[str, ...]:
         return (*given.get(_BY_NAME[name].key, ()), *listed.repeated.get(name, ()))
@@ -181,6 +205,9 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
     if force_share and overlay is not None:
         _refuse("--force-share and --overlay exclude each other: an overlay over an image that changes means nothing")
     backing_file, no_backing = value("backing-file"), flag("no-backing")
+    has_metrics = is_given("metrics")
+    if has_metrics:
+        _check_metrics()
     allow_dirs = repeated("allow-dir")
     try:
         check_names(backing_file=backing_file, allow_dirs=allow_dirs, no_backing=no_backing)
@@ -227,4 +254,7 @@ def parse_arguments(argv: Sequence[str]) -> Arguments:
         partitions=partitions,
         uses_sandbox=not flag("no-sandbox"),
         user=value("user"),
+        idle_timeout=value("idle-timeout"),
+        metrics=value("metrics"),
+        has_metrics=has_metrics,
     )

@@ -30,6 +30,7 @@ from .arguments import Arguments, parse_arguments
 from .failures import describe
 
 if TYPE_CHECKING:
+    from ...daemon.metrics_process import MetricsProcess
     from ...daemon.mount_client import MountClient
     from ...daemon.mountpoint import MountPoint
     from ...daemon.outside_process import OutsideProcess
@@ -52,8 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             key.prepare(image, options)
         if arguments.foreground:
             with stop_signals_held_back():
-                return _run(arguments, key, None)
-        code = run_as_daemon(functools.partial(_run, arguments, key), key.descriptors, arguments.descriptors)
+                return run(arguments, key, None)
+        code = run_as_daemon(functools.partial(run, arguments, key), key.descriptors, arguments.descriptors)
     except ImageUsageError as exc:
         print(f"qcowfuse: {describe(exc, arguments)}", file=sys.stderr)
         return exit_code_of(exc)
@@ -69,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     os._exit(code)
 
 
-def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
+def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
+    """Serve to the end; gives the exit code, after at most one line to ``starter``, standard error or the log."""
     is_ready = False
 
     def on_ready() -> None:
@@ -80,11 +82,16 @@ def _run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
         settings = arguments.mount_settings()
+        if starter is not None and starter.lifeline is not None:
+            settings = settings._replace(lifeline=starter.lifeline, removes_mount_point=True)
         place, process = _start_outside(settings)
+        metrics = _start_metrics(arguments) if arguments.has_metrics else None
         with _garbage_kept():
             from .serving import serve_image
         with key.explained():
-            serve_image(arguments, key, starter, on_ready, settings=settings, place=place, process=process)
+            serve_image(
+                arguments, key, starter, on_ready, settings=settings, place=place, process=process, metrics=metrics
+            )
     except BaseException as exc:
         code, line = exit_code_of(exc), describe(exc, arguments, has_served=is_ready)
         if is_ready or arguments.log_file is not None:
@@ -110,7 +117,16 @@ def _start_outside(settings: MountSettings) -> tuple[MountPoint, OutsideProcess[
 
     check_fuse()
     place = open_mount_point(settings.mount_point, allow_non_empty=settings.allow_non_empty)
-    return place, OutsideProcess(MountClient(place, settings.file_name))
+    return place, OutsideProcess(MountClient(place, settings.file_name, removes_place=settings.removes_mount_point))
+
+
+def _start_metrics(arguments: Arguments) -> MetricsProcess:
+    """The process that answers Prometheus, with a socket that is open already. Raises OSError, MountError."""
+    from ...daemon.metrics_process import MetricsProcess
+    from .listening import listen_at, passed_socket
+
+    listener = passed_socket() if arguments.metrics is None else listen_at(*arguments.metrics)
+    return MetricsProcess(listener, arguments.user)
 
 
 @contextmanager

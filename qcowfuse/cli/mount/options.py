@@ -62,6 +62,20 @@ OPTIONS = (
     Option(
         "name", "name of the file in the directory (disk.raw)", _COMMON, "n", metavar="NAME", convert=values.file_name
     ),
+    Option(
+        "idle-timeout",
+        "unmount and end when nobody has had the disk open or asked for anything for so long",
+        _COMMON,
+        metavar="SECONDS",
+        convert=values.idle_seconds,
+    ),
+    Option(
+        "metrics",
+        "counters for Prometheus by HTTP, at a numeric address (default: 127.0.0.1) or a socket of systemd's",
+        _COMMON,
+        metavar="[ADDRESS:]PORT|systemd",
+        convert=values.metrics_address,
+    ),
     Option("allow-other", "let other users in, as far as file modes let them", _COMMON, in_list=False),
     Option("foreground", "stay in the foreground, log to standard error", _COMMON, "f"),
     Option("debug", "log much more, show tracebacks; implies -f", _COMMON, "d"),

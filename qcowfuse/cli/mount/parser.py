@@ -20,8 +20,8 @@ class _Parser(argparse.ArgumentParser):
         self.exit(ExitCode.USAGE, printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser of qcowfuse's command line."""
+def build_parser(*, takes_mount_point: bool = True) -> argparse.ArgumentParser:
+    """The parser of qcowfuse's command line; without the last argument, of what stands before ``--`` of ``run``."""
     codes = "\n".join(f"  {code.value}  {text}" for code, text in EXPLANATIONS.items())
     verbs = "\n".join(f"  {name:8}{text}" for name, text in VERBS.items())
     parser = _Parser(
@@ -51,11 +51,12 @@ SIGTERM and SIGINT end it as fusermount3 -u does; while the file is in use, they
 for its users. SIGUSR1 prints the counters to the log.""",
     )
     parser.add_argument("image", metavar="IMAGE", help="a QCOW (version 1) or QCOW2 (version 2, 3) image")
-    parser.add_argument(
-        "mountpoint",
-        metavar="MOUNTPOINT",
-        help="an empty directory, in which the file appears, or a regular file, which it hides",
-    )
+    if takes_mount_point:
+        parser.add_argument(
+            "mountpoint",
+            metavar="MOUNTPOINT",
+            help="an empty directory, in which the file appears, or a regular file, which it hides",
+        )
     add_options(parser, OPTIONS)
     other = parser.add_argument_group("other")
     other.add_argument("-V", "--version", action="version", version=f"qcowfuse {__version__}")

@@ -30,6 +30,7 @@ from ..passphrase import KeySource
 from .arguments import Arguments
 
 if TYPE_CHECKING:
+    from ...daemon.metrics_process import MetricsProcess
     from ...driver.overlay import Overlay
 
 
@@ -42,6 +43,7 @@ def serve_image(
     settings: MountSettings,
     place: MountPoint,
     process: OutsideProcess[MountClient],
+    metrics: MetricsProcess | None,
 ) -> None:
     """Serve at ``place`` until unmounted or told to stop. ``starter`` is told when the mount is ready, after
     ``on_ready``.
@@ -49,11 +51,12 @@ def serve_image(
     Raises what opening, mounting and closing raise.
     """
     notifier = sdnotify.SystemdNotifier()
-    syslog = logs.open_syslog() if starter is not None and arguments.log_file is None else None
+    stays = starter is not None and starter.lifeline is not None
+    syslog = logs.open_syslog() if starter is not None and not stays and arguments.log_file is None else None
 
     def served() -> None:
         if starter is not None:
-            leave_session()
+            leave_session(keeps_stderr=stays)
             outside.leave_session()
 
     def ready(description: str) -> None:
@@ -78,7 +81,7 @@ def serve_image(
     if arguments.partition is not None:
         opener = functools.partial(_open_partition, opener, arguments.partition)
     with Outside(process) as outside:
-        trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping))
+        trio.run(serve, opener, settings, place, outside, Notices(served, ready, waiting, stopping), metrics)
 
 
 def _overlay_of(arguments: Arguments) -> Overlay | None:

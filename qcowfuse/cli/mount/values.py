@@ -34,6 +34,31 @@ def seconds(text: str) -> float:
     return number
 
 
+def idle_seconds(text: str) -> float:
+    """As :func:`seconds`, but not 0."""
+    number = seconds(text)
+    if not number:
+        raise ValueError("0 would unmount at once: expected seconds")
+    return number
+
+
+def metrics_address(text: str) -> tuple[str, int] | None:
+    """A numeric address and a port: ``9100`` (of 127.0.0.1), ``[::1]:9100``. None for ``systemd``."""
+    import ipaddress
+
+    if text == "systemd":
+        return None
+    host, separator, port = text.rpartition(":")
+    try:
+        if not re.fullmatch(r"\d{1,5}", port, re.ASCII) or int(port) > 65535:
+            raise ValueError
+        if host.startswith("[") and host.endswith("]"):
+            return str(ipaddress.IPv6Address(host[1:-1])), int(port)
+        return str(ipaddress.IPv4Address(host if separator else "127.0.0.1")), int(port)
+    except ValueError:
+        raise ValueError(f"bad address {text!r}: expected a port, 127.0.0.1:9100 or [::1]:9100") from None
+
+
 def file_name(text: str) -> str:
     """One component of a path, at most 255 bytes."""
     if text in (".", "..") or "/" in text or not 0 < len(os.fsencode(text)) <= 255:

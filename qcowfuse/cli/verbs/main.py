@@ -2,6 +2,7 @@
 
 1. Where the rest of the command line makes no sense for the verb, and a file of the verb's name exists, it is the
    image of a plain mount: ``qcowfuse list mnt`` serves an image that is called ``list``.
+2. ``run`` hands all that stands before ``--`` to the mount's own parser.
 """
 
 from __future__ import annotations
@@ -68,12 +69,15 @@ def build_parser(verb: str) -> argparse.ArgumentParser:
         prog=f"qcowfuse {verb}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage=f"qcowfuse {verb} {'[OPTION]... ' * bool(described.options)}{described.arguments}",
+        usage=f"qcowfuse {verb} {'[OPTION]... ' * bool(described.options or verb == 'run')}{described.arguments}",
         description=described.description,
         epilog=f"example:\n{described.examples}",
     )
     if verb in ("status", "umount"):
         parser.add_argument("target", metavar=described.arguments, help="a mount, or an image that is mounted")
+    if verb == "run":
+        parser.add_argument("image", metavar="IMAGE", help="what to mount, behind options of a mount")
+        parser.add_argument("command", metavar="COMMAND", help="what to run, and its arguments")
     add_options(parser, described.options)
     return parser
 
@@ -82,6 +86,8 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
     """What is given to a verb, by name. Raises _UsageError, and SystemExit after the help."""
     verb, rest = argv[0], list(argv[1:])
     parser = build_parser(verb)
+    if verb == "run":
+        return _parse_run(parser, rest)
     given = vars(parser.parse_args(rest))
     for option in VERB_OPTIONS[verb].options:
         text = given[option.key]
@@ -91,6 +97,19 @@ def parse(argv: Sequence[str]) -> dict[str, Any]:
             except ValueError as exc:
                 raise _UsageError(f"{option.name}: {exc}") from None
     return given
+
+
+def _parse_run(parser: argparse.ArgumentParser, words: list[str]) -> dict[str, Any]:
+    """Rule 2."""
+    before, command = words, list[str]()
+    if "--" in words:
+        place = words.index("--")
+        before, command = words[:place], words[place + 1 :]
+    if not {"-h", "--help"}.isdisjoint(before):
+        parser.parse_args(["--help"])
+    if not before or not command:
+        raise _UsageError("expected IMAGE -- COMMAND")
+    return {"before": before, "command": command}
 
 
 def _list(given: dict[str, Any]) -> int:
@@ -127,7 +146,13 @@ def _umount(given: dict[str, Any]) -> int:
     return max(unmount(mount, timeout=timeout, force=given["force"]) for mount in found[::-1])
 
 
-_RUN: dict[str, Callable[[dict[str, Any]], int]] = {"list": _list, "status": _status, "umount": _umount}
+def _run(given: dict[str, Any]) -> int:
+    from .running import run
+
+    return run(given["before"], given["command"])
+
+
+_RUN: dict[str, Callable[[dict[str, Any]], int]] = {"list": _list, "status": _status, "umount": _umount, "run": _run}
 
 
 def _not_mounted(verb: str, target: str) -> int:

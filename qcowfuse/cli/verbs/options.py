@@ -88,4 +88,14 @@ VERB_OPTIONS = {
         ),
         "  qcowfuse umount /mnt/x\n  qcowfuse umount --timeout 60 --force disk.qcow2",
     ),
+    "run": Verb(
+        "IMAGE -- COMMAND [ARGUMENT]...",
+        "Mount in a new, private folder, run the command with the path of the disk in $QCOWFUSE_DISK and in\n"
+        "place of each {}, and unmount when the command has ended. All options of a mount may stand before\n"
+        "IMAGE. The exit code is that of the command; 128 + N if signal N ended it, 127 if there is no such\n"
+        "command, 126 if it can't be run, and that of the mount if the disk can't be mounted or closed.\n"
+        "Signals are passed on to the command.",
+        (),
+        "  qcowfuse run -r disk.qcow2 -- sha256sum {}\n  qcowfuse run disk.qcow2 -- mkfs.ext4 -F {}",
+    ),
 }

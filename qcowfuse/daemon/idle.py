@@ -1,0 +1,54 @@
+"""When a mount has not been used for so long that it may go.
+
+1. It is used while somebody has a file open: a loop device or a virtual machine has. Without an open file there are
+   neither reads nor writes, so that every other request is looked at, and those two cost nothing more.
+2. Whoever asks for names, attributes or counters uses it too: ``ls``, ``qcowfuse list``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import trio
+
+WATCHED = tuple(str.split("lookup getattr setattr access open release opendir readdir statfs getxattr listxattr"))
+
+
+class Handlers(Protocol):
+    """What is watched: the handlers of requests, by the names in :data:`WATCHED`."""
+
+    n_open: int
+
+
+class IdleWatch:
+    """Notes when ``handlers`` were last used, and knows when that is ``seconds`` ago. Made in trio, before the first
+    request."""
+
+    def __init__(self, handlers: Handlers, seconds: float) -> None:
+        self.seconds = seconds
+        self._handlers = handlers
+        self._last_use = trio.current_time()
+        for name in WATCHED:
+            setattr(handlers, name, self._noting(getattr(handlers, name)))
+
+    def note_use(self) -> None:
+        """It is used now."""
+        self._last_use = trio.current_time()
+
+    async def until_idle(self) -> None:
+        """Return when it has not been used for the time."""
+        while True:
+            if self._handlers.n_open:
+                self.note_use()
+            left = self._last_use + self.seconds - trio.current_time()
+            if left <= 0:
+                return
+            await trio.sleep(left)
+
+    def _noting(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def noting(*args: Any) -> Any:
+            self._last_use = trio.current_time()
+            return await handler(*args)
+
+        return noting
