@@ -119,7 +119,7 @@ class _Server:
 
         self._channel = channel
         self._seen: tuple[float, Any] = (-_FRESH_SECONDS, None)
-        # Types of it are not to be had where it is not installed.
+        # Without its types, which mypy lacks where the package is not installed.
         self._client: Any = importlib.import_module("prometheus_client")
         core: Any = importlib.import_module("prometheus_client.core")
         self._counter, self._gauge = core.CounterMetricFamily, core.GaugeMetricFamily
