@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,4 +26,12 @@ def users_folder() -> Iterator[Path]:
         yield folder
     finally:
         os.chmod("/dev/fuse", mode)
+        _unmount_all_below(folder)  # what a test that failed has left
         shutil.rmtree(folder)
+
+
+def _unmount_all_below(folder: Path) -> None:
+    points = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    for point in reversed(points):
+        if point.startswith(f"{folder}/"):
+            subprocess.run(["umount", "-l", point], check=True)

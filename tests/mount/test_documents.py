@@ -43,7 +43,10 @@ losetup() {
     -fP)
         partx -u "$name" 2>/dev/null || true
         for part in /sys/class/block/${name#/dev/}/${name#/dev/}p*; do
-            [ -e "/dev/${part##*/}" ] || mknod "/dev/${part##*/}" b $(tr : ' ' <"$part/dev")
+            # In a container, a node of an earlier device may be left; the kernel numbers partitions anew.
+            [ "$(stat -c %Hr:%Lr "/dev/${part##*/}" 2>/dev/null)" != "$(cat "$part/dev")" ] || continue
+            rm -f "/dev/${part##*/}"
+            mknod "/dev/${part##*/}" b $(tr : ' ' <"$part/dev")
         done
         ;;
     esac

@@ -42,7 +42,10 @@ def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     subprocess.run([sys.executable, "-m", "pip", "install", *fetched], check=True)
     build(folder, "build_sdist", folder / "source")
     with tarfile.open(folder / f"out/qcowfuse-{__version__}.tar.gz") as archive:
-        archive.extractall(folder, filter="data")
+        if sys.version_info >= (3, 11, 4):
+            archive.extractall(folder, filter="data")
+        else:  # Debian 12 has 3.11.2, which has no filters yet
+            archive.extractall(folder)
     return folder / f"qcowfuse-{__version__}"
 
 

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.support.container import lacks
+from tests.support.container import free_loop_devices, lacks
 
 REPOSITORY = Path(__file__).parents[2]
 SECONDS = 60
@@ -61,8 +61,6 @@ gone() { ! mounted "$1"; }
 no_daemon() { ! pgrep -f "from qcowfuse[.]cli" >/dev/null; }
 checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
 """
-LOOP_NODES = sorted(Path("/dev").glob("loop[0-9]*[0-9]")) + sorted(Path("/dev").glob("loop[0-9]"))
-LOOP_NODES += [node for node in (Path("/dev/loop-control"),) if node.exists()]
 
 
 class Outcome(NamedTuple):
@@ -118,6 +116,12 @@ def _why_nothing_boots() -> str:
     return "" if outcome.log is not None else outcome.console.strip() or f"exit code {outcome.code}"
 
 
+def _loop_nodes() -> list[Path]:
+    """The loop devices that there are, enough free ones among them, and what makes more."""
+    free_loop_devices()
+    return [node for node in Path("/dev").glob("loop*") if not node.is_dir()]
+
+
 def _boot(root: Path, script: str) -> Outcome:
     for name, text in (("scenario", PRELUDE + script), ("look", LOOK)):
         (root / "srv" / name).write_text(text)
@@ -127,7 +131,7 @@ def _boot(root: Path, script: str) -> Outcome:
     command = [
         *("systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "-D", str(root)),
         *("--bind=/dev/fuse", *(f"--bind-ro={path}" for path in sorted(needed))),
-        *(f"--bind={node}" for node in LOOP_NODES),
+        *(f"--bind={node}" for node in _loop_nodes()),
         *("--console=pipe", "-b", "systemd.run=/srv/scenario"),
         *("systemd.run_success_action=exit", "systemd.run_failure_action=exit"),
     ]

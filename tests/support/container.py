@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import os
+import stat
 import subprocess
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +17,11 @@ from qcowfuse.system import landlock
 LACKS = "this container lacks"
 FORBIDS = "this system forbids"
 """How the reasons begin; skips for them are declared."""
+
+LOOP_CTL_ADD = 0x4C80
+"""Of linux/loop.h: have the kernel add the loop device of a number."""
+N_FREE_LOOP_DEVICES = 4
+"""That a test may use at the same time."""
 
 _MARKS = ("/run/systemd/container", "/run/host/container-manager", "/.dockerenv", "/run/.containerenv")
 
@@ -36,9 +44,45 @@ def lacks(what: str) -> NoReturn:
 
 
 def need_loop_devices() -> None:
-    """Skip in a container without them."""
+    """Skip in a container without them. See that enough are free, whatever other programs use of them."""
     if not os.access("/dev/loop-control", os.R_OK | os.W_OK):
         lacks("loop devices (/dev/loop-control and /dev/loop*)")
+    if not free_loop_devices():
+        lacks("device nodes of loop devices that are free, and the right to make them")
+
+
+def free_loop_devices() -> list[Path]:
+    """The nodes of N_FREE_LOOP_DEVICES that no program uses now; fewer where this system does not let us make them.
+
+    A container shares the kernel's loop devices with the whole machine, and its /dev keeps the nodes that it got when
+    it began. The kernel gives the first free device to losetup, which fails where that has no node.
+    """
+    found: list[Path] = []
+    numbers = itertools.count()
+    while len(found) < N_FREE_LOOP_DEVICES:
+        number = next(numbers)
+        device, in_sysfs = Path(f"/dev/loop{number}"), Path(f"/sys/block/loop{number}")
+        try:
+            if not in_sysfs.exists():
+                _add_loop_device(number)
+            if not device.exists():
+                major, minor = (in_sysfs / "dev").read_text().split(":")
+                os.mknod(device, stat.S_IFBLK | 0o660, os.makedev(int(major), int(minor)))
+        except FileExistsError:
+            pass  # the kernel or another test was faster
+        except OSError:
+            break
+        if not (in_sysfs / "loop/backing_file").exists():
+            found.append(device)
+    return found
+
+
+def _add_loop_device(number: int) -> None:
+    control = os.open("/dev/loop-control", os.O_RDWR)
+    try:
+        fcntl.ioctl(control, LOOP_CTL_ADD, number)
+    finally:
+        os.close(control)
 
 
 def need_landlock() -> None:

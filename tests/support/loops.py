@@ -13,7 +13,7 @@ import random
 import stat
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +24,18 @@ from .mounting import Mounted, wait_until
 
 @contextmanager
 def served(image: Path, *options: str) -> Iterator[Mounted]:
-    """Serve ``image`` in a folder next to it; the end must be a good one, with no bug reported in the log."""
+    """Serve ``image`` in a folder next to it; the end must be a good one, with no bug reported in the log.
+
+    Nothing is left of the folder, because the image may be a device in /dev.
+    """
     point = image.with_name(image.name + ".mnt")
     point.mkdir(exist_ok=True)
-    with Mounted(image, point, *options) as mount:
-        yield mount
+    try:
+        with Mounted(image, point, *options) as mount:
+            yield mount
+    finally:
+        with suppress(OSError):
+            point.rmdir()
     assert "Traceback" not in mount.log, mount.log
 
 
