@@ -202,7 +202,7 @@ def _write_control(stage: Path, full_version: str, architecture: str, depends: l
         Installed-Size: {n_kib}
         Depends: {", ".join(depends)}
         Recommends: libgcrypt20
-        Suggests: attr, e2fsprogs, fuse2fs, ntfs-3g
+        Suggests: attr, e2fsprogs, fuse2fs, ntfs-3g, python3-prometheus-client
         Section: utils
         Priority: optional
         """

@@ -128,7 +128,10 @@ def _check_metrics() -> None:
     except ImportError:
         found = None
     if found is None:
-        _refuse("--metrics needs the Python package prometheus_client: pip install 'qcowfuse[metrics]'")
+        _refuse(
+            "--metrics needs the Python package prometheus_client: apt install python3-prometheus-client,"
+            " or pip install prometheus_client"
+        )
 
 
 def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Arguments:
