@@ -120,6 +120,7 @@ def _install_files(stage: Path, full_version: str) -> None:
     _write(stage / "usr/sbin/mount.qcowfuse", (PACKAGING / "mount.qcowfuse").read_text())
     _write(stage / "etc/qcowfuse/qcowfuse.conf", (PACKAGING / "qcowfuse.conf").read_text())
     _copy_all(DATA.glob("*.service"), stage / "usr/lib/systemd/system")
+    _copy_all((DATA / "user").glob("*.service"), stage / "usr/lib/systemd/user")
     _copy_all((DATA / "completions/bash").iterdir(), stage / "usr/share/bash-completion/completions")
     _copy_all((DATA / "completions/fish").iterdir(), stage / "usr/share/fish/vendor_completions.d")
     _copy_all((DATA / "completions/zsh").iterdir(), stage / "usr/share/zsh/vendor-completions")

@@ -26,6 +26,7 @@ apt-get -q -y --no-install-recommends install "$1"
 qcowfuse --version
 qcowfuse-img --version
 test -f /usr/lib/systemd/system/qcowfuse@.service
+test -f /usr/lib/systemd/user/qcowfuse@.service
 zcat /usr/share/man/man1/qcowfuse.1.gz | grep -q 'SH NAME'
 bash -c '. /usr/share/bash-completion/completions/qcowfuse && complete -p qcowfuse'
 # A Python of the user's does not get in between, nor does the package get into other programs.

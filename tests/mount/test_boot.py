@@ -119,9 +119,10 @@ def test_the_loop_unit_and_a_socket_for_metrics(machine: Path) -> None:
     (machine / "srv/l").mkdir()
     (machine / "data/l").mkdir(parents=True)
     (machine / "etc/qcowfuse/l.conf").write_text("IMAGE=/srv/l.qcow2\nMOUNTPOINT=/srv/l\n")
-    (machine / "srv/t").mkdir()
-    conf = "IMAGE=/srv/l.qcow2\nMOUNTPOINT=/srv/t\nOPTIONS=--ephemeral --metrics systemd\n"
-    (machine / "etc/qcowfuse/t.conf").write_text(conf)
+    for name, options in (("t", "--ephemeral --metrics systemd"), ("u", "--ephemeral=/var/tmp")):
+        (machine / "srv" / name).mkdir()
+        conf = f"IMAGE=/srv/l.qcow2\nMOUNTPOINT=/srv/{name}\nOPTIONS={options}\n"
+        (machine / f"etc/qcowfuse/{name}.conf").write_text(conf)
     (machine / "etc/systemd/system/qcowfuse@t.socket").write_text("[Socket]\nListenStream=127.0.0.1:9109\n")
     (machine / "etc/fstab").write_text(
         "/run/qcowfuse-loop/l/disk /data/l ext4 nofail,noauto,x-systemd.requires=qcowfuse-loop@l.service 0 0\n"
@@ -152,7 +153,20 @@ systemctl start qcowfuse@t.socket qcowfuse@t || fail "start with a socket"
 echo thrown away >/srv/t/disk.raw || fail write
 scraped=$(exec 3<>/dev/tcp/127.0.0.1/9109; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3)
 grep -q '^qcowfuse_open_files{.*/srv/t/disk.raw' <<<"$scraped" || fail "no metrics: $scraped"
-systemctl stop qcowfuse@t || fail stop
+systemctl start qcowfuse@u || fail "a second one on the same image"
+expect "$(head -c 11 /srv/u/disk.raw | tr -d '\0')" ""
+echo as well >/srv/u/disk.raw || fail write
+expect "$(head -c 7 /srv/t/disk.raw)" "thrown "
+files() { ls -l /proc/$(systemctl show -P MainPID $1)/fd; }
+files qcowfuse@u | grep -q ' /var/tmp/.*(deleted)' || fail "no file without a name: $(files qcowfuse@u)"
+files qcowfuse@t | grep -q ' /srv/.*(deleted)' || fail "no file without a name: $(files qcowfuse@t)"
+systemctl kill -s KILL --kill-whom=main qcowfuse@u
+wait_for eval '[ "$(state qcowfuse@u)" = failed ]'
+wait_for gone /srv/u
+systemctl start qcowfuse@u || fail "start after a kill"
+expect "$(head -c 7 /srv/u/disk.raw | tr -d '\0')" ""
+systemctl stop qcowfuse@t qcowfuse@u || fail stop
+expect "$(ls -A /var/tmp | grep -v systemd-private)" ""
 expect "$(sha256sum /srv/l.qcow2)" "$sum"
 """,
     )

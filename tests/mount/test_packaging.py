@@ -96,10 +96,19 @@ def test_wheel_holds_every_module_and_the_type_marker(wheel: Path) -> None:
     assert not [name for name in names if name.startswith(("tests", "scripts", "packaging", "docs"))]
 
 
-def test_wheel_holds_the_systemd_unit_where_systemd_looks(wheel: Path) -> None:
-    """Installed below /usr/local or /usr, the unit lands in lib/systemd/system."""
-    unit = f"qcowfuse-{__version__}.data/data/lib/systemd/system/qcowfuse@.service"
-    assert zipfile.ZipFile(wheel).read(unit) == (REPOSITORY / "qcowfuse/data/qcowfuse@.service").read_bytes()
+def test_wheel_holds_the_systemd_units_where_systemd_looks(wheel: Path) -> None:
+    """Below /usr/local or /usr, the units land in lib/systemd/system, the one for users in lib/systemd/user."""
+    data = f"qcowfuse-{__version__}.data/data/lib/systemd/"
+    names = {
+        "system/qcowfuse@.service": "qcowfuse@.service",
+        "system/qcowfuse-loop@.service": "qcowfuse-loop@.service",
+        "user/qcowfuse@.service": "user/qcowfuse@.service",
+    }
+    archive = zipfile.ZipFile(wheel)
+    expected = {
+        f"{data}{name}": (REPOSITORY / "qcowfuse/data" / source).read_bytes() for name, source in names.items()
+    }
+    assert {name: archive.read(name) for name in archive.namelist() if name.startswith(data)} == expected
 
 
 def test_wheel_holds_man_pages_and_completions(wheel: Path) -> None:
