@@ -123,7 +123,9 @@ def test_the_loop_unit_and_a_socket_for_metrics(machine: Path) -> None:
         (machine / "srv" / name).mkdir()
         conf = f"IMAGE=/srv/l.qcow2\nMOUNTPOINT=/srv/{name}\nOPTIONS={options}\n"
         (machine / f"etc/qcowfuse/{name}.conf").write_text(conf)
-    (machine / "etc/systemd/system/qcowfuse@t.socket").write_text("[Socket]\nListenStream=127.0.0.1:9109\n")
+    (machine / "etc/systemd/system/qcowfuse@t.socket").write_text(
+        "[Socket]\nListenStream=127.0.0.1:9109\n[Install]\nWantedBy=sockets.target\n"
+    )
     (machine / "etc/fstab").write_text(
         "/run/qcowfuse-loop/l/disk /data/l ext4 nofail,noauto,x-systemd.requires=qcowfuse-loop@l.service 0 0\n"
     )
@@ -149,7 +151,7 @@ expect "$(cat /data/l/x)" hello
 systemctl stop qcowfuse@l || fail stop
 
 sum=$(sha256sum /srv/l.qcow2)
-systemctl start qcowfuse@t.socket qcowfuse@t || fail "start with a socket"
+systemctl enable --now qcowfuse@t.socket && systemctl start qcowfuse@t || fail "start with a socket"
 echo thrown away >/srv/t/disk.raw || fail write
 scraped=$(exec 3<>/dev/tcp/127.0.0.1/9109; printf 'GET /metrics HTTP/1.0\r\n\r\n' >&3; cat <&3)
 grep -q '^qcowfuse_open_files{.*/srv/t/disk.raw' <<<"$scraped" || fail "no metrics: $scraped"
@@ -165,7 +167,7 @@ wait_for eval '[ "$(state qcowfuse@u)" = failed ]'
 wait_for gone /srv/u
 systemctl start qcowfuse@u || fail "start after a kill"
 expect "$(head -c 7 /srv/u/disk.raw | tr -d '\0')" ""
-systemctl stop qcowfuse@t qcowfuse@u || fail stop
+systemctl stop qcowfuse@t.socket qcowfuse@t qcowfuse@u || fail stop
 expect "$(ls -A /var/tmp | grep -v systemd-private)" ""
 expect "$(sha256sum /srv/l.qcow2)" "$sum"
 """,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ import pytest
 from tests.support import qemu
 from tests.support.container import need_loop_devices
 from tests.support.documents import SYSTEM, Block, blocks, script_of
-from tests.support.mounting import REPOSITORY
+from tests.support.mounting import REPOSITORY, wait_until
 
 PAGES = [REPOSITORY / "README.md", *sorted((REPOSITORY / "docs").glob("*.md"))]
 BLOCKS = [block for page in PAGES for block in blocks(page)]
@@ -24,7 +26,7 @@ PRELUDE = r"""
 set -eu
 finish() {
     cd /
-    for point in $(awk -v t="$T/" 'index($5, t) == 1 && $9 !~ /qcowfuse/ {print $5}' /proc/self/mountinfo | tac); do
+    for point in $(awk -v t="$T/" 'index($5, t) == 1 && $8 !~ /qcowfuse/ {print $5}' /proc/self/mountinfo | tac); do
         umount "$point" || umount -l "$point"
     done
     for loop in $(command losetup -nl -O NAME,BACK-FILE | awk -v t="$T/" 'index($2, t) == 1 {print $1}'); do
@@ -145,6 +147,17 @@ def test_commands_of_the_pages(block: Block, images: Path, tmp_path: Path) -> No
     )
     assert done.returncode == 0, f"{block.text}\n{done.stdout}{done.stderr}"
     assert not re.search(r"^(qcowfuse|bash|mount): ", done.stderr, re.MULTILINE), done.stderr
+    wait_until(lambda: not users_of(folder), f"the end of processes that have files in {folder} open")
+
+
+def users_of(folder: Path) -> set[str]:
+    """The processes that have a file in the folder open: a loop device that is left keeps a daemon."""
+    users = set()
+    for link in glob.iglob("/proc/[0-9]*/fd/*"):
+        with suppress(OSError):
+            if os.readlink(link).startswith(f"{folder}/"):
+                users.add(link.split("/")[2])
+    return users
 
 
 def test_links_lead_somewhere() -> None:

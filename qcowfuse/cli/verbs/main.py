@@ -65,11 +65,12 @@ def _may_be_a_mount(argv: Sequence[str]) -> bool:
 def build_parser(verb: str) -> argparse.ArgumentParser:
     """The parser of a verb's options and arguments."""
     described = VERB_OPTIONS[verb]
+    options = "[OPTION]... " if described.options or verb == "run" else ""
     parser = _Parser(
         prog=f"qcowfuse {verb}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
-        usage=f"qcowfuse {verb} {'[OPTION]... ' * bool(described.options or verb == 'run')}{described.arguments}",
+        usage=f"qcowfuse {verb} {options}{described.arguments}".rstrip(),
         description=described.description,
         epilog=f"example:\n{described.examples}",
     )
