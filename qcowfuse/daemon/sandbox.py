@@ -8,6 +8,7 @@
 3. Landlock and capabilities belong to a thread. The main thread goes first, so that threads started from then on are
    born restricted; each thread that is there already does it for itself. Threads of the kernel's io_uring act with
    what the thread had that made the request.
+   A thread that is busy is waited for, though not for ever: a read of the image may hang.
 4. Where the kernel lacks a part the others are done all the same. Only a thread that was not reached is a failure.
 5. Whatever needs a file, a library or a system call that is not in the filter must have got it before.
 
@@ -19,12 +20,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-import threading
 from contextlib import suppress
+from functools import partial
 from typing import Final, NamedTuple
 
 from ..system import landlock, privileges, seccomp
-from ..system.every_thread import run_in_every_thread
+from ..system.every_thread import PATIENCE_SECONDS, run_in_every_thread
 
 _READABLE: Final = "/proc"
 _KERNEL_WORKERS: Final = ("iou-wrk-", "iou-sqp-")
@@ -67,27 +68,23 @@ async def enter_sandbox() -> Sandbox:
     with suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")
     lacks: list[str] = []
-    before = _threads()
+    n_threads = len(_threads())
     ruleset, abi = -1, landlock.abi_version()
     try:
         ruleset = landlock.ruleset_for_reading_below(_READABLE)
     except OSError as exc:
         lacks.append(f"without Landlock: {exc.strerror}")
-
-    def restrict() -> int:
-        _give_up(ruleset)
-        return threading.get_native_id()
-
     try:
-        restricted = {restrict(), *await run_in_every_thread(restrict, len(before) - 1)}
+        missed = await run_in_every_thread(partial(_give_up, ruleset), _threads)
     except OSError as exc:
         return Sandbox(lacks=(*lacks, f"capabilities and Landlock are kept: {exc.strerror}"))
     finally:
         if ruleset >= 0:
             os.close(ruleset)
-    missed = sorted((before & _threads()) - restricted)
     if missed:
-        lacks.append(f"{len(missed)} of {len(before)} threads were busy and kept what they had")
+        lacks.append(
+            f"{len(missed)} of {n_threads} threads were busy for {PATIENCE_SECONDS:g} seconds and kept what they had"
+        )
     try:
         seccomp.install()
     except OSError as exc:

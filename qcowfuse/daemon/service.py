@@ -205,7 +205,10 @@ class _Service:
             become_user(self._settings.user)
         if self._settings.uses_sandbox:
             sandbox = await enter_sandbox()
-            _log.log(logging.WARNING if sandbox.is_incomplete else logging.DEBUG, "sandbox: %s", sandbox)
+            if sandbox.is_incomplete:
+                _log.warning("the sandbox is incomplete: %s", sandbox)
+            else:
+                _log.debug("sandbox: %s", sandbox)
             mount.add_statistics(sandbox.statistics())
 
     async def _wait_for_end(self, mount: MountSession) -> None:

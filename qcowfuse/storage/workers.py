@@ -1,7 +1,7 @@
 """A small pool of threads for system calls that may block, shared by all storages of one trio run.
 
 1. A job that has begun is waited for, cancelled or not: the thread may be using the caller's buffers.
-   A cancellation is seen at the caller's next checkpoint.
+   A cancellation is seen at the caller's next checkpoint. (Not so for a function that each thread is to run.)
 2. All book-keeping is done in the trio thread; the two sides share only a queue and a deque.
 3. The threads end with the last user's :meth:`WorkerPool.release`.
 
@@ -95,10 +95,33 @@ class WorkerPool:
         return [cast(T, job.value) for job in jobs]
 
     async def run_in_each(self, function: Callable[[], T]) -> list[T]:
-        """``function()`` once in each thread that runs now. A thread that stays busy for a second is left out."""
+        """``function()`` in each thread that runs now, when it has time; the results.
+
+        Where a thread stays busy for longer than a second, another may have run it in its place. A cancellation does
+        not wait: then ``function`` may be called later still. Raises what ``function`` raises.
+        """
         if not self._n_threads:
             return []
-        return await self.run_all(Meeting(function, self._n_threads), ((),) * self._n_threads)
+        waiter = _Waiter(self._n_threads)
+        meeting = Meeting(function, self._n_threads)
+        jobs = [_Job(meeting, (), waiter) for _ in range(self._n_threads)]
+        most, self._max_threads = self._max_threads, self._n_threads  # a new thread would take a busy one's place
+        self._n_jobs += len(jobs)
+        for job in jobs:
+            self._queue.put(job)
+
+        def abandon(_raise_cancel: object) -> trio.lowlevel.Abort:
+            waiter.n_left = -1  # so that it is never 0
+            return trio.lowlevel.Abort.SUCCEEDED
+
+        try:
+            await trio.lowlevel.wait_task_rescheduled(abandon)
+        finally:
+            self._max_threads = most
+        for job in jobs:
+            if job.error is not None:
+                raise job.error
+        return [cast(T, job.value) for job in jobs]
 
     def retain(self) -> WorkerPool:
         """One more user."""

@@ -88,3 +88,29 @@ async def test_the_last_user_ends_the_threads() -> None:
     for thread in ours:
         thread.join(5)
         assert not thread.is_alive()
+
+
+async def test_a_function_for_each_thread_waits_for_a_busy_one() -> None:
+    """No thread that is started meanwhile takes the place of a busy one."""
+    pool = WorkerPool(max_threads=4).retain()
+    is_busy, may_end = threading.Event(), threading.Event()
+
+    def work() -> int:
+        is_busy.set()
+        assert may_end.wait(30)
+        return threading.get_native_id()
+
+    numbers: list[int] = []
+
+    async def keep_busy() -> None:
+        numbers.append(await pool.run(work))
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(keep_busy)
+        await trio.to_thread.run_sync(is_busy.wait)
+        threading.Timer(0.05, may_end.set).start()
+        reached = await pool.run_in_each(threading.get_native_id)
+        await pool.run_all(time.sleep, [(0.01,)] * 2)
+    assert reached == numbers
+    assert pool.n_threads == 2, "as many as are allowed are started again"
+    pool.release()
