@@ -11,12 +11,14 @@ import subprocess
 import sys
 import termios
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.support import qemu
 from tests.support.mounting import (
+    TIMEOUT,
     Mounted,
     command,
     create_image,
@@ -140,32 +142,85 @@ os.fork = fork
 """The child runs long before its parent does."""
 
 
+@pytest.fixture(scope="module")
+def encrypted_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """QEMU measures for two seconds how long its derivation of a key takes."""
+    folder = tmp_path_factory.mktemp("encrypted")
+    (folder / "key").write_text("open sesame")
+    secret = f"secret,id=s,file={folder / 'key'}"
+    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
+    qemu.must_run(
+        "qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, folder / "image", "1M"
+    )
+    return folder / "image"
+
+
+END = b"(ended)"
+"""What a :class:`Terminal` shows behind all that its command has printed."""
+
+
+class Terminal:
+    """A terminal with a command in it.
+
+    The leader of its session is another process, as a shell is for the user: the kernel would hang the terminal up at
+    the leader's end, drop what was not read yet and set the echo by itself.
+    """
+
+    def __init__(self, arguments: list[str]) -> None:
+        reports, report = os.pipe()
+        leader, self._fd = pty.fork()
+        if leader == 0:
+            pid = os.spawnve(os.P_NOWAIT, arguments[0], arguments, environment())
+            os.write(report, f"{pid}\n".encode())
+            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            os.write(1, END)
+            os.write(report, f"{code}\n".encode())
+            signal.pause()
+        os.close(report)
+        self._leader = leader
+        self._reports = os.fdopen(reports)
+        self.pid = int(self._reports.readline())
+
+    @property
+    def echoes(self) -> bool:
+        """Whether what is typed is seen."""
+        return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
+
+    def read_until(self, end: bytes) -> bytes:
+        """What the command prints, up to ``end``."""
+        said = b""
+        while not said.endswith(end):
+            assert select.select([self._fd], [], [], TIMEOUT)[0], said
+            said += os.read(self._fd, 1000)
+        return said
+
+    def exit_code(self) -> int:
+        """Of the command, once it has ended."""
+        return int(self._reports.readline())
+
+    def close(self) -> None:
+        """End the leader; the command has ended, or is hung up."""
+        os.kill(self._leader, signal.SIGKILL)
+        os.waitpid(self._leader, 0)
+        os.close(self._fd)
+        self._reports.close()
+
+
 @pytest.mark.parametrize("patch", ["", SLOW_FORK], ids=["at once", "child first"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stop_signal_at_the_prompt(tmp_path: Path, number: signal.Signals, patch: str) -> None:
+def test_a_stop_signal_at_the_prompt(
+    encrypted_image: Path, tmp_path: Path, number: signal.Signals, patch: str
+) -> None:
     """The terminal echoes again, nothing is printed but the end of the line."""
-    image = tmp_path / "image.qcow2"
-    (tmp_path / "key").write_text("open sesame")
-    secret = f"secret,id=s,file={tmp_path / 'key'}"
-    options = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=1"
-    qemu.must_run("qemu-img", "create", "-q", "-f", "qcow2", "--object", secret, "-o", options, image, "1M")
     (tmp_path / "mnt").mkdir()
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.execve(sys.executable, patched(command(image, tmp_path / "mnt"), patch), environment())
-    said = b""
-    while b"Passphrase" not in said:
-        assert select.select([terminal], [], [], 30)[0]
-        said += os.read(terminal, 1000)
-    wait_until(lambda: not termios.tcgetattr(terminal)[3] & termios.ECHO, "the prompt")
-    os.kill(pid, number)
-    _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 130
-    assert termios.tcgetattr(terminal)[3] & termios.ECHO
-    time.sleep(0.1)
-    rest = os.read(terminal, 1000) if select.select([terminal], [], [], 0)[0] else b""
-    os.close(terminal)
-    assert rest.strip() == b""
+    with closing(Terminal(patched(command(encrypted_image, tmp_path / "mnt"), patch))) as terminal:
+        assert terminal.echoes
+        assert b"Passphrase" in terminal.read_until(b": ")
+        wait_until(lambda: not terminal.echoes, "the prompt")
+        os.kill(terminal.pid, number)
+        assert terminal.exit_code() == 130
+        assert terminal.echoes
+        assert terminal.read_until(END) == b"\r\n" + END
 
 
 def test_a_daemon_keeps_no_descriptor_of_its_starter(image: Path, tmp_path: Path) -> None:
