@@ -32,7 +32,7 @@ from tests.support.images import (
 from tests.support.limited_space import LimitedStorage, Room
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import read_whole
-from tests.support.recording import GuestRecord, RecordingStorage, cuts
+from tests.support.recording import GuestRecord, RecordingStorage, cuts, moments_of
 
 KIB = 1 << 10
 SPECS = {
@@ -425,8 +425,8 @@ async def test_a_power_cut_on_a_full_disk(spec: str) -> None:
         run.room.limit = None
         await workload(run, seed=7, grows=False)
         await close(run)
-        moments = list(cuts(built.top, run.recording))
-        for cut in chooser.sample(moments, min(3, len(moments))):
+        moments = moments_of(run.recording)
+        for cut in cuts(built.top, run.recording, chooser.sample(moments, min(3, len(moments)))):
             expected = run.record.expected_at(cut.moment)
             for state in cut.states(3, chooser):
                 report = check_image_bytes(state)

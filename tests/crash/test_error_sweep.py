@@ -19,7 +19,7 @@ from tests.support.faults import Check, FaultyStorage, fail_at
 from tests.support.images import DATA, TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import read_image
-from tests.support.recording import GuestRecord, RecordingStorage, cuts
+from tests.support.recording import GuestRecord, RecordingStorage, cuts, moments_of
 
 KIB = 1 << 10
 SPECS = {
@@ -253,8 +253,8 @@ async def test_a_power_cut_after_an_error(spec: str) -> None:
         run = await start(built, fail_at(number), inline=False)
         await workload(run)
         await close(run)
-        moments = list(cuts(built.top, run.recording))
-        for cut in chooser.sample(moments, min(3, len(moments))):
+        moments = moments_of(run.recording)
+        for cut in cuts(built.top, run.recording, chooser.sample(moments, min(3, len(moments)))):
             expected = run.record.expected_at(cut.moment)
             for state in cut.states(3, chooser):
                 report = check_image_bytes(state)
@@ -314,8 +314,8 @@ async def test_an_operation_fails_among_concurrent_ones(
                 assert len(run.errors) == heard
             await close(run)
         await check_left_behind(run)
-        moments = list(cuts(built.top, run.recording))
-        for cut in chooser.sample(moments, min(2, len(moments))):
+        moments = moments_of(run.recording)
+        for cut in cuts(built.top, run.recording, chooser.sample(moments, min(2, len(moments)))):
             for state in cut.states(2, chooser):
                 report = check_image_bytes(state)
                 assert not report.errors, f"operation {number}, cut at {cut.moment}: {report.errors[:3]}"

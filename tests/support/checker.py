@@ -78,7 +78,7 @@ class _Qcow2Check:
         self.cluster_size = 1 << self.cluster_bits
         self.references: Counter[int] = Counter()
         self.metadata: Counter[int] = Counter()
-        self.copied: list[tuple[int, bool, str]] = []
+        self.copied: list[tuple[int, int, str]] = []
         self.n_clusters = -(-len(data) // self.cluster_size)
 
     def run(self) -> CheckReport:
@@ -119,10 +119,12 @@ class _Qcow2Check:
         self.report.errors.append(text)
 
     def _block(self, offset: int) -> list[int]:
-        raw = bytes(self.data[offset : offset + self.cluster_size]).ljust(self.cluster_size, b"\0")
+        """The counts up to the last one that is not 0."""
+        raw = bytes(self.data[offset : offset + self.cluster_size]).rstrip(b"\0")
         if self.order >= 3:
             code = {3: "B", 4: "H", 5: "I", 6: "Q"}[self.order]
-            return list(struct.unpack(f">{self.cluster_size * 8 >> self.order}{code}", raw))
+            n_counts = -(-len(raw) * 8 >> self.order)
+            return list(struct.unpack(f">{n_counts}{code}", raw.ljust(n_counts << self.order >> 3, b"\0")))
         width = 1 << self.order
         return [byte >> shift & ((1 << width) - 1) for byte in raw for shift in range(0, 8, width)]
 
@@ -151,7 +153,7 @@ class _Qcow2Check:
                 continue
             self._refer(l2_offset, self.cluster_size)
             if active:
-                self.copied.append((l2_offset, bool(l1_entry & _COPIED), f"L1 entry {l1_entry:#x}"))
+                self.copied.append((l2_offset, l1_entry, "L1"))
             words = _table(self.data, l2_offset, self.cluster_size // 8)
             if self.is_extended:
                 self._check_bitmaps(words)
@@ -159,7 +161,7 @@ class _Qcow2Check:
             if self.has_data_file:
                 self._check_places(words, l1_index * len(words))
                 continue
-            for entry in words:
+            for entry in filter(None, words):
                 self._refer_entry(entry, active=active)
 
     def _check_places(self, words: tuple[int, ...], first_cluster: int) -> None:
@@ -183,8 +185,10 @@ class _Qcow2Check:
 
     def _check_bitmaps(self, words: tuple[int, ...]) -> None:
         for entry, bitmap in zip(words[::2], words[1::2], strict=True):
+            if not bitmap:
+                continue
             allocated, zero = bitmap & 0xFFFF_FFFF, bitmap >> 32
-            if allocated & zero or (allocated and not self._has_cluster(entry)) or (bitmap and entry & _COMPRESSED):
+            if allocated & zero or (allocated and not self._has_cluster(entry)) or entry & _COMPRESSED:
                 self._error(f"L2 entry {entry:#x} has bitmap {bitmap:#x}")
 
     def _has_cluster(self, entry: int) -> bool:
@@ -207,9 +211,9 @@ class _Qcow2Check:
         if offset % self.cluster_size:
             self._error(f"L2 entry {entry:#x} is not aligned")
             return
-        self._refer(offset, self.cluster_size)
+        self.references[offset >> self.cluster_bits] += 1
         if active:
-            self.copied.append((offset, bool(entry & _COPIED), f"L2 entry {entry:#x}"))
+            self.copied.append((offset, entry, "L2"))
 
     def _compare(self, counts: dict[int, int]) -> None:
         for cluster in self.references.keys() | counts.keys():
@@ -223,10 +227,10 @@ class _Qcow2Check:
         for cluster, n_uses in self.metadata.items():
             if n_uses > 1 or self.references[cluster] > n_uses:
                 self._error(f"cluster {cluster:#x} of metadata is used {self.references[cluster]} times")
-        for offset, copied, what in self.copied:
+        for offset, entry, level in self.copied:
             count = counts.get(offset >> self.cluster_bits, 0)
-            if copied != (count == 1):
-                self._error(f"{what}: COPIED is {copied}, refcount {count}")
+            if bool(entry & _COPIED) != (count == 1):
+                self._error(f"{level} entry {entry:#x}: COPIED is {bool(entry & _COPIED)}, refcount {count}")
 
 
 def _check_v1(data: bytes | bytearray) -> CheckReport:
