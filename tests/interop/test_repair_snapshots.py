@@ -12,6 +12,7 @@ import trio
 from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
+from qcowfuse.format.header_fields import MAX_SNAPSHOTS
 from tests.support import battery, qemu
 from tests.support.damage import Tables
 from tests.support.matrix import KIB, MIB
@@ -77,14 +78,18 @@ def test_too_much_extra_data(image: Path, capsys: pytest.CaptureFixture[str]) ->
     first_snapshot_is_whole(image)
 
 
-def test_more_snapshots_than_there_can_be(image: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_more_snapshots_than_there_can_be(
+    image: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A count beyond the limit is cut, and the first ones are still there (QEMU gives up half way)."""
+    assert MAX_SNAPSHOTS == 65_536  # QEMU's, which takes seconds to read as many
+    monkeypatch.setattr("qcowfuse.consistency.repair.MAX_SNAPSHOTS", 1000)
     data = bytearray(image.read_bytes())
     struct.pack_into(">I", data, 60, 70_000)
     image.write_bytes(data)
     assert main(["check", str(image)]) == 1
     capsys.readouterr()
-    assert repair(image, capsys)["corruptions-fixed"] >= 70_000 - 65_536
+    assert repair(image, capsys)["corruptions-fixed"] >= 70_000 - 1000
     assert snapshot_names(image)[:2] == ["one", "two"]
     first_snapshot_is_whole(image)
 
