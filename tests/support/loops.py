@@ -23,15 +23,15 @@ from .mounting import Mounted, wait_until
 
 
 @contextmanager
-def served(image: Path, *options: str) -> Iterator[Mounted]:
+def served(image: Path, *options: str, patch: str = "") -> Iterator[Mounted]:
     """Serve ``image`` in a folder next to it; the end must be a good one, with no bug reported in the log.
 
-    Nothing is left of the folder, because the image may be a device in /dev.
+    ``patch`` is as for :class:`Mounted`. Nothing is left of the folder, because the image may be a device in /dev.
     """
     point = image.with_name(image.name + ".mnt")
     point.mkdir(exist_ok=True)
     try:
-        with Mounted(image, point, *options) as mount:
+        with Mounted(image, point, *options, patch=patch) as mount:
             yield mount
     finally:
         with suppress(OSError):
