@@ -1,4 +1,4 @@
-"""What holds for all tests: markers that ask the machine, and no skip unnoticed under QCOWFUSE_NO_SKIPS=1."""
+"""What holds for all tests: markers that ask the machine, no skip unnoticed under QCOWFUSE_NO_SKIPS=1, and --part."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import os
 import shutil
 import signal
 from collections.abc import Generator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
-from tests.support import container, qemu
+from tests.support import container, measured, qemu
 
 # How long an example takes says something of the machine, and nothing of the code.
 settings.register_profile("qcowfuse", deadline=None)
@@ -25,6 +26,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NO_SKIPS = os.environ.get("QCOWFUSE_NO_SKIPS") == "1"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    choices = ("measured", "unmeasured")
+    parser.addoption("--part", choices=choices, help="the tests that scripts/coverage measures, or all others")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    if config.getoption("--part") != "unmeasured":
+        return None
+    return measured.is_measured_whole(collection_path.relative_to(config.rootpath).as_posix()) or None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if (part := config.getoption("--part")) is None:
+        return
+    left_out = [item for item in items if measured.is_measured(item.nodeid) != (part == "measured")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if measured.is_measured(item.nodeid) == (part == "measured")]
 
 
 def _missing_for_mounts() -> str:

@@ -84,7 +84,7 @@ def test_a_commit_and_a_full_run_check_the_same() -> None:
     assert re.findall(r"^        entry: scripts/check (\w+)$", config, re.MULTILINE) == names
     assert set(re.findall(r"^        language: (\w+)$", config, re.MULTILINE)) == {"system"}
     assert re.findall(r"^  - repo: (.*)$", config, re.MULTILINE) == ["local"]
-    assert re.search(r"^scripts/check \|\|", (REPOSITORY / "scripts" / "test").read_text(), re.MULTILINE)
+    assert re.search(r"^nice scripts/check \|\|", (REPOSITORY / "scripts" / "test").read_text(), re.MULTILINE)
 
 
 @pytest.mark.parametrize("mistake", ["lint", "format", "types"])

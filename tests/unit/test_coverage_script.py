@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.measured import MEASURED, SWEEPS, is_measured
 from tests.support.mounting import REPOSITORY
 
 COVERAGE = REPOSITORY / "scripts" / "coverage"
@@ -80,15 +81,28 @@ def test_some_tests_are_held_to_nothing(tmp_path: Path) -> None:
     assert "1.0 %" in done.stdout
 
 
+def collected(*arguments: str) -> list[str]:
+    """What pytest finds."""
+    words = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
 def test_a_full_run_runs_each_test_once() -> None:
-    """What is measured exists, and scripts/test leaves it out of the run without coverage."""
-    done = subprocess.run([sys.executable, str(COVERAGE), "--measured"], capture_output=True, text=True, check=True)
-    measured = done.stdout.split()
-    assert measured
-    assert all((REPOSITORY / path).exists() for path in measured)
+    """What is measured and what is not are two parts of all tests, and scripts/test runs both."""
+    places = ["tests/export", "tests/crash/test_bitmaps.py", "tests/crash/test_checker.py"]
+    parts = [collected("--part", part, *places) for part in ("measured", "unmeasured")]
+    everything = collected(*places, *{function.partition("::")[0] for function in SWEEPS})
+    assert sorted(parts[0] + parts[1]) == sorted(test for test in everything if test.startswith(tuple(places)))
     script = (REPOSITORY / "scripts" / "test").read_text()
-    assert "read -ra measured < <(scripts/coverage --measured)" in script
-    assert '"${measured[@]/#/--ignore=}"' in script
+    assert "--part unmeasured --ignore tests/mount" in script
+    assert "scripts/coverage ||" in script
+    for function, cases in SWEEPS.items():
+        there = {test for test in everything if test.partition("[")[0] == function}
+        assert {test for test in there if is_measured(test)} == {f"{function}[{case}]" for case in cases}
+        assert len(there) > len(cases), function
+    assert all((REPOSITORY / path).exists() for path in MEASURED)
 
 
 def test_without_an_environment_one_line_says_what_to_do(tmp_path: Path) -> None:
