@@ -192,7 +192,9 @@ def retain_read_ring() -> ReadRing | None:
             ring = ReadRing()
         except (OSError, ImportError) as error:
             _is_refused.set(True)
-            _log.info("reads that wait for the disk go by threads: no io_uring: %s", " ".join(str(error).split()))
+            # caio goes on with advice for container platforms, several lines of it.
+            reason = " ".join(str(error).split()).partition(". ")[0]
+            _log.info("reads that wait for the disk go by threads: no io_uring: %s", reason)
             return None
         _current_ring.set(ring)
     return ring.retain()

@@ -1,14 +1,12 @@
-"""Packages on clean systems: installed, used, upgraded while a disk is in use, purged; and the container image."""
+"""Packages on clean systems: installed, used, upgraded while a disk is in use, purged."""
 
 from __future__ import annotations
 
 import shutil
-import subprocess
 import tempfile
 from pathlib import Path
 
-from .deb import REPOSITORY, BuildError
-from .roots import build_in_root, checked, clean_root, enter, lend_network
+from .roots import build_in_root, checked, clean_root, enter
 
 _STEPS = r"""
 set -eu
@@ -82,8 +80,6 @@ expect "$(ls /etc/qcowfuse)" mine.conf
 step "all is well"
 """
 
-_LIMITS = ("--ulimit=nofile=1024:1024", "--ulimit=nproc=4096:4096")  # buildah's own are more than some machines allow
-
 
 def try_package(suite: str, output: Path) -> str:
     """Build two revisions of the package for a suite and go through a package's life. Raises BuildError."""
@@ -97,33 +93,3 @@ def try_package(suite: str, output: Path) -> str:
     second.unlink()
     checked(done)
     return f"{first}: installed, used, upgraded and purged on {suite}"
-
-
-def try_image(suite: str) -> str:
-    """Build Containerfile on a base made by mmdebstrap, and use what was built. Raises BuildError."""
-    if shutil.which("buildah") is None:
-        raise BuildError("needs the Debian package buildah")
-    base, built = f"localhost/qcowfuse-base:{suite}", "localhost/qcowfuse:trial"
-    with tempfile.TemporaryDirectory(prefix="qcowfuse-image-", dir="/var/tmp") as folder:
-        root = clean_root(suite, Path(folder))
-        lend_network(root)
-        container = _buildah("from", "scratch")
-        _buildah("copy", "--quiet", container, str(root), "/")
-        _buildah("commit", "--quiet", "--rm", container, base)
-        arguments = ("--isolation=chroot", "--build-arg", f"BASE={base}", "--tag", built, "--layers=false", *_LIMITS)
-        _buildah("build", *arguments, "--file", str(REPOSITORY / "Containerfile"), str(REPOSITORY))
-        container = _buildah("from", *_LIMITS, built)
-        try:
-            said = _buildah("run", "--isolation=chroot", container, "--", "qcowfuse", "--version")
-            _buildah(
-                "run", "--isolation=chroot", container, "--", "qcowfuse-img", "create", "-q", "/tmp/d.qcow2", "1M"
-            )
-            _buildah("run", "--isolation=chroot", container, "--", "qcowfuse-img", "check", "/tmp/d.qcow2")
-        finally:
-            _buildah("rm", container)
-    return f"{built}: {said.strip()}"
-
-
-def _buildah(*arguments: str) -> str:
-    command = ["buildah", "--storage-driver=vfs", *arguments]
-    return checked(subprocess.run(command, capture_output=True, text=True, check=False)).strip()

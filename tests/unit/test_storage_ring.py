@@ -214,7 +214,7 @@ async def test_without_io_uring_threads_read_and_the_log_says_so_once(
     """However many files are opened."""
 
     def refuse() -> None:
-        raise ImportError("io_uring_setup failed:\n  not permitted")
+        raise ImportError("io_uring_setup failed:\n  not permitted. Docker:\n use it")
 
     monkeypatch.setattr(ring_module, "load_binding", refuse)
     caplog.set_level(logging.INFO)
