@@ -124,7 +124,8 @@ class QcowImage:
 
     def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
         """See Image."""
-        check_range(self._mapping, guest_offset, n_bytes)
+        if not 0 <= guest_offset <= self._mapping.guest_size - n_bytes:
+            check_range(self._mapping, guest_offset, n_bytes)
         return self._holes.try_find(guest_offset, n_bytes)
 
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:

@@ -16,6 +16,7 @@ from array import array
 from functools import lru_cache
 
 from .entries import COPIED, MAX_HOST_OFFSET, READS_ZERO, ClusterKind, EntryFormat
+from .short_runs import short_run
 from .subclusters import ALL_ALLOCATED, ALL_ZERO, SUBCLUSTER_BITS, SUBCLUSTERS, check_entry
 
 _FIRST_LOOK = 64
@@ -29,13 +30,16 @@ def presence_run(
 ) -> tuple[ClusterKind, int]:
     """The kind of the bytes from byte ``in_cluster`` of the cluster of entry ``index`` on, and how many, 1 to
     ``n_bytes``, are of that kind. Raises CorruptImageError."""
+    cluster_bits = entry_format.cluster_bits
+    end = in_cluster + n_bytes
+    n_wanted = min(end + (1 << cluster_bits) - 1 >> cluster_bits, len(entries) // entry_format.words - index)
+    short = short_run(entries, entry_format, index, n_wanted)
+    if short is not None:
+        return short[0], min(short[1] << cluster_bits, end) - in_cluster
     if entry_format.is_extended:
         return _extended_run(entries, entry_format, index, in_cluster, n_bytes)
-    cluster_bits = entry_format.cluster_bits
     entry = entries[index]
     kind = entry_format.classify(entry)
-    end = in_cluster + n_bytes
-    n_wanted = min(end + (1 << cluster_bits) - 1 >> cluster_bits, len(entries) - index)
     is_compressed = kind is ClusterKind.COMPRESSED
     if is_compressed:
         kind = ClusterKind.DATA

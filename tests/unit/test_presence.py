@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from array import array
 
 import pytest
@@ -22,6 +23,7 @@ from qcowfuse.format.entries import (
 )
 from qcowfuse.format.extents import lookup_run
 from qcowfuse.format.presence import presence_run
+from qcowfuse.format.short_runs import short_run
 from qcowfuse.format.subclusters import ALL_ALLOCATED, ALL_ZERO, lookup_run_extended
 
 BITS = 16
@@ -150,3 +152,29 @@ def test_a_whole_slice_is_one_run_found_with_two_looks(name: str, monkeypatch: p
     for changed in (n_entries - 1, 3, 1):
         entries[changed * form.words : (changed + 1) * form.words] = array("Q", other)
         assert presence_run(entries, form, 0, 0, n_entries * CLUSTER)[1] == changed * CLUSTER
+
+
+@pytest.mark.parametrize("name", SLICES)
+def test_short_runs_are_found_with_one_match(name: str) -> None:
+    """Runs of less than 64 entries, each of a kind that the slices above have, in turns with another kind."""
+    kind, words, step = SLICES[name]
+    form = FORMATS[kind]
+    other = array("Q", [COPIED | CLUSTER, ALL_ALLOCATED][: form.words])
+    if presence_run(array("Q", words), form, 0, 0, CLUSTER)[0] is ClusterKind.DATA:
+        other = array("Q", [0] * form.words)
+    entries = array("Q")
+    lengths = (1, 2, 63, 1)
+    for length in lengths:
+        for number in range(length):
+            entries.extend([words[0] + number * step, *words[1:]])
+        entries.extend(other)
+
+    is_matched = form.version > 1 and sys.byteorder == "little"
+    index, n_entries = 0, len(entries) // form.words
+    for length in lengths:
+        for n_alike in (length, 1):
+            found = presence_run(entries, form, index, 0, (n_entries - index) * CLUSTER)
+            assert found[1] == n_alike * CLUSTER
+            assert short_run(entries, form, index, n_entries - index) == ((found[0], n_alike) if is_matched else None)
+            assert presence_run(entries, form, index, 7, 9) == (found[0], 9)
+            index += n_alike

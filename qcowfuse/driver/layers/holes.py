@@ -18,6 +18,7 @@ import trio
 
 from ...format.entries import ClusterKind
 from .mapping import Layer, Mapping
+from .table_cache import LAYER_BITS
 
 LOOKS_PER_CHECKPOINT = 8
 """A look takes 10 to 100 us where all of a slice is alike in an image that is read from memory, 0.8 ms at most."""
@@ -60,17 +61,18 @@ class HoleFinder:
         for layer in self._layers:
             if guest_offset >= layer.size:
                 break
-            n_bytes = min(n_bytes, layer.size - guest_offset)
+            if guest_offset + n_bytes > layer.size:
+                n_bytes = layer.size - guest_offset
             if not isinstance(layer, Mapping):
                 return True, n_bytes
-            # Where the L1 entry is not in memory, neither is the slice.
-            empty_until = layer.empty_until(guest_offset, guest_offset + n_bytes)
-            if empty_until > guest_offset:
+            slice_ = layer.cache.slices.get(guest_offset >> layer.slice_shift << LAYER_BITS | layer.layer)
+            if slice_ is None:
+                # Where the L1 entry is not in memory, neither is the slice.
+                empty_until = layer.empty_until(guest_offset, guest_offset + n_bytes)
+                if empty_until == guest_offset:
+                    return None
                 n_bytes = empty_until - guest_offset
                 continue
-            slice_ = layer.cache.slices.get(layer.key(guest_offset))
-            if slice_ is None:
-                return None
             kind, n_bytes = layer.presence(slice_.entries, guest_offset, n_bytes)
             if kind is not ClusterKind.UNALLOCATED:
                 return kind is ClusterKind.DATA, n_bytes

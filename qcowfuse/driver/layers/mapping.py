@@ -222,8 +222,8 @@ class Mapping:
     def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
         """What the slice with these entries says of ``guest_offset``, and for how many of ``n_bytes``: see
         :func:`~qcowfuse.format.presence.presence_run`. Raises CorruptImageError."""
-        in_cluster = guest_offset & self.geometry.cluster_size - 1
-        return presence_run(entries, self.entry_format, self.index(guest_offset), in_cluster, n_bytes)
+        index = guest_offset >> self._cluster_bits & self.slice_mask
+        return presence_run(entries, self.entry_format, index, guest_offset & self._cluster_mask, n_bytes)
 
     def empty_until(self, guest_offset: int, end: int) -> int:
         """How far from ``guest_offset`` on, at most to ``end``, there are no L2 tables; ``guest_offset`` itself
