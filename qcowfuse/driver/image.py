@@ -104,8 +104,8 @@ class Image(Protocol):
         """:meth:`find_extent` where that need not wait, else None. Raises OutOfRangeError, CorruptImageError."""
 
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
-        """:meth:`write_zeroes` where that need not wait, and is little work; False where nothing was done. Raises
-        nothing."""
+        """:meth:`write_zeroes` where that need not wait, and is little work; False where nothing was done but for a
+        part of a cluster. Raises OSError, where such a part could not be written."""
 
     async def flush(self) -> None:
         """Make every completed write durable. A failed flush is final: later ones fail too."""

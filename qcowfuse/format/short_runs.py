@@ -2,8 +2,8 @@
 
 1. A run is found by one call into C, which costs a tenth of the looks of :mod:`.presence`; per entry it costs more,
    so that runs of more than :data:`MAX_SHORT` entries are left to those.
-2. Only entries that are valid for sure, and of one kind as a whole, are matched. All others are left to be judged by
-   themselves.
+2. Only entries that are valid for sure, and of one kind as a whole, are matched, without bits that should be 0. All
+   others are left to be judged by themselves.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from functools import lru_cache
 from .entries import READS_ZERO, ClusterKind, EntryFormat
 
 MAX_SHORT = 64
+_RESERVED = 0xFE
 _KINDS = (ClusterKind.UNALLOCATED, ClusterKind.DATA, ClusterKind.ZERO, ClusterKind.UNALLOCATED)
 
 
@@ -42,11 +43,12 @@ def _runs(entry_format: EntryFormat) -> tuple[re.Pattern[bytes] | None, int]:
     entry."""
     if entry_format.version == 1 or sys.byteorder == "big":
         return None, 3
-    stop = entry_format.compressed | entry_format.misaligned
+    stop = entry_format.compressed | entry_format.misaligned | _RESERVED
     place = b"(?!" + _word(0, entry_format.cluster_mask) + b")"
     data = place + _word(0, stop | READS_ZERO)
     compressed = _word(entry_format.compressed, 0)
     if entry_format.is_extended:
+        stop |= READS_ZERO
         data += rb"\xff{4}\x00{4}"
         compressed += b".{8}"
         zero = _word(0, stop) + rb"\x00{4}\xff{4}"
@@ -68,6 +70,8 @@ def _word(must_be_set: int, must_be_clear: int) -> bytes:
         if not wanted | unwanted:
             expression += b"."
             continue
-        fitting = (value for value in range(256) if value & wanted == wanted and not value & unwanted)
-        expression += b"[" + b"".join(rb"\x%02x" % value for value in fitting) + b"]"
+        fitting = [value for value in range(256) if value & wanted == wanted and not value & unwanted]
+        first = [value for value in fitting if value - 1 not in fitting]
+        last = [value for value in fitting if value + 1 not in fitting]
+        expression += b"[" + b"".join(rb"\x%02x-\x%02x" % ends for ends in zip(first, last, strict=True)) + b"]"
     return expression

@@ -200,6 +200,7 @@ class Operations(pyfuse3.Operations):
             if length <= 0:
                 return
             try:
+                self.holes.raise_failure(off, length)
                 with self._slow():
                     if kind:
                         await self._image.write_zeroes(off, length, unmap=kind == FALLOC_PUNCH_HOLE)

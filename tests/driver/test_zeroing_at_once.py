@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import random
+from dataclasses import replace
+
 import pytest
 
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing.zeroing import MAX_AT_ONCE
+from qcowfuse.driver.writing import zeroing_at_once
 from qcowfuse.format.entries import ClusterKind
 from tests.driver.test_discard_of_zeroes import CLUSTER, KIB, PATTERN, SIZE, SPECS
 from tests.support.checker import check_image_bytes
+from tests.support.faults import FaultyStorage
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_storage import MemoryStorage
 
@@ -57,7 +62,8 @@ async def test_the_last_cluster_may_be_cut_short() -> None:
     image = await open_memory_image(build_image(SPECS["end inside a cluster"]).files)
     await image.write(0, PATTERN[: image.size])
     last = image.size // CLUSTER * CLUSTER
-    assert not image.try_write_zeroes(last, image.size - last - 512, unmap=True)
+    assert image.try_write_zeroes(last, image.size - last - 512, unmap=True)
+    assert (await kinds(image))[-1] == ClusterKind.DATA, "its end is no part of the range"
     assert image.try_write_zeroes(last, image.size - last, unmap=True)
     assert (await kinds(image))[-1] == ClusterKind.ZERO
     assert bytes(await image.read(0, last)) == PATTERN[:last]
@@ -67,17 +73,13 @@ async def test_the_last_cluster_may_be_cut_short() -> None:
 @pytest.mark.parametrize(
     ("place", "n_bytes"),
     [
-        (512, CLUSTER),
-        (0, CLUSTER - 512),
-        (0, CLUSTER + 512),
-        (0, 0),
         (SIZE - CLUSTER, 2 * CLUSTER),
         (-CLUSTER, CLUSTER),
         (SIZE, CLUSTER),
     ],
 )
 async def test_what_is_not_done_changes_nothing(place: int, n_bytes: int) -> None:
-    """Parts of clusters, and what lies outside of the disk."""
+    """What lies outside of the disk."""
     image = await open_memory_image(build_image(PLAIN).files)
     await image.write(0, PATTERN)
     assert not image.try_write_zeroes(place, n_bytes, unmap=True)
@@ -85,15 +87,72 @@ async def test_what_is_not_done_changes_nothing(place: int, n_bytes: int) -> Non
     await image.aclose()
 
 
-async def test_more_clusters_are_left_to_what_lets_others_have_their_turn() -> None:
-    """The bound is in clusters."""
+async def test_more_clusters_are_left_to_what_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bound is in clusters with something to do; what is passed over has a bound of its own."""
+    monkeypatch.setattr(zeroing_at_once, "MAX_CLUSTERS", 64)
     spec = ImageSpec(cluster_size=512, size=256 * KIB)
     image = await open_memory_image(build_image(spec).files)
     await image.write(0, PATTERN[: 128 * 512])
-    assert not image.try_write_zeroes(0, (MAX_AT_ONCE + 1) * 512, unmap=True)
-    for start in (0, MAX_AT_ONCE * 512):
-        assert image.try_write_zeroes(start, MAX_AT_ONCE * 512, unmap=True)
+    for unmap in (False, True):
+        assert not image.try_write_zeroes(0, 65 * 512, unmap=unmap)
+        assert bytes(await image.read(0, 128 * 512)) == PATTERN[: 128 * 512]
+    assert image.try_write_zeroes(64 * 512, image.size - 64 * 512, unmap=True)
+    assert image.try_write_zeroes(0, image.size, unmap=True)
+    monkeypatch.setattr(zeroing_at_once, "MAX_ENTRIES", 1000)
+    assert not image.try_write_zeroes(0, image.size, unmap=True)
+    assert image.try_write_zeroes(0, 64 * 512, unmap=True)
+    assert not any(await image.read(0, image.size))
     await image.aclose()
+
+
+@pytest.mark.parametrize("unmap", [False, True], ids=["zero", "discard"])
+@pytest.mark.parametrize("kind", ["standard", "extended", "over a backing file", "encrypted", "end inside a cluster"])
+async def test_long_ranges_with_odd_ends_are_zeroed_at_once(kind: str, unmap: bool) -> None:
+    """Whatever is in them: the same bytes, and the same clusters, as by waiting. Slices are as short as a cluster."""
+    spec = replace(AT_ONCE[kind], cluster_size=16 * KIB if kind == "extended" else 512, size=SIZE - 5 * KIB)
+    chooser = random.Random(len(kind))
+    places = [(chooser.randrange(spec.size), chooser.choice([1, 512, 5000, 40_000])) for _ in range(30)]
+    outcomes, n_done = [], 0
+    for at_once in (False, True):
+        memory = {path: MemoryStorage(part) for path, part in build_image(spec).files.items()}
+        image = await open_memory_image(memory)
+        for place, n_bytes in places:
+            await image.write(place, PATTERN[: min(n_bytes, image.size - place)])
+        for place, n_bytes in places[::3]:
+            await image.write_zeroes(place, min(n_bytes, image.size - place), unmap=False)
+        for start, end in ((0, 512), (1000, 60_001), (70_000, 70_100), (100_000, 400_512), (300_000, spec.size)):
+            is_done = at_once and image.try_write_zeroes(start, end - start, unmap=unmap)
+            n_done += is_done
+            if not is_done:
+                await image.write_zeroes(start, end - start, unmap=unmap)
+            assert not any(await image.read(start, end - start))
+        await image.flush()
+        outcomes.append((await kinds(image), bytes(await image.read(0, spec.size)), image.allocated_bytes()))
+        await image.aclose()
+        assert check_image_bytes(memory[TOP].data).exit_code == 0
+        assert qemu_check({path: bytes(part.data) for path, part in memory.items()})[0] == 0
+    assert outcomes[0] == outcomes[1]
+    assert n_done >= 2
+
+
+async def test_a_part_of_a_cluster_that_cannot_be_written_changes_nothing_else() -> None:
+    """The caller hears of the error."""
+    memory = MemoryStorage(build_image(PLAIN).top)
+    faulty = FaultyStorage(memory, inline=True)
+    image = await open_memory_image({TOP: memory}, wrap=lambda inner: faulty)
+    await image.write(0, PATTERN)
+    await image.write_zeroes(8 * CLUSTER, CLUSTER, unmap=True)
+    faulty.check = lambda operation: errno.EIO if operation.kind == "write" else 0
+    with pytest.raises(OSError, match="error"):
+        image.try_write_zeroes(512, 4 * CLUSTER, unmap=True)
+    faulty.check = None
+    assert bytes(await image.read(CLUSTER, 7 * CLUSTER)) == PATTERN[CLUSTER : 8 * CLUSTER]
+    assert image.try_write_zeroes(512, 4 * CLUSTER, unmap=True)
+    assert bytes(await image.read(0, 8 * CLUSTER)) == (
+        PATTERN[:512] + bytes(4 * CLUSTER) + PATTERN[512 + 4 * CLUSTER : 8 * CLUSTER]
+    )
+    await image.aclose()
+    assert check_image_bytes(memory.data).exit_code == 0
 
 
 @pytest.mark.parametrize("kind", ["data file", "data file, extended"])

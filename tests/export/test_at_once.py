@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 import select
 import socket
 import struct
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
-from pyfuse3 import RequestContext
+from pyfuse3 import FUSEError, RequestContext
 
 from qcowfuse.fuse.attributes import Ownership
 from qcowfuse.fuse.libfuse import direct_requests
@@ -181,6 +183,36 @@ async def test_a_punch_is_answered(holey: tuple[Kernel, HoleyImage], mode: int, 
     assert image.was_unmapped is unmaps
     await kernel.operations.flush(FILE)
     assert image.n_flushes == before + 1
+
+
+async def test_a_punch_that_failed_is_not_tried_again(
+    holey: tuple[Kernel, HoleyImage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its handler answers with the error; the next punch at the same place is a new one."""
+    kernel, image = holey
+    request = fallocate_request(8192, 4096, 3)
+    working = image.try_write_zeroes
+
+    def failing(guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for is_refused in (False, True):  # libfuse may have no memory for a request
+        monkeypatch.setattr(image, "try_write_zeroes", failing)
+        assert kernel.receive(request) == len(request)
+        assert not kernel.has_reply()
+        if is_refused:
+            monkeypatch.setattr(image, "try_write_zeroes", lambda *args, **more: False)
+            assert kernel.receive(request) == len(request)
+        else:
+            with pytest.raises(FUSEError) as caught:
+                await kernel.operations.fallocate(3, 8192, 4096)
+            assert caught.value.errno == errno.ENOSPC
+            assert any(image.data[8192:12288])
+        await kernel.operations.fallocate(3, 8192, 4096)
+        assert not any(image.data[8192:12288])
+        image.data[8192:12288] = b"x" * 4096
+    monkeypatch.setattr(image, "try_write_zeroes", working)
+    assert kernel.receive(request) == -errno.EINTR
 
 
 HANDED_ON = {
@@ -383,6 +415,23 @@ def test_others_get_their_turn(image: MemoryImage) -> None:
     assert kernel.receive(*requests) == -errno.EINTR
     assert kernel.at_once.n_answered in (4, 5)
     assert kernel.gate.n_left_in_burst() <= 1
+    kernel.close()
+
+
+@pytest.mark.parametrize(("seconds", "n_answered"), [(0.002, 1), (0.00001, 3)])
+@pytest.mark.parametrize("asked", [lseek_request(9000, os.SEEK_DATA), fallocate_request(8192, 4096, 3)])
+def test_an_answer_that_took_long_counts_for_several(
+    asked: bytes, seconds: float, n_answered: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was asked about holes: a few such answers, and others get their turn."""
+    now = itertools.count(0, seconds)
+    monkeypatch.setattr(direct_requests, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    holey = HoleyImage(1 << 20, cluster_size=4096)
+    holey.data[8192:16384] = b"x" * 8192
+    kernel = Kernel(holey, burst=20)
+    assert kernel.receive(asked, asked, asked) == -errno.EINTR
+    assert kernel.at_once.n_answered == n_answered
+    assert (kernel.gate.n_left_in_burst() <= 1) is (n_answered == 1)
     kernel.close()
 
 

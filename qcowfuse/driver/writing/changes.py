@@ -27,6 +27,7 @@ from .reserving import Reserver
 from .write_back import WriteBack
 from .writer import Writer
 from .zeroing import Zeroer
+from .zeroing_at_once import ZeroerAtOnce
 
 if TYPE_CHECKING:
     from .dirty_bitmaps import DirtyBitmaps
@@ -129,7 +130,17 @@ class Changes:
             bitmaps=parts.bitmaps,
             refusal=parts.grow_refusal,
         )
-        self.writes = self._writes_of(parts, cache)
+        writes = self._writes_of(parts, cache)
+        self._zeroer_at_once = ZeroerAtOnce(
+            self._zeroer,
+            mapping=mapping,
+            reader=reader,
+            cache=cache,
+            writer=self.writer,
+            usage=usage,
+            start_write=writes.start,
+        )
+        self.writes = self._detecting_zeroes(parts, writes)
 
     def _writes_of(self, parts: WritableParts, cache: TableCache) -> StartsWrites:
         mapping, life, bitmaps = self._mapping, self._life, parts.bitmaps
@@ -151,10 +162,13 @@ class Changes:
             )
         if bitmaps is not None and bitmaps.has_enabled:
             writes = TrackedWrites(writes, mapping, life, bitmaps)
-        if parts.detect_zeroes is not DetectZeroes.OFF:
-            zero = partial(self.write_zeroes, unmap=parts.detect_zeroes is DetectZeroes.UNMAP)
-            writes = ZeroDetectingWrites(writes, mapping, life, zero)
         return writes
+
+    def _detecting_zeroes(self, parts: WritableParts, writes: StartsWrites) -> StartsWrites:
+        if parts.detect_zeroes is DetectZeroes.OFF:
+            return writes
+        zero = partial(self.write_zeroes, unmap=parts.detect_zeroes is DetectZeroes.UNMAP)
+        return ZeroDetectingWrites(writes, self._mapping, self._life, zero)
 
     async def write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> None:
         """See Image."""
@@ -184,15 +198,14 @@ class Changes:
         ):
             return False
         try:
-            plan = self._zeroer.plan_at_once(guest_offset, n_bytes, unmap=unmap and self._discard)
+            plan = self._zeroer_at_once.plan(guest_offset, n_bytes, unmap=unmap and self._discard)
+            if plan is None:
+                return False
+            if self.bitmaps is not None:
+                self.bitmaps.mark(guest_offset, n_bytes)
+            return self._zeroer_at_once.zero(plan)
         except CorruptImageError:  # the image has to be marked, which takes waiting
             return False
-        if plan is None:
-            return False
-        if self.bitmaps is not None:
-            self.bitmaps.mark(guest_offset, n_bytes)
-        self._zeroer.zero_at_once(plan)
-        return True
 
     async def allocate(self, guest_offset: int, n_bytes: int) -> None:
         """See Image."""

@@ -12,7 +12,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from typing import NamedTuple
 
 from ...format.entries import ClusterKind
 from ...format.presence import n_without
@@ -20,7 +19,7 @@ from ...format.zero_plan import can_zero_by_entry, discard_owned, zero_clusters
 from ..layers.data_file import DataClusters
 from ..layers.holes import HoleFinder
 from ..layers.host_run import HostRun
-from ..layers.mapping import Mapping, Missing, lookup_chain
+from ..layers.mapping import Mapping
 from ..layers.table_cache import L2Slice, TableCache
 from ..layers.usage import Usage
 from ..reading.reader import ChainReader
@@ -29,20 +28,6 @@ from .writer import ZEROES, Writer
 
 MAX_ZEROED_AT_ONCE = 1024
 """Clusters that one step zeroes: 0.3 ms of processor time where all are owned alone, 2 ms elsewhere."""
-
-
-MAX_AT_ONCE = 64
-"""Clusters that are zeroed without asking whether others wait."""
-
-
-class ZeroedAtOnce(NamedTuple):
-    """``n_clusters`` at ``guest_offset``, all in ``slice``; ``n_data`` of their bytes hold data now."""
-
-    slice: L2Slice
-    guest_offset: int
-    n_clusters: int
-    n_data: int
-    unmap: bool
 
 
 class Zeroer:
@@ -117,7 +102,7 @@ class Zeroer:
                 extents = await self._reader.lookup(guest_offset, n_covered)
                 if unmap and self._data_clusters is not None:
                     await self._punch(guest_offset, n_covered)
-                self._zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
+                self.zero_entries(slice_, guest_offset, n_clusters, unmap=unmap)
             finally:
                 writer.claims.release(claim)
         finally:
@@ -126,40 +111,8 @@ class Zeroer:
         self._usage.add(guest_offset, -n_data)
         return n_covered
 
-    def plan_at_once(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> ZeroedAtOnce | None:
-        """What :meth:`zero_at_once` takes: for a range of few whole clusters with all tables in memory, which nothing
-        else is at work on; else None. Raises CorruptImageError."""
-        mapping, writer = self._mapping, self._writer
-        reaches_end = guest_offset + n_bytes == mapping.size
-        n_clusters = n_bytes + self._cluster_mask >> self._cluster_bits
-        if (
-            (guest_offset | (0 if reaches_end else n_bytes)) & self._cluster_mask
-            or not self._zeroes_by_entry
-            or self._data_clusters is not None
-            or not 0 < n_clusters <= min(MAX_AT_ONCE, (1 << mapping.slice_bits) - mapping.index(guest_offset))
-        ):
-            return None
-        slice_ = writer.slice_at_hand(guest_offset)
-        first = guest_offset >> self._cluster_bits
-        if slice_ is None or writer.claims.first_conflict(first, first + n_clusters):
-            return None
-        try:
-            extents = lookup_chain(self._reader.layers, guest_offset, n_bytes)
-        except Missing:
-            return None
-        n_data = sum(extent.n_bytes for extent in extents if extent.kind != ClusterKind.ZERO)
-        if not n_data and (not unmap or self._n_without_space(slice_, guest_offset, n_clusters) == n_clusters):
-            n_clusters = 0  # nothing to do
-        return ZeroedAtOnce(slice_, guest_offset, n_clusters, n_data, unmap)
-
-    def zero_at_once(self, plan: ZeroedAtOnce) -> None:
-        """Zero the range of a plan that has just been made."""
-        self._cache.use(plan.slice)
-        if plan.n_clusters:
-            self._zero_entries(plan.slice, plan.guest_offset, plan.n_clusters, unmap=plan.unmap)
-            self._usage.add(plan.guest_offset, -plan.n_data)
-
-    def _zero_entries(self, slice_: L2Slice, guest_offset: int, n_clusters: int, *, unmap: bool) -> None:
+    def zero_entries(self, slice_: L2Slice, guest_offset: int, n_clusters: int, *, unmap: bool) -> None:
+        """Zero clusters, all in one slice, by their entries; nobody else is at work on them."""
         entry_format = self._mapping.entry_format
         index = self._mapping.index(guest_offset)
         runs = discard_owned(slice_.entries, entry_format, index, n_clusters) if unmap else None
@@ -214,9 +167,10 @@ class Zeroer:
                 return n_clusters
             slice_ = await mapping.load(guest_offset)
             self._cache.unpin(slice_)
-        return self._n_without_space(slice_, guest_offset, n_clusters)
+        return self.n_without_space(slice_, guest_offset, n_clusters)
 
-    def _n_without_space(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> int:
+    def n_without_space(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> int:
+        """How many of the clusters, all in one slice, have nothing to give back, up to the first one that has."""
         entry_format = self._mapping.entry_format
         owns = entry_format.cluster_mask | entry_format.compressed
         return n_without(slice_.entries, entry_format, owns, self._mapping.index(guest_offset), n_clusters)

@@ -15,6 +15,7 @@ it. So are LSEEK and FALLOCATE, where the session answers them at all.
 4. No data is kept: the memory that a write is handed in is overwritten by the next request. A pending write gets the
    copy that its handler is given.
 5. The gate counts what is answered here (rule 3 of :mod:`..request_gate`), and spins here when there is no request.
+   An answer about holes may take longer than any other: it counts for as many as could be given meanwhile.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import logging
 import mmap
 import os
 import struct
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -53,6 +55,8 @@ _FALLOCATE = struct.Struct("<QI")
 _FALLOCATE_LENGTH = _HEADER_BYTES + 16
 _FALLOCATE_BYTES, _LSEEK_BYTES = _HEADER_BYTES + 32, _HEADER_BYTES + 24
 _SOUGHT = struct.Struct("<IiQQ")
+_USUAL_SECONDS = 100e-6
+"""What the answer to a request takes at most, as the bounds of the gate suppose."""
 _MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
 _MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
 
@@ -196,9 +200,9 @@ class DirectRequests:
         handlers = self._handlers
         start_read, start_write, file_inode = handlers.start_read, handlers.start_write, handlers.file_inode
         is_idle = gate.is_idle
-        n_answered, n_allowed = 0, gate.n_left_in_burst()
+        n_answered, n_others, n_allowed = 0, 0, gate.n_left_in_burst()
         try:
-            while n_answered < n_allowed:
+            while n_answered + n_others < n_allowed:
                 try:
                     n_bytes = os.readv(fd, buffer.views)
                 except BlockingIOError:
@@ -232,36 +236,46 @@ class DirectRequests:
                                 n_answered += 1
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
-                    elif opcode in _ABOUT_HOLES and self._answer_holes(fd, view, opcode, unique, n_bytes, off, size):
-                        n_answered += 1
-                        continue
+                    elif opcode in _ABOUT_HOLES:
+                        n_worth = self._answer_holes(fd, view, opcode, unique, n_bytes, off, size)
+                        if n_worth:
+                            n_answered += 1
+                            n_others += n_worth - 1
+                            continue
                 buffer.fuse_buf.size = n_bytes
                 buffer.fuse_buf.flags = 0
                 return n_bytes
             return -errno.EINTR
         finally:
-            gate.count(n_answered)
+            gate.count(n_answered + n_others)
             self.n_answered += n_answered
 
     def _answer_holes(
         self, fd: int, view: memoryview, opcode: int, unique: int, n_bytes: int, off: int, whence: int
-    ) -> bool:
-        """Answer a request about holes, unless it has to be handed on."""
+    ) -> int:
+        """Answer a request about holes; as how many it counts, 0 where it has to be handed on."""
+        start = time.perf_counter()
         try:
             if opcode == _FUSE_LSEEK:
-                if self.answers_lseek and n_bytes == _LSEEK_BYTES:
-                    found = self._handlers.holes.start_lseek(off, whence)
-                    if found is not None:
-                        _reply(fd, unique, (_SOUGHT.pack(_SOUGHT.size, 0, unique, found),))
-                        return True
-            elif self.answers_fallocate and n_bytes == _FALLOCATE_BYTES:
+                if not self.answers_lseek or n_bytes != _LSEEK_BYTES:
+                    return 0
+                found = self._handlers.holes.start_lseek(off, whence)
+                if found is None:
+                    return 0
+                reply = _SOUGHT.pack(_SOUGHT.size, 0, unique, found)
+            else:
+                if not self.answers_fallocate or n_bytes != _FALLOCATE_BYTES:
+                    return 0
                 length, mode = _FALLOCATE.unpack_from(view, _FALLOCATE_LENGTH)
-                if self._handlers.holes.start_fallocate(mode, off, length):
-                    _reply(fd, unique, (_REPLY.pack(_REPLY.size, 0, unique),))
-                    return True
+                if not self._handlers.holes.start_fallocate(mode, off, length):
+                    return 0
+                reply = _REPLY.pack(_REPLY.size, 0, unique)
         except Exception as exc:
             _log.debug("not answered at once: %r", exc)
-        return False
+            return 0
+        seconds = time.perf_counter() - start
+        _reply(fd, unique, (reply,))
+        return 1 + int(seconds / _USUAL_SECONDS)
 
     def _keep(self, kind: type[PendingRead] | type[PendingWrite], off: int, size: int, failure: Exception) -> None:
         """Leave the failure of a start to the handler. What does not lie in the disk was not even started."""
