@@ -20,7 +20,9 @@ class MountClient:
     """The mount at ``place``, in which the file is called ``file_name`` if it is a folder. Methods raise OSError,
     MountError. ``removes_place``: the mount point goes with the mount."""
 
-    VERBS = frozenset(("adopt", "check_served", "mend_served", "sync_served", "sync_everything", "users", "unmount"))
+    VERBS = frozenset(
+        str.split("adopt check_served mend_served sync_served write_back_served sync_everything users unmount")
+    )
     """The methods that may be asked for by name."""
     _removes_place = False
 
@@ -51,6 +53,10 @@ class MountClient:
     def sync_served(self) -> None:
         """See :func:`.served_file.sync_served`."""
         served_file.sync_served(self._file)
+
+    def write_back_served(self) -> None:
+        """See :func:`.served_file.write_back_served`."""
+        served_file.write_back_served(self._file)
 
     def sync_everything(self) -> None:
         """See :func:`.served_file.sync_everything`."""

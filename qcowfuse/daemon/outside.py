@@ -43,6 +43,11 @@ class Outside(Generic[C]):
         self._lock = trio.Lock()
         self._number = 0
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is being made: the next one comes after it."""
+        return self._lock.locked()
+
     async def run(self, method: Callable[Concatenate[C, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A method of the client, called outside; its arguments are numbers.
 

@@ -221,7 +221,8 @@ class MountSession:
         return mode | (mode & 0o444) >> 2  # a user who may read the file may enter the folder
 
     async def repair_size(self) -> None:
-        """Put the kernel's idea of the size right, whenever it may be wrong."""
+        """Put the kernel's idea of the size right, whenever it may be wrong, and have it send data when asked."""
+        self._operations.unsent.serve(self._write_back_pages)
         await self._operations.watch_sizes(self._mend)
 
     async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
@@ -229,6 +230,13 @@ class MountSession:
             # A user who has seen a copy fail unmounts now, or not so soon.
             await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
         await self._outside.run(MountClient.mend_served, n_bytes, lowers, syncs, forgets)
+
+    async def _write_back_pages(self) -> bool:
+        # A call that goes on may wait for the lock that the asker holds.
+        if self._looks_keep_busy or self._outside.is_busy:
+            return False
+        await self._outside.run(MountClient.write_back_served)
+        return True
 
     def _note_discard(self) -> None:
         self._has_discarded.set()

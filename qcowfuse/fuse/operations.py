@@ -5,11 +5,10 @@
 2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
 3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
 4. Owner, mode and times can be changed, and live as long as the mount: :mod:`.attributes`.
-5. With the write-back cache the kernel may hold data that the image does not know of yet, but only while the file
-   is open for writing somewhere: before it tells of the release it has written everything. So holes are where
-   the image has them while there is no writer; while there is one, all of the file counts as data. When the disk
-   is growable, not even its end is known then: the answer is that of a file system which does not know holes.
-   (The kernel could be asked, but not now: it holds the inode locked while it waits for the answer.)
+5. With the write-back cache the kernel may hold data that the image does not know of yet: see :mod:`.unsent_data`.
+   Before anything is said about holes it is made to send that. Where that is not possible, all of the file counts as
+   data. When the disk is growable, not even its end is known then: the answer is that of a file system which does not
+   know holes.
 """
 
 from __future__ import annotations
@@ -37,6 +36,7 @@ from .request_gate import RequestGate
 from .seeking import Seeker, never
 from .sizes import Mend, Sizes
 from .started import StartedRequest
+from .unsent_data import WORTHWHILE_HOLE, UnsentData
 
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
@@ -46,6 +46,9 @@ _MIN_BLOCK_SIZE = 4096
 
 _WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
+_PASSING = 1 << 33
+"""Set in the handle of a file that is open for reading, and was opened as our own process outside of the mount does:
+its close need not make durable what others write."""
 
 _log = logging.getLogger(__name__)
 
@@ -79,11 +82,11 @@ class Operations(pyfuse3.Operations):
         self.gate = RequestGate() if gate is None else gate
         self.n_open = 0
         self.daemon_statistics: Callable[[], dict[str, int]] = dict
-        self._n_writers = 0
+        self.unsent = UnsentData(lambda: self.enable_writeback_cache)
         self._image = image
         self._seeker = Seeker(image)
         self.holes = HolesAtOnce(
-            image, self._seeker, knows_all=lambda: not self._may_lack_data, on_change=self._note_zeroes
+            image, self._seeker, knows_all=lambda: not self.unsent.may_be, on_change=self._note_zeroes
         )
         self.started = StartedRequest()
         self.start_read = image.start_read
@@ -129,11 +132,6 @@ class Operations(pyfuse3.Operations):
         if pending is None:
             self._note_write()
         return pending
-
-    @property
-    def _may_lack_data(self) -> bool:
-        """Whether the kernel may hold data that the image does not know of."""
-        return self._n_writers > 0 and self.enable_writeback_cache
 
     def _note_zeroes(self) -> None:
         self._note_write()
@@ -222,16 +220,19 @@ class Operations(pyfuse3.Operations):
         try:
             if whence not in (os.SEEK_DATA, os.SEEK_HOLE):
                 raise FUSEError(errno.EINVAL)
-            if self._may_lack_data:
-                if self.sizes.is_growable:
+            least_hole = 1
+            if self.unsent.may_be:
+                with self._slow():
+                    is_known = await self.unsent.fetch()
+                if not is_known and self.sizes.is_growable:
                     raise FUSEError(errno.EINVAL)
-                if not 0 <= off < self._image.size:
-                    raise FUSEError(errno.ENXIO)
-                return off if whence == os.SEEK_DATA else self._image.size
+                least_hole = WORTHWHILE_HOLE if is_known else self._image.size + 1
             if not 0 <= off < self._image.size:
                 raise FUSEError(errno.ENXIO)
+            if least_hole > self._image.size:
+                return off if whence == os.SEEK_DATA else self._image.size
             with self._slow():
-                found = await self._seeker.seek(off, self._image.size, whence, is_interrupted)
+                found = await self._seeker.seek(off, self._image.size, whence, is_interrupted, least_hole=least_hole)
             if found is None:
                 raise FUSEError(errno.ENXIO)
             return found
@@ -246,7 +247,7 @@ class Operations(pyfuse3.Operations):
 
     async def flush(self, fh: int) -> None:
         """Every close of a descriptor: durable as well, where anything was written since the last time."""
-        if self._n_flushed < self._n_writes:
+        if self._n_flushed < self._n_writes and not fh & _PASSING:
             await self._flush_image("flush")
         if fh & _WRITER:
             await self.sizes.wait_until_mended()
@@ -398,15 +399,15 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         self.n_open += 1
         if flags & os.O_ACCMODE == os.O_RDONLY:
-            return FileInfo(fh=inode, **self._caching)
-        self._n_writers += 1
+            return FileInfo(fh=inode | (_PASSING if flags & os.O_NONBLOCK else 0), **self._caching)
+        self.unsent.n_writers += 1
         return FileInfo(fh=inode | _WRITER, **self._caching)
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
         self.n_open -= 1
         if fh & _WRITER:
-            self._n_writers -= 1
+            self.unsent.n_writers -= 1
         self._on_release()
 
     # ---- what a folder of one fixed file does not do ----

@@ -42,9 +42,12 @@ class Seeker:
         self._clock = clock
         self._named: OrderedDict[int, None] = OrderedDict()
 
-    async def seek(self, off: int, end: int, whence: int, is_interrupted: Callable[[], bool] = never) -> int | None:
-        """The first place from ``off`` on (before ``end``, the end of the file) with data, or in a hole: ``end``
-        where no hole follows, None where no data does. Raises what the image raises."""
+    async def seek(
+        self, off: int, end: int, whence: int, is_interrupted: Callable[[], bool] = never, *, least_hole: int = 1
+    ) -> int | None:
+        """The first place from ``off`` on (before ``end``, the end of the file) with data, or in a hole of
+        ``least_hole`` bytes or more, or up to the end: ``end`` where no hole follows, None where no data does. Raises
+        what the image raises."""
         is_wanted_data = whence == os.SEEK_DATA
         image, clock = self._image, self._clock
         if not is_wanted_data and off in self._named:
@@ -52,12 +55,15 @@ class Seeker:
         now = clock()
         give_up_at = now + (DATA_SECONDS if is_wanted_data else HOLE_SECONDS)
         asked_at = now
-        n_looks = 0
+        n_looks = n_in_hole = 0
         while off < end:
             is_data, n_bytes = await image.find_extent(off, end - off, keep=not n_looks)
-            if is_data is is_wanted_data:
+            n_in_hole = 0 if is_data else n_in_hole + n_bytes
+            if is_data and is_wanted_data:
                 return off
             off += n_bytes
+            if not is_wanted_data and n_in_hole and (n_in_hole >= least_hole or off == end):
+                return off - n_in_hole
             n_looks += 1
             now = clock()
             is_late = now >= give_up_at and n_looks >= FREE_LOOKS

@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 import mmap
 import os
+import random
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qcowfuse.fuse.holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
+from qcowfuse.fuse.unsent_data import is_waited_for
 from tests.support import qemu
 from tests.support.loops import served
 from tests.support.mounting import check_image_file, create_image, run_qcowfuse, wait_until
@@ -86,20 +89,96 @@ def test_the_map_of_the_file_is_that_of_the_image(
     qemu.must_run("qemu-img", "compare", converted, image)
 
 
+needs_waiting_kernel = pytest.mark.skipif(
+    not is_waited_for(os.uname().release), reason="this kernel does not wait for what it is made to send"
+)
+
+
 def test_holes_are_not_told_while_somebody_writes(tmp_path: Path) -> None:
-    """From the open for writing to the release of the last descriptor or mapping all of the file is data."""
+    """Where the kernel can't be made to send what it holds: from the open for writing to the release of the last
+    descriptor or mapping all of the file is data."""
     image = create_image(tmp_path / "disk.qcow2", "64M")
+    cluster = (10 * MIB, 10 * MIB + 65536)
+    everything = [(0, 64 * MIB)]
+    if is_waited_for(os.uname().release):
+        everything = [cluster]
     with served(image) as mount:
         assert list(seek_ranges(mount.file)) == []
         writer = os.open(mount.file, os.O_RDWR)
-        assert list(seek_ranges(mount.file)) == [(0, 64 * MIB)]
+        assert list(seek_ranges(mount.file)) in (everything, [])
         other = os.dup(writer)
         os.pwrite(writer, b"x", 10 * MIB)
         os.close(writer)
-        assert list(seek_ranges(mount.file)) == [(0, 64 * MIB)]
+        assert list(seek_ranges(mount.file)) == everything
         os.close(other)
-        cluster = (10 * MIB, 10 * MIB + 65536)
         wait_until(lambda: list(seek_ranges(mount.file)) == [cluster], "the release")
+
+
+@needs_waiting_kernel
+@pytest.mark.parametrize("arguments", [(), ("--growable",)], ids=["fixed", "growable"])
+def test_holes_beside_a_writer(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    """What was written through one descriptor, or a mapping, is seen through another one at once, without a sync.
+    Holes of less than a MiB count as data."""
+    image = create_image(tmp_path / "disk.qcow2", "64M")
+    with served(image, *arguments) as mount:
+        writer = os.open(mount.file, os.O_RDWR)
+        expected: list[tuple[int, int]] = []
+        for place in (40 * MIB, 10 * MIB, 20 * MIB + 100):
+            os.pwrite(writer, b"x", place)
+            start = place & -65536
+            expected = sorted([*expected, (start, start + 65536)])
+            assert list(seek_ranges(mount.file)) == expected
+        os.pwrite(writer, b"x", 10 * MIB + 600 * 1024)
+        expected[0] = (10 * MIB, 10 * MIB + 640 * 1024)
+        assert list(seek_ranges(mount.file)) == expected
+        with mmap.mmap(writer, 64 * MIB) as mapping:
+            mapping[50 * MIB] = 1
+            assert list(seek_ranges(mount.file)) == [*expected, (50 * MIB, 50 * MIB + 65536)]
+            mapping[52 * MIB] = 1
+            assert list(seek_ranges(mount.file))[-1] == (52 * MIB, 52 * MIB + 65536)
+        if arguments:
+            os.pwrite(writer, b"x", 70 * MIB)
+            assert list(seek_ranges(mount.file))[-1][0] == 70 * MIB
+            assert mount.file.stat().st_size > 70 * MIB
+        expected = list(seek_ranges(mount.file))
+        os.close(writer)
+        assert subprocess.run(["fusermount3", "-u", mount.mount_point]).returncode == 0, (
+            "a look from outside is in the way"
+        )
+        mount.wait_for_end()
+    check_image_file(image)
+
+
+@needs_waiting_kernel
+def test_nothing_that_was_written_is_in_a_hole(tmp_path: Path) -> None:
+    """While another thread goes on writing: what it had written when the walk began is in the data that it finds."""
+    image = create_image(tmp_path / "disk.qcow2", "256M")
+    chooser = random.Random(1)
+    written: list[int] = []
+    is_over = threading.Event()
+
+    def write(fd: int) -> None:
+        while not is_over.wait(0.001):
+            place = chooser.randrange(256 * MIB)
+            os.pwrite(fd, b"y", place)
+            written.append(place)
+
+    with served(image) as mount:
+        writer = os.open(mount.file, os.O_RDWR)
+        thread = threading.Thread(target=write, args=(writer,))
+        thread.start()
+        try:
+            for _ in range(10):
+                n_before = len(written)
+                found = list(seek_ranges(mount.file))
+                for place in written[:n_before]:
+                    assert any(start <= place < end for start, end in found), f"{place} is in a hole"
+        finally:
+            is_over.set()
+            thread.join()
+            os.close(writer)
+        assert written
+    check_image_file(image)
 
 
 def test_st_blocks_follows_what_happens(tmp_path: Path) -> None:
