@@ -107,6 +107,9 @@ class Image(Protocol):
         """:meth:`write_zeroes` where that need not wait, and is little work; False where nothing was done but for a
         part of a cluster. Raises OSError, where such a part could not be written."""
 
+    def try_flush(self) -> bool:
+        """:meth:`flush` where that need not wait, else False: no promise is made then, and nothing is lost."""
+
     async def flush(self) -> None:
         """Make every completed write durable. A failed flush is final: later ones fail too."""
 

@@ -100,6 +100,10 @@ class PartitionWindow:
             return False
         return self._image.try_write_zeroes(self._start + guest_offset, n_bytes, unmap=unmap)
 
+    def try_flush(self) -> bool:
+        """See Image."""
+        return self._image.try_flush()
+
     async def flush(self) -> None:
         """See Image."""
         await self._image.flush()

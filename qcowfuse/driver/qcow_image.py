@@ -132,6 +132,10 @@ class QcowImage:
         """See Image."""
         return self.changes is not None and self.changes.try_write_zeroes(guest_offset, n_bytes, unmap=unmap)
 
+    def try_flush(self) -> bool:
+        """See Image."""
+        return self.life.try_flush()
+
     async def flush(self) -> None:
         """See Image."""
         await self.life.flush()

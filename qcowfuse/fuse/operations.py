@@ -31,6 +31,7 @@ from ..driver.image import Image
 from ..driver.pending import PendingRead, PendingWrite
 from .attributes import Attributes, Ownership
 from .errnos import errno_of
+from .fsync_at_once import FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
 from .request_gate import RequestGate
 from .seeking import Seeker, never
@@ -104,8 +105,8 @@ class Operations(pyfuse3.Operations):
         )
         self._file = Attributes(self._file_inode, ownership, mtime_ns)
         self._folder = Attributes(pyfuse3.ROOT_INODE, replace(ownership, mode=folder_mode), mtime_ns)
-        self._n_writes = 0
-        self._n_flushed = 0
+        self.fsyncs = FsyncAtOnce(image, self._file, show=self.file_attributes, on_durable=self._note_durable)
+        self._n_writes = self._n_flushed = 0
         self._on_release = on_release
         self._on_discard = on_discard
         self._last_error = ""
@@ -251,6 +252,9 @@ class Operations(pyfuse3.Operations):
             await self._flush_image("flush")
         if fh & _WRITER:
             await self.sizes.wait_until_mended()
+
+    def _note_durable(self) -> None:
+        self._n_flushed = self._n_writes
 
     async def _flush_image(self, operation: str) -> None:
         n_writes = self._n_writes

@@ -44,6 +44,24 @@ class StorageCounters:
         }
 
 
+class TryPread(Protocol):
+    """:meth:`Storage.try_pread`."""
+
+    def __call__(self, host_offset: int, n_bytes: int) -> Buffer | None: ...
+
+
+class TryPreadInto(Protocol):
+    """:meth:`Storage.try_pread_into`."""
+
+    def __call__(self, host_offset: int, buffer: memoryview) -> bool: ...
+
+
+class TryPwritev(Protocol):
+    """:meth:`Storage.try_pwritev`."""
+
+    def __call__(self, host_offset: int, buffers: Sequence[Buffer]) -> bool: ...
+
+
 class Storage(Protocol):
     """A file, or something that acts as one. Offsets and lengths are in bytes."""
 
@@ -111,6 +129,10 @@ class Storage(Protocol):
 
     async def truncate(self, n_bytes: int) -> None:
         """Set the length."""
+
+    def try_flush(self) -> bool:
+        """Whether every completed write is durable now, at once; False: the caller must await :meth:`flush`, which
+        also says what is wrong."""
 
     async def flush(self) -> None:
         """Make every completed write durable (fdatasync). Failure is final, see rule 4."""

@@ -26,14 +26,15 @@ import errno
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import trio
 
 from ..buffer import Buffer
 from . import file_systems
-from .base import StorageCounters
+from .base import StorageCounters, TryPread, TryPreadInto, TryPwritev
 from .blocking import read_all, read_all_into, write_all, zero_range
+from .durability import Durability
 from .opened import is_block_device, length_of, open_descriptor
 from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
 from .space import allocate_range, give_back
@@ -52,18 +53,6 @@ sys_pwrite = os.pwrite
 T = TypeVar("T")
 
 
-class _TryPread(Protocol):
-    def __call__(self, host_offset: int, n_bytes: int) -> Buffer | None: ...
-
-
-class _TryPreadInto(Protocol):
-    def __call__(self, host_offset: int, buffer: memoryview) -> bool: ...
-
-
-class _TryPwritev(Protocol):
-    def __call__(self, host_offset: int, buffers: Sequence[Buffer]) -> bool: ...
-
-
 class FileStorage:
     """A Storage on an open file descriptor, which it owns from now on. Make it inside a trio run.
 
@@ -71,9 +60,9 @@ class FileStorage:
     ``write_zeroes`` counts as one write of its length, ``punch_hole`` as one write of no bytes.
     """
 
-    try_pread: _TryPread
-    try_pread_into: _TryPreadInto
-    try_pwritev: _TryPwritev
+    try_pread: TryPread
+    try_pread_into: TryPreadInto
+    try_pwritev: TryPwritev
 
     def __init__(self, fd: int, path: str, *, writable: bool, io_uring: bool = False) -> None:
         self._fd = fd
@@ -83,8 +72,6 @@ class FileStorage:
         self.is_fixed = is_block_device(fd)
         self._file_system = file_systems.type_of(fd)
         self._in_memory = self._file_system in file_systems.MEMORY_FILE_SYSTEMS
-        self._flush_errno = 0
-        self._flush_lock = trio.Lock()
         self._zero_mode = FALLOC_ZERO_RANGE
         self._can_give_back = True
         self._can_allocate = True
@@ -98,6 +85,7 @@ class FileStorage:
         self._is_closing = False
         self._closed = trio.Event()
         self.counters = StorageCounters()
+        self.durability = Durability(path, self.counters)
         self._pool = retain_worker_pool()
         self.ring: ReadRing | None = None
         if io_uring and not self._in_memory:
@@ -316,6 +304,7 @@ class FileStorage:
         self._must_be_writable()
         if n_bytes <= 0 or not self._can_allocate:
             return n_bytes <= 0
+        self.durability.note_change()
         if self._in_memory and n_bytes <= MAX_INLINE_WRITE:
             allocated = allocate_range(self._fd, host_offset, n_bytes)
         else:
@@ -340,8 +329,19 @@ class FileStorage:
             if n_bytes != self._size:
                 raise OSError(errno.EFBIG, f"a block device of {self._size} bytes cannot have {n_bytes}", self._name)
             return
+        self.durability.note_change()
         await self._run(os.ftruncate, n_bytes)
         self._size = n_bytes
+
+    def try_flush(self) -> bool:
+        """See Storage: where fdatasync does not wait, or where nothing has changed since the last one."""
+        if not self._writable:
+            return True
+        if not self.durability.can_begin:
+            return False
+        if not self._in_memory:
+            return self.durability.is_complete(in_flight=self.n_in_flight > 0)
+        return self.durability.try_at_once(os.fdatasync, self._fd)
 
     async def flush(self) -> None:
         """fdatasync; after one failure every later call fails with the same errno. Raises OSError.
@@ -349,28 +349,22 @@ class FileStorage:
         One at a time: the kernel tells of a lost write once for each descriptor, and only one of the callers hears of
         it.
         """
-        async with self._flush_lock:
-            self.raise_flush_failure()
+        durability = self.durability
+        async with durability.lock:
+            durability.raise_failure()
             if not self._writable:
                 return
+            if self._in_memory:
+                durability.at_once(os.fdatasync, self._fd)
+                return
             self.counters.flushes += 1
+            n_changes = durability.n_changes(in_flight=self.n_in_flight > 0)
             try:
-                if self._in_memory:
-                    os.fdatasync(self._fd)
-                else:
-                    await self._run(os.fdatasync)
+                await self._run(os.fdatasync)
             except OSError as error:
-                self.keep_flush_failure(error)
+                durability.keep_failure(error)
                 raise
-
-    def raise_flush_failure(self) -> None:
-        """Raises OSError if a flush has failed."""
-        if self._flush_errno:
-            raise OSError(self._flush_errno, os.strerror(self._flush_errno) + " (an earlier flush)", self._name)
-
-    def keep_flush_failure(self, error: OSError) -> None:
-        """A flush has failed, and each later one will."""
-        self._flush_errno = error.errno or errno.EIO
+            durability.note_flush(n_changes)
 
     async def aclose(self) -> None:
         """Wait for the calls in flight, cancelled or not, then close: that gives up the locks. Idempotent."""

@@ -19,6 +19,7 @@ from qcowfuse.driver.writing import metadata_space, refcount_blocks, write_back
 from qcowfuse.storage.base import Storage
 from tests.support.bitmaps import bitmap_directory, stored_bitmaps, with_bitmaps
 from tests.support.checker import check_image_bytes
+from tests.support.flushing import flush_image
 from tests.support.images import (
     DATA,
     TOP,
@@ -124,7 +125,7 @@ class Run:
         """An fsync, which fails for want of space only where it ``may_fail``."""
         begun = self.record.begin_flush()
         try:
-            await self.image.flush()
+            await flush_image(self.image)
         except OSError as error:
             if not may_fail or error.errno != errno.ENOSPC:
                 raise

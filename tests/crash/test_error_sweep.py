@@ -16,6 +16,7 @@ from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import Check, FaultyStorage, fail_at
+from tests.support.flushing import flush_image
 from tests.support.images import DATA, TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 from tests.support.powercut import read_image
@@ -86,7 +87,7 @@ class Run:
         """A guest fsync; an error is noted."""
         begun = self.record.begin_flush()
         try:
-            await self.image.flush()
+            await flush_image(self.image)
         except OSError as error:
             self.errors.append(error)
         else:

@@ -13,7 +13,7 @@ from qcowfuse.driver.writing import refcount_blocks
 from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
-from tests.support.faults import FaultyStorage, Hold
+from tests.support.faults import FaultyStorage, Hold, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
 
@@ -253,3 +253,74 @@ async def test_a_count_that_can_not_be_lowered_does_not_fail_an_fsync(monkeypatc
     report = check_image_bytes(memory.data)
     assert not report.errors
     assert report.leaks
+
+
+async def test_what_is_durable_at_once() -> None:
+    """Nothing dirty and storages that need not wait: one flush each, the data file's first. Otherwise no flush of any
+    kind, and flush() does all of it."""
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> Storage:
+        made.append(FaultyStorage(inner, inline=True))
+        return made[-1]
+
+    spec = ImageSpec(size=256 * KIB, fill=0.5, data_file="plain")
+    image = await open_memory_image(build_image(spec).files, wrap=wrap, wrap_data=wrap)
+    first = [len(faulty.operations) for faulty in made]
+
+    def flushes() -> list[int]:
+        return [kinds(faulty, start).count("flush") for faulty, start in zip(made, first, strict=True)]
+
+    assert image.try_flush()
+    assert flushes() == [1, 1]
+    extents = [await image.find_extent(offset, 4096) for offset in range(0, image.size, 4096)]
+    allocated = 4096 * next(number for number, extent in enumerate(extents) if extent[0])
+    free = 4096 * next(number for number, extent in enumerate(extents) if not extent[0])
+    await image.write(allocated, b"in place")
+    assert image.try_flush()
+    assert flushes() == [2, 2]
+    await image.write(free, b"new")
+    assert not image.try_flush()
+    assert flushes() == [2, 2]
+    await image.flush()
+    assert image.try_flush()
+    await image.aclose()
+
+
+async def test_nothing_is_durable_at_once_beside_a_round() -> None:
+    """A round that is under way may still fail; a flush that failed stays failed."""
+    image, faulty = await open_faulty(ImageSpec(fill=1.0), inline=True)
+    await image.write(0, b"begin")
+    await image.flush()
+    assert image.try_flush()
+    go_on = trio.Event()
+
+    async def hold(operation: Operation) -> None:
+        if operation.kind == "flush":
+            await go_on.wait()
+
+    faulty.gate = hold
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(image.flush)
+        await wait_all_tasks_blocked()
+        faulty.gate = None
+        assert not image.try_flush()
+        go_on.set()
+    assert image.try_flush()
+    faulty.check = lambda operation: errno.EIO if operation.kind == "flush" else 0
+    assert not image.try_flush()
+    faulty.check = None
+    assert not image.try_flush()
+    with pytest.raises(OSError, match="error"):
+        await image.flush()
+    assert image.read_only
+    assert not image.try_flush()
+    with pytest.raises(OSError, match="error"):
+        await image.aclose()
+
+
+async def test_an_image_that_is_only_read_is_durable() -> None:
+    """There is nothing to flush."""
+    image = await open_memory_image(build_image(ImageSpec(fill=1.0)).files, read_only=True)
+    assert image.try_flush()
+    await image.aclose()

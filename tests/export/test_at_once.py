@@ -25,7 +25,8 @@ from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY
-READ, WRITE, GETATTR, FALLOCATE, LSEEK = 15, 16, 3, 43, 46
+GETATTR, SETATTR, READ, WRITE, FSYNC, FALLOCATE, LSEEK = 3, 4, 15, 16, 20, 43, 46
+MTIME, HANDLE, CTIME, SIZE, MTIME_NOW, UID = 1 << 5, 1 << 6, 1 << 10, 1 << 3, 1 << 8, 1 << 1
 N_BUFFER = (1 << 20) + 4096
 
 
@@ -48,6 +49,16 @@ def lseek_request(off: int, whence: int, **extra: int) -> bytes:
 
 def fallocate_request(off: int, length: int, mode: int, **extra: int) -> bytes:
     return header(FALLOCATE, 72, **extra) + struct.pack("<QQQII", 1, off, length, mode, 0)
+
+
+def fsync_request(**extra: int) -> bytes:
+    return header(FSYNC, 56, **extra) + struct.pack("<QII", 1, 1, 0)
+
+
+def setattr_request(valid: int, mtime: tuple[int, int], ctime: tuple[int, int], **extra: int) -> bytes:
+    """``struct fuse_setattr_in``: valid, handle, size, lock owner, times, their nanoseconds, mode, owner."""
+    times = struct.pack("<QQQIII", 1, mtime[0], ctime[0], 2, mtime[1], ctime[1])
+    return header(SETATTR, 128, **extra) + struct.pack("<IIQQQ", valid, 0, 9, 4711, 0) + times + bytes(20)
 
 
 class Kernel:
@@ -169,6 +180,90 @@ def test_a_seek_is_answered(holey: tuple[Kernel, HoleyImage], off: int, whence: 
     unique, error, rest = kernel.reply()
     assert (unique, error, struct.unpack("<Q", rest)) == (3, 0, (found,))
     assert kernel.at_once.n_answered == 1
+
+
+class DurableImage(MemoryImage):
+    """Knows at once that all is durable, while ``is_durable``."""
+
+    is_durable = True
+
+    def try_flush(self) -> bool:
+        """One more flush."""
+        if self.is_durable:
+            self.n_flushes += 1
+        return self.is_durable
+
+
+@pytest.fixture
+def durable() -> Iterator[tuple[Kernel, DurableImage]]:
+    image = DurableImage(1 << 20, cluster_size=4096)
+    kernel = Kernel(image)
+    yield kernel, image
+    kernel.close()
+
+
+async def test_an_fsync_is_answered(durable: tuple[Kernel, DurableImage]) -> None:
+    """One flush, and the next close finds nothing to do; after another write it does."""
+    kernel, image = durable
+    requests = write_request(0, b"x" * 512, unique=3), fsync_request(unique=4)
+    assert kernel.receive(*requests) == -errno.EINTR
+    assert kernel.reply()[:2] == (3, 0)
+    assert kernel.reply() == (4, 0, b"")
+    assert (image.n_flushes, kernel.at_once.n_answered) == (1, 2)
+    await kernel.operations.flush(FILE)
+    assert image.n_flushes == 1
+    assert kernel.receive(write_request(0, b"y" * 512)) == -errno.EINTR
+    await kernel.operations.flush(FILE)
+    assert image.n_flushes == 2
+
+
+def test_an_fsync_that_must_wait_is_handed_on(durable: tuple[Kernel, DurableImage]) -> None:
+    """And so is one of the folder, one of another length, and one that fails."""
+    kernel, image = durable
+    for request in (fsync_request(inode=1), header(FSYNC, 60) + bytes(20)):
+        assert kernel.handed_on(kernel.receive(request)) == request
+    image.is_durable = False
+    request = fsync_request()
+    assert kernel.handed_on(kernel.receive(request)) == request
+    image.try_flush = None  # type: ignore[method-assign, assignment]
+    assert kernel.handed_on(kernel.receive(request)) == request
+    assert not kernel.has_reply()
+    assert kernel.at_once.n_answered == 0
+
+
+@pytest.mark.parametrize("valid", [MTIME | CTIME, MTIME | CTIME | HANDLE])
+async def test_the_times_before_an_fsync_are_set(kernel: Kernel, valid: int) -> None:
+    """The reply is what libfuse makes of the same attributes."""
+    request = setattr_request(valid, (1_700_000_000, 5), (1_700_000_001, 999_999_999), unique=11)
+    assert kernel.receive(request) == -errno.EINTR
+    unique, error, body = kernel.reply()
+    assert (unique, error, len(body)) == (11, 0, 104)
+    shown = await kernel.operations.getattr(FILE, cast(RequestContext, None))
+    assert shown.st_mtime_ns == 1_700_000_000_000_000_005
+    assert shown.st_ctime_ns == 1_700_000_001_999_999_999
+    assert struct.unpack_from("<QII", body) == (1, 0, 0)
+    inode, size, blocks, atime, mtime, ctime = struct.unpack_from("<6Q", body, 16)
+    assert (inode, size, blocks) == (FILE, 1 << 20, shown.st_blocks)
+    assert (atime, mtime, ctime) == (0, 1_700_000_000, 1_700_000_001)
+    nanoseconds = struct.unpack_from("<3I", body, 64)
+    assert nanoseconds == (0, 5, 999_999_999)
+    assert struct.unpack_from("<7I", body, 76) == (0o100600, 1, 5, 6, 0, shown.st_blksize, 0)
+
+
+@pytest.mark.parametrize(
+    "valid", [MTIME, CTIME, MTIME | CTIME | SIZE, MTIME | CTIME | MTIME_NOW, MTIME | CTIME | UID]
+)
+def test_other_attributes_are_not_set_here(kernel: Kernel, valid: int) -> None:
+    """Sizes and owners, and times that somebody set by hand, go the long way."""
+    request = setattr_request(valid, (1, 2), (3, 4))
+    assert kernel.handed_on(kernel.receive(request)) == request
+
+
+def test_times_before_1970_are_not_set_here(kernel: Kernel) -> None:
+    """The kernel sends them as huge numbers."""
+    for times in (((1 << 64) - 5, 0), (5, 0)), ((5, 0), ((1 << 64) - 5, 0)):
+        request = setattr_request(MTIME | CTIME, *times)
+        assert kernel.handed_on(kernel.receive(request)) == request
 
 
 @pytest.mark.parametrize(("mode", "unmaps"), [(3, True), (16, False), (17, False)])

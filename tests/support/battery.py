@@ -19,6 +19,7 @@ from qcowfuse.driver.pending import PendingRead
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import OutOfRangeError, ReadOnlyImageError
 
+from .flushing import flush_image
 from .oracle import DiskModel, first_difference
 
 OpenImage = Callable[[], Awaitable[Image]]
@@ -78,7 +79,7 @@ async def check_writes(image: Image, model: DiskModel, *, seed: int = 0, n_write
         n_around = min(guest_offset + n_bytes + 700, model.size) - low
         _must_match(await read(image, low, n_around), model.data, low)
         if number % 16 == 9:
-            await image.flush()
+            await flush_image(image)
     size = model.size
     for guest_offset, n_bytes in ((size, 1), (max(size - 1, 0), 2), (-1, 1)):
         with pytest.raises(OutOfRangeError):
@@ -129,7 +130,7 @@ async def check_concurrency(image: Image, model: DiskModel, *, seed: int = 0, n_
 
     async def flusher() -> None:
         for _ in range(2):
-            await image.flush()
+            await flush_image(image)
 
     async with trio.open_nursery() as nursery:
         for share in shares:
@@ -208,7 +209,7 @@ async def check_image(open_it: OpenImage, reference: bytes, *, seed: int = 0, wr
         await check_writes(image, model, seed=seed + 1)
         await check_concurrency(image, model, seed=seed + 2)
         await check_pending(image, model, seed=seed + 5)
-        await image.flush()
+        await flush_image(image)
         await check_reads(image, model.data, seed=seed + 3, n_random=20)
         if isinstance(image, QcowImage):
             assert not image.life.epochs.n_in_flight

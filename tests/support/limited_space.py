@@ -99,9 +99,19 @@ class LimitedStorage(MemoryStorage):
         self.n_kept = n_blocks
         return True
 
+    def try_flush(self) -> bool:
+        """What was overwritten until now is given back."""
+        if not super().try_flush():
+            return False
+        self._give_back_replaced()
+        return True
+
     async def flush(self) -> None:
         """What was overwritten until now is given back."""
         await super().flush()
+        self._give_back_replaced()
+
+    def _give_back_replaced(self) -> None:
         self.room.give_back(len(self._replaced))
         self._replaced.clear()
         self._fresh.clear()

@@ -113,6 +113,9 @@ class MemoryImage:
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
         return False
 
+    def try_flush(self) -> bool:
+        return False
+
     async def flush(self) -> None:
         await trio.lowlevel.checkpoint()
         if self.failure is not None:

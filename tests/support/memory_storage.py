@@ -116,6 +116,14 @@ class MemoryStorage:
         del self.data[n_bytes:]
         self.data.extend(bytes(n_bytes - len(self.data)))
 
+    def try_flush(self) -> bool:
+        """Count; False with ``suspend``."""
+        self._must_be_open()
+        if self.suspend:
+            return False
+        self.counters.flushes += 1
+        return True
+
     async def flush(self) -> None:
         """Count."""
         await self._checkpoint()

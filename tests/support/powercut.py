@@ -21,6 +21,7 @@ from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.storage.base import Storage
 
 from .checker import check_image_bytes
+from .flushing import flush_image
 from .images import DATA, TOP, BuiltImage, open_memory_image, qemu_check, qemu_read
 from .memory_storage import MemoryStorage
 from .recording import Cut, Expectation, GuestRecord, RecordingStorage, cuts, moments_of
@@ -55,7 +56,7 @@ class Guest:
     async def flush(self) -> None:
         """One fsync."""
         begun = self.record.begin_flush()
-        await self.image.flush()
+        await flush_image(self.image)
         self.record.end_flush(begun)
 
     async def read(self, guest_offset: int, n_bytes: int) -> bytes:

@@ -110,6 +110,10 @@ class ForwardingStorage:
         """As the inner one."""
         await self.inner.truncate(n_bytes)
 
+    def try_flush(self) -> bool:
+        """As the inner one."""
+        return self.inner.try_flush()
+
     async def flush(self) -> None:
         """As the inner one."""
         await self.inner.flush()
@@ -216,6 +220,14 @@ class RecordingStorage(ForwardingStorage):
         write = self._begin(n_bytes - 1, b"\0")
         await self.inner.truncate(n_bytes)
         write.ended = self.clock.tick()
+
+    def try_flush(self) -> bool:
+        """Logged if it succeeds."""
+        begun = self.clock.tick()
+        if not self.inner.try_flush():
+            return False
+        self.flushes.append(RecordedFlush(begun, self.clock.tick()))
+        return True
 
     async def flush(self) -> None:
         """Logged if it succeeds."""

@@ -8,16 +8,20 @@ import socket
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import aclosing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.storage import blocking, file_systems, space
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage.blocking import IOV_MAX
 from qcowfuse.storage.file import FileStorage, open_file_storage
+from qcowfuse.storage.workers import WorkerPool
 from tests.support.container import need_loop_devices
 
 SHM = Path("/dev/shm")
@@ -309,6 +313,134 @@ async def test_a_failed_flush_is_final(storage: FileStorage, monkeypatch: pytest
             await storage.flush()
         assert caught.value.errno == errno.EIO
     assert storage.counters.flushes == 2
+
+
+@pytest.fixture
+async def disk_storage(file_path: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[FileStorage]:
+    """A storage whose flush has to be waited for, whatever its file system is."""
+    Path(file_path).touch()
+    monkeypatch.setattr(file_systems, "MEMORY_FILE_SYSTEMS", frozenset())
+    async with aclosing(await open_file_storage(file_path, writable=True)) as opened:
+        yield opened
+
+
+async def change_inline(storage: FileStorage) -> None:
+    storage.write_inline(0, [b"x"])
+
+
+async def change_longer(storage: FileStorage) -> None:
+    await storage.pwritev(0, [b"x"])
+
+
+async def change_zeroes(storage: FileStorage) -> None:
+    await storage.write_zeroes(0, 4096)
+
+
+async def change_unmap(storage: FileStorage) -> None:
+    await storage.write_zeroes(0, 4096, unmap=True)
+
+
+async def change_punch(storage: FileStorage) -> None:
+    await storage.punch_hole(0, 4096)
+
+
+async def change_allocate(storage: FileStorage) -> None:
+    await storage.allocate(1 << 20, 4096)
+
+
+async def change_length(storage: FileStorage) -> None:
+    await storage.truncate(3 << 20)
+
+
+CHANGES = [
+    change_inline,
+    change_longer,
+    change_zeroes,
+    change_unmap,
+    change_punch,
+    change_allocate,
+    change_length,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_disk_has_nothing_to_flush_until_it_changes(
+    disk_storage: FileStorage, change: Callable[[FileStorage], Awaitable[None]]
+) -> None:
+    """What was never flushed is in doubt, whatever was done to it; every kind of change needs another flush."""
+    await disk_storage.pwritev(0, [b"t" * 8192])
+    assert not disk_storage.try_flush()
+    await disk_storage.flush()
+    assert disk_storage.try_flush()
+    assert disk_storage.counters.flushes == 1
+    await change(disk_storage)
+    assert not disk_storage.try_flush()
+    await disk_storage.flush()
+    assert disk_storage.try_flush()
+
+
+@pytest.mark.parametrize("change", [change_longer, change_zeroes, change_punch, change_allocate, change_length])
+async def test_a_flush_beside_a_change_does_not_cover_it(
+    disk_storage: FileStorage, monkeypatch: pytest.MonkeyPatch, change: Callable[[FileStorage], Awaitable[None]]
+) -> None:
+    """Whether the change or the flush began first, and whichever ends first."""
+    await disk_storage.pwritev(0, [b"t" * 8192])
+    await disk_storage.flush()
+    run = WorkerPool.run
+    held = trio.Event()
+
+    async def hold_flush(pool: WorkerPool, function: Any, *args: Any) -> Any:
+        if function is os.fdatasync:
+            await held.wait()
+        return await run(pool, function, *args)
+
+    async def hold_change(pool: WorkerPool, function: Any, *args: Any) -> Any:
+        if function is not os.fdatasync:
+            await held.wait()
+        return await run(pool, function, *args)
+
+    monkeypatch.setattr(WorkerPool, "run", hold_flush)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk_storage.flush)
+        await wait_all_tasks_blocked()
+        await change(disk_storage)
+        held.set()
+    assert not disk_storage.try_flush()
+
+    held = trio.Event()
+    monkeypatch.setattr(WorkerPool, "run", hold_change)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(change, disk_storage)
+        await wait_all_tasks_blocked()
+        assert not disk_storage.try_flush()
+        await disk_storage.flush()
+        assert not disk_storage.try_flush()
+        held.set()
+    assert not disk_storage.try_flush()
+    await disk_storage.flush()
+    assert disk_storage.try_flush()
+
+
+async def test_what_lies_in_memory_is_flushed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fdatasync each time; a failure is final, and flush() tells of it."""
+    monkeypatch.setattr(file_systems, "type_of", lambda fd: "tmpfs")
+    (tmp_path / "image").touch()
+    storage = await open_file_storage(str(tmp_path / "image"), writable=True)
+
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    await storage.pwritev(0, [b"t" * 8192])
+    assert storage.try_flush()
+    assert storage.try_flush()
+    assert storage.counters.flushes == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fdatasync", fail)
+        assert not storage.try_flush()
+    assert not storage.try_flush()
+    with pytest.raises(OSError, match="an earlier flush"):
+        await storage.flush()
+    await storage.aclose()
 
 
 async def test_flushes_never_overlap(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ async def test_a_flush_syncs_nothing_and_tells_of_failures(tmp_path: Path, monke
         await file.flush()
         await file.flush()
         assert file.counters.flushes == 2
+        assert file.try_flush()
+        assert file.counters.flushes == 3
 
         def failing(fd: int) -> None:
             raise OSError(errno.EIO, "Input/output error")
@@ -33,7 +35,9 @@ async def test_a_flush_syncs_nothing_and_tells_of_failures(tmp_path: Path, monke
         monkeypatch.setattr(throw_away, "written_back_without_error", failing)
         with pytest.raises(OSError, match="Input/output error"):
             await file.flush()
+        assert not file.try_flush()
         monkeypatch.undo()
+        assert not file.try_flush()
         with pytest.raises(OSError, match="an earlier flush"):
             await file.flush()
     finally:

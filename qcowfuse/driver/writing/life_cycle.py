@@ -139,6 +139,10 @@ class LifeCycle:
         finally:
             self.epochs.leave(epoch)
 
+    def try_flush(self) -> bool:
+        """See Image."""
+        return self._write_back is None or self._write_back.try_flush()
+
     async def flush(self) -> None:
         """Make every completed write durable. Raises OSError, CorruptImageError."""
         if self._write_back is not None:

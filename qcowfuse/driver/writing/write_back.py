@@ -20,7 +20,8 @@ One round of write-back is, in this order:
     7  the unlinked clusters of step 1 lose their reference, once no operation that began before step 1 is in
        flight; the lower counts go out with the next round                                            (R3)
 
-With nothing dirty a round is step 6 alone: one fdatasync. A round for eviction stops after step 5.
+With nothing dirty a round is step 6 alone: one fdatasync, or none where nothing has changed.
+A round for eviction stops after step 5.
 
 With an external data file, guest data lies there and all the rest in the image file. The first flush of both files
 in a round, step 4 or else step 6, begins with the data file's: what was written to it before the round is durable
@@ -193,6 +194,12 @@ class WriteBack:
         """Raise the error that made the image unusable for writing, if there was one."""
         if self.failure is not None:
             raise self.failure
+
+    def try_flush(self) -> bool:
+        """:meth:`flush` where no round is needed or under way and no file has to wait; else False: no promise."""
+        if self.failure is not None or self._next_flush is not None or self._lock.locked() or self.is_dirty:
+            return False
+        return (self._data is None or self._data.try_flush()) and self._storage.try_flush()
 
     async def flush(self) -> None:
         """Make everything written so far durable. Raises OSError; after a failed fdatasync always the same."""

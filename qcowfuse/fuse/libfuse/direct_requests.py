@@ -4,7 +4,7 @@ pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then ha
 coroutine. For a read of 4 KiB from memory that costs several times what the read does. While
 :meth:`DirectRequests.active` lasts, that call is diverted: requests are read here, READ and WRITE of the one file are
 answered by plain calls, and then comes the next; whatever else is read is handed to libfuse, as if libfuse had read
-it. So are LSEEK and FALLOCATE, where the session answers them at all.
+it. So are FSYNC with the SETATTR before it, and LSEEK and FALLOCATE where the session answers them at all.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
    that does not fit) it is handed on as it came. A read or write that has to wait, or that failed, was started here
@@ -38,9 +38,11 @@ from ...driver.image import StartRead
 from ...driver.pending import PendingRead, PendingWrite
 from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
+from ..fsync_at_once import FsyncAtOnce
 from ..holes_at_once import HolesAtOnce
 from ..request_gate import RequestGate
 from ..started import StartedRequest
+from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
@@ -49,16 +51,19 @@ _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
 _REPLY = struct.Struct("<IiQ")
 _WRITTEN = struct.Struct("<IiQII")
-_FUSE_READ, _FUSE_WRITE, _FUSE_FALLOCATE, _FUSE_LSEEK = 15, 16, 43, 46
-_ABOUT_HOLES = (_FUSE_FALLOCATE, _FUSE_LSEEK)
-_FALLOCATE = struct.Struct("<QI")
-_FALLOCATE_LENGTH = _HEADER_BYTES + 16
-_FALLOCATE_BYTES, _LSEEK_BYTES = _HEADER_BYTES + 32, _HEADER_BYTES + 24
-_SOUGHT = struct.Struct("<IiQQ")
+_FUSE_SETATTR, _FUSE_READ, _FUSE_WRITE, _FUSE_FSYNC, _FUSE_FALLOCATE, _FUSE_LSEEK = 4, 15, 16, 20, 43, 46
+# What stands behind the header, and the length of both: fuse_{fsync,setattr,lseek,fallocate}_in.
+_FSYNC_BYTES, _SETATTR_BYTES = _HEADER_BYTES + 16, _HEADER_BYTES + SETATTR_BYTES
+_LSEEK, _LSEEK_BYTES = struct.Struct("<8xQI"), _HEADER_BYTES + 24
+_FALLOCATE, _FALLOCATE_BYTES = struct.Struct("<8xQQI"), _HEADER_BYTES + 32
+_SOUGHT = struct.Struct("<Q")
 _USUAL_SECONDS = 100e-6
 """What the answer to a request takes at most, as the bounds of the gate suppose."""
 _MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
 _MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
+
+_Answer = Callable[[memoryview, int], bytes | None]
+"""Takes a request and its length; gives what stands behind the header of the reply, None for what is handed on."""
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +83,10 @@ class RequestHandlers(Protocol):
 
     def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
         """None when all of it was written. ``data`` is only lent."""
+
+    @property
+    def fsyncs(self) -> FsyncAtOnce:
+        """What answers FSYNC, and SETATTR of the times that come before it."""
 
     @property
     def holes(self) -> HolesAtOnce:
@@ -120,6 +129,12 @@ class DirectRequests:
         self._gate = gate
         self._fd = -1
         self._buffers: dict[int, _Buffer] = {}
+        self._answers: dict[int, _Answer] = {
+            _FUSE_FSYNC: self._fsync,
+            _FUSE_SETATTR: self._set_times,
+            _FUSE_LSEEK: self._lseek,
+            _FUSE_FALLOCATE: self._fallocate,
+        }
 
     @contextmanager
     def active(self) -> Iterator[None]:
@@ -199,7 +214,7 @@ class DirectRequests:
         fd, view, gate = self._fd, buffer.view, self._gate
         handlers = self._handlers
         start_read, start_write, file_inode = handlers.start_read, handlers.start_write, handlers.file_inode
-        is_idle = gate.is_idle
+        is_idle, answers = gate.is_idle, self._answers
         n_answered, n_others, n_allowed = 0, 0, gate.n_left_in_burst()
         try:
             while n_answered + n_others < n_allowed:
@@ -236,8 +251,8 @@ class DirectRequests:
                                 n_answered += 1
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
-                    elif opcode in _ABOUT_HOLES:
-                        n_worth = self._answer_holes(fd, view, opcode, unique, n_bytes, off, size)
+                    elif opcode in answers:
+                        n_worth = self._answer(answers[opcode], unique, view, n_bytes)
                         if n_worth:
                             n_answered += 1
                             n_others += n_worth - 1
@@ -250,32 +265,39 @@ class DirectRequests:
             gate.count(n_answered + n_others)
             self.n_answered += n_answered
 
-    def _answer_holes(
-        self, fd: int, view: memoryview, opcode: int, unique: int, n_bytes: int, off: int, whence: int
-    ) -> int:
-        """Answer a request about holes; as how many it counts, 0 where it has to be handed on."""
+    def _answer(self, answer: _Answer, unique: int, view: memoryview, n_bytes: int) -> int:
+        """Answer a request by ``answer``; as how many it counts, 0 where it has to be handed on."""
         start = time.perf_counter()
         try:
-            if opcode == _FUSE_LSEEK:
-                if not self.answers_lseek or n_bytes != _LSEEK_BYTES:
-                    return 0
-                found = self._handlers.holes.start_lseek(off, whence)
-                if found is None:
-                    return 0
-                reply = _SOUGHT.pack(_SOUGHT.size, 0, unique, found)
-            else:
-                if not self.answers_fallocate or n_bytes != _FALLOCATE_BYTES:
-                    return 0
-                length, mode = _FALLOCATE.unpack_from(view, _FALLOCATE_LENGTH)
-                if not self._handlers.holes.start_fallocate(mode, off, length):
-                    return 0
-                reply = _REPLY.pack(_REPLY.size, 0, unique)
+            body = answer(view, n_bytes)
         except Exception as exc:
             _log.debug("not answered at once: %r", exc)
             return 0
+        if body is None:
+            return 0
         seconds = time.perf_counter() - start
-        _reply(fd, unique, (reply,))
+        _reply(self._fd, unique, (_REPLY.pack(_REPLY.size + len(body), 0, unique), body))
         return 1 + int(seconds / _USUAL_SECONDS)
+
+    def _fsync(self, view: memoryview, n_bytes: int) -> bytes | None:
+        return b"" if n_bytes == _FSYNC_BYTES and self._handlers.fsyncs.start_fsync() else None
+
+    def _set_times(self, view: memoryview, n_bytes: int) -> bytes | None:
+        times = parse_set_times(view, _HEADER_BYTES) if n_bytes == _SETATTR_BYTES else None
+        return None if times is None else pack_attributes(self._handlers.fsyncs.start_set_times(*times))
+
+    def _lseek(self, view: memoryview, n_bytes: int) -> bytes | None:
+        if not self.answers_lseek or n_bytes != _LSEEK_BYTES:
+            return None
+        off, whence = _LSEEK.unpack_from(view, _HEADER_BYTES)
+        found = self._handlers.holes.start_lseek(off, whence)
+        return None if found is None else _SOUGHT.pack(found)
+
+    def _fallocate(self, view: memoryview, n_bytes: int) -> bytes | None:
+        if not self.answers_fallocate or n_bytes != _FALLOCATE_BYTES:
+            return None
+        off, length, mode = _FALLOCATE.unpack_from(view, _HEADER_BYTES)
+        return b"" if self._handlers.holes.start_fallocate(mode, off, length) else None
 
     def _keep(self, kind: type[PendingRead] | type[PendingWrite], off: int, size: int, failure: Exception) -> None:
         """Leave the failure of a start to the handler. What does not lie in the disk was not even started."""

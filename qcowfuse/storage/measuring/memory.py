@@ -197,6 +197,10 @@ class ResidentStorage:
         await self._inner.truncate(n_bytes)
         self._follow_growth()
 
+    def try_flush(self) -> bool:
+        """See Storage."""
+        return self._inner.try_flush()
+
     async def flush(self) -> None:
         """Make every completed write durable. Raises OSError."""
         await self._inner.flush()
