@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import random
+import struct
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -135,7 +136,7 @@ class Write:
     def data(self) -> bytes:
         """The bytes."""
         first = (self.offset >> 2) ^ (self.number << 24)
-        return b"".join((first + i & 0xFFFFFFFF).to_bytes(4, "little") for i in range(self.n_bytes >> 2))
+        return struct.pack(f"<{self.n_bytes >> 2}I", *range(first, first + (self.n_bytes >> 2)))
 
 
 def write_all(path: Path, writes: Sequence[Write], model: DiskModel, *, meanwhile: Callable[[int], None]) -> None:

@@ -1,6 +1,6 @@
 """Small images for driver tests: made by QEMU, held as bytes, opened from memory.
 
-1. An image is described by an :class:`ImageSpec` and built once per session.
+1. An image is described by an :class:`ImageSpec` and built once per session. (One with LUKS is made by qcowfuse-img.)
 2. The guest contents are known from the spec, not from reading the image.
 3. The files of a chain live under made-up paths; :func:`open_memory_image` serves them from memory.
 """
@@ -11,10 +11,12 @@ import os
 import random
 import struct
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from qcowfuse.driver.chain import open_image
@@ -24,6 +26,7 @@ from qcowfuse.storage.base import Storage
 
 from .memory_storage import MemoryStorage
 
+REPOSITORY = Path(__file__).parents[2]
 FOLDER = "/qcowfuse-test-images"
 TOP = f"{FOLDER}/top.img"
 BASE = f"{FOLDER}/base.img"
@@ -92,8 +95,9 @@ def pattern(size: int, *, seed: int, fill: float, block: int = 4096) -> bytes:
 
 
 def run_tool(*arguments: str, cwd: str | None = None) -> str:
-    """Run a QEMU tool; its standard output. Raises CalledProcessError with what it said on standard error."""
-    result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False)
+    """Run a tool, QEMU's or ours; its standard output. Raises AssertionError with what it said on standard error."""
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    result = subprocess.run(arguments, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
     if result.returncode:
         raise AssertionError(f"{' '.join(arguments)}: exit {result.returncode}: {result.stderr or result.stdout}")
     return result.stdout
@@ -179,10 +183,16 @@ def _create(folder: str, spec: ImageSpec) -> None:
     if spec.compression:
         options += f",compression_type={spec.compression}"
     arguments = ["qemu-img", "create", "-q", "-f", "qcow2"]
-    if spec.encryption:
+    if spec.encryption == "luks":
+        # QEMU measures for two seconds how long its derivation of a key takes. (Images with QEMU's LUKS area are the
+        # subject of tests/interop/test_encryption.py.)
+        _write(folder, "key", PASSPHRASE)
+        program = "import sys; from qcowfuse.cli.img.main import main; sys.exit(main())"
+        arguments = [sys.executable, "-c", program, "create", "-q", "--key-file", "key"]
+        options += ",encrypt.format=luks,encrypt.iter-time=1"
+    elif spec.encryption:
         arguments += secret_arguments()
         options += f",encrypt.format={spec.encryption},encrypt.key-secret=key"
-        options += ",encrypt.iter-time=1" if spec.encryption == "luks" else ""
     arguments += ["-o", options]
     if spec.backing:
         arguments += ["-b", "base.img", "-F", spec.backing]
