@@ -19,7 +19,7 @@ from pathlib import Path
 
 from . import images
 from .contenders import OURS, Contender, Served
-from .row import Row, Settings
+from .row import NotDoneError, Row, Settings
 from .rows import MAKERS, image_mib, is_start_up
 
 
@@ -104,11 +104,20 @@ def _run_row(
     for number in range(rounds):
         shift = number % len(able)
         for contender in able[shift:] + able[:shift]:
-            if row.is_fresh:
-                figure = _measure_fresh(row, contender, settings, folder)
+            if contender.name not in result.figures:
+                continue
+            try:
+                if row.is_fresh:
+                    figure = _measure_fresh(row, contender, settings, folder)
+                else:
+                    figure = row.measure(served[contender.name], settings)
+            except NotDoneError as problem:
+                if contender.name == OURS:
+                    raise SystemExit(f"bench: {row.name}: {problem}") from None
+                print(f"{contender.name} is left out: {row.name}: {problem}", file=sys.stderr)
+                del result.figures[contender.name]
             else:
-                figure = row.measure(served[contender.name], settings)
-            result.figures[contender.name].append(figure)
+                result.figures[contender.name].append(figure)
     ratio = result.ratio_to_best()
     print(
         f"{row.name}: {result.median(OURS):,.4g} {row.unit}"

@@ -20,6 +20,10 @@ class Settings:
     quick: bool
 
 
+class NotDoneError(Exception):
+    """What was measured was not done, so that its figure means nothing; the text says what is lacking."""
+
+
 Measure = Callable[[Served, Settings], float]
 
 
