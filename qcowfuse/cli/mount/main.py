@@ -25,6 +25,7 @@ from ...errors import ImageUsageError
 from .. import logs
 from ..exit_codes import ExitCode, exit_code_of
 from ..failures import is_interrupt
+from ..late_imports import FOR_TRIO, imported_late
 from ..passphrase import KeySource
 from .arguments import Arguments, parse_arguments
 from .failures import describe
@@ -86,7 +87,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             settings = settings._replace(lifeline=starter.lifeline, removes_mount_point=True)
         place, process = _start_outside(settings)
         metrics = _start_metrics(arguments) if arguments.has_metrics else None
-        with _garbage_kept():
+        with _garbage_kept(), imported_late(*FOR_TRIO):
             from .serving import serve_image
         with key.explained():
             serve_image(
