@@ -13,6 +13,7 @@ import pytest
 from tests.support import loops, qemu
 from tests.support.booting import REPOSITORY, run_booted, throw_away_root
 from tests.support.container import lacks, need_loop_devices
+from tests.support.inner_file_systems import ext4_in_partition_2, is_whole
 from tests.support.mounting import Mounted
 
 DATA = REPOSITORY / "qcowfuse/data"
@@ -32,31 +33,6 @@ def machine() -> Iterator[Path]:
             shutil.copy(unit, root / "etc/systemd/system")
         (root / "etc/qcowfuse").mkdir()
         yield root
-
-
-def ext4_in_partition_2(image: Path) -> None:
-    """An image with a GPT and an ext4 in its second partition."""
-    disk, inner = image.with_suffix(".raw"), image.with_suffix(".ext4")
-    for path, size in ((disk, 32 << 20), (inner, 16 << 20)):
-        path.touch()
-        os.truncate(path, size)
-    subprocess.run(["mkfs.ext4", "-q", "-F", inner], check=True)
-    table = "label: gpt\nstart=2048,size=4096\nstart=8192,size=32768\n"
-    subprocess.run(["sfdisk", "-q", disk], input=table, text=True, check=True)
-    subprocess.run(["dd", f"if={inner}", f"of={disk}", "bs=4M", "seek=1", "conv=notrunc", "status=none"], check=True)
-    qemu.must_run("qemu-img", "convert", "-O", "qcow2", disk, image)
-    disk.unlink()
-    inner.unlink()
-
-
-def is_whole(image: Path, folder: Path, content: str) -> None:
-    """The image is clean, and so is the ext4 in its second partition, which has ``content`` in the file x."""
-    qemu.must_run("qemu-img", "check", "-q", image)
-    inner = folder / "inner"
-    qemu.must_run("qemu-img", "convert", "-O", "raw", image, folder / "raw")
-    qemu.must_run("dd", f"if={folder / 'raw'}", f"of={inner}", "bs=4M", "skip=1", "count=4", "status=none")
-    qemu.must_run("e2fsck", "-fn", inner)
-    assert qemu.must_run("debugfs", "-R", "cat /x", inner).startswith(content)
 
 
 def test_the_file_system_in_a_partition(machine: Path, tmp_path: Path) -> None:

@@ -34,8 +34,12 @@ _NEWC = "070701"
 
 @dataclass(frozen=True, slots=True)
 class GuestSystem:
-    """What to boot: a kernel, a static busybox, and kernel modules in the order to load them."""
+    """What to boot: a kernel, a static busybox, and kernel modules in the order to load them.
 
+    ``folder`` has all that was unpacked.
+    """
+
+    folder: Path
     kernel: Path
     busybox: Path
     modules: tuple[Path, ...]
@@ -60,6 +64,7 @@ def fetch_guest_system() -> GuestSystem:
             folder = _fetch()
     found = {re.split(r"\.ko\b", path.name)[0]: path for path in folder.rglob("virtio*.ko*")}
     return GuestSystem(
+        folder=folder,
         kernel=next(folder.glob("boot/vmlinuz-*")),
         busybox=next(path for path in folder.rglob("busybox") if path.is_file() and os.access(path, os.X_OK)),
         modules=tuple(found[module] for module in _MODULES if module in found),
@@ -131,25 +136,38 @@ def _member(name: str, mode: int, data: bytes = b"") -> bytes:
     return head + bytes(-len(head) % 4) + data + bytes(-len(data) % 4)
 
 
-def boot(system: GuestSystem, initramfs: Path, disk: Path, *, drive_options: str, words: Iterable[str] = ()) -> str:
-    """Boot with ``disk`` as /dev/vda (raw) until power-off; ``words`` go to the kernel's command line. What the
-    machine wrote to its serial line. Raises QemuError when it fails or does not end."""
+def boot(
+    system: GuestSystem,
+    initramfs: Path,
+    disk: Path,
+    *,
+    drive_options: str,
+    words: Iterable[str] = (),
+    memory: int = 256,
+    arguments: Iterable[str] = (),
+    timeout: float = BOOT_TIMEOUT,
+) -> str:
+    """Boot with ``disk`` as /dev/vda (raw) until power-off; what the machine wrote to its serial line.
+
+    ``words`` go to the kernel's command line, ``arguments`` to QEMU; ``memory`` is in MiB. Raises QemuError when the
+    machine fails, or does not end within ``timeout`` seconds.
+    """
     log = initramfs.with_name("serial.log")
     command = [
-        *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", "256", "-smp", "1", "-machine", "q35"),
+        *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", str(memory), "-smp", "1", "-machine", "q35"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-monitor", "none"),
         *("-kernel", str(system.kernel), "-initrd", str(initramfs), "-serial", f"file:{log}"),
         *("-append", " ".join(["console=ttyS0 panic=-1 quiet no_timer_check", *words])),
         *("-drive", f"file={disk},format=raw,if=none,id=d0,{drive_options}"),
-        *("-device", "virtio-blk-pci,drive=d0"),
+        *("-device", "virtio-blk-pci,drive=d0", *arguments),
     ]
     assert shutil.which(command[0]), f"needs {command[0]} (package qemu-system-x86)"
     log.unlink(missing_ok=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=BOOT_TIMEOUT, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
     except subprocess.TimeoutExpired:
         said = log.read_text(errors="replace") if log.exists() else ""
-        raise qemu.QemuError(f"the machine did not power off within {BOOT_TIMEOUT:g} s:\n{said}") from None
+        raise qemu.QemuError(f"the machine did not power off within {timeout:g} s:\n{said}") from None
     if done.returncode:
         raise qemu.QemuError(f"{' '.join(command)}: exit code {done.returncode}\n{done.stderr}")
     return log.read_text(errors="replace")

@@ -1,0 +1,1 @@
+"""What scripts/boot is made of."""
