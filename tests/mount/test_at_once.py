@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+import os
 import re
 import subprocess
 import threading
@@ -126,3 +128,23 @@ def test_what_libfuse_calls_is_no_garbage(tmp_path: Path) -> None:
     with Mounted(image, tmp_path / "mnt", patch=COLLECTED_BEFORE_SERVING) as mount:
         mount.file.read_bytes()
         subprocess.run(["fallocate", "-p", "-l", "64K", mount.file], check=True)
+
+
+def test_requests_have_up_to_a_mib(tmp_path: Path) -> None:
+    """What INIT has settled (max_pages): a direct read or write of 4 MiB is four requests, not 32."""
+    image = tmp_path / "disk.qcow2"
+    qemu.create(image, "qcow2", "32M")
+    qemu.io(image, ["write -P 7 0 32M"])
+    point = tmp_path / "mount"
+    point.mkdir()
+    with Mounted(image, point) as mount, mmap.mmap(-1, 4 << 20) as area:
+        descriptor = os.open(mount.file, os.O_RDWR | os.O_DIRECT)
+        os.preadv(descriptor, [area], 16 << 20)  # the table is in memory then
+        assert area[:] == b"\7" * len(area)
+        os.pwritev(descriptor, [area], 16 << 20)  # and what the first write needs is done
+        for kind, act in (("reads", os.preadv), ("writes", os.pwritev)):
+            name = f"user.qcowfuse.backend.{kind}"
+            before = int(os.getxattr(mount.file, name))
+            assert act(descriptor, [area], 4 << 20) == 4 << 20
+            assert int(os.getxattr(mount.file, name)) - before == 4
+        os.close(descriptor)
