@@ -2,7 +2,8 @@
 
 1. A run is found by one call into C, which costs a tenth of the looks of :mod:`.presence`; per entry it costs more,
    so that runs of more than :data:`MAX_SHORT` entries are left to those.
-2. Only entries that are valid for sure, and of one kind as a whole, are matched, without bits that should be 0. All
+2. To compile the expression takes 1 ms, so that this comes after some looks: few short commands have as many.
+3. Only entries that are valid for sure, and of one kind as a whole, are matched, without bits that should be 0. All
    others are left to be judged by themselves.
 """
 
@@ -16,6 +17,8 @@ from functools import lru_cache
 from .entries import READS_ZERO, ClusterKind, EntryFormat
 
 MAX_SHORT = 64
+COMPILED_AFTER = 32
+"""Looks, at images of one format."""
 _RESERVED = 0xFE
 _KINDS = (ClusterKind.UNALLOCATED, ClusterKind.DATA, ClusterKind.ZERO, ClusterKind.UNALLOCATED)
 
@@ -25,8 +28,10 @@ def short_run(
 ) -> tuple[ClusterKind, int] | None:
     """Kind and length of the run of whole clusters at ``index``, at most ``n_wanted``. None where it may be longer
     than that is found here, or where the first entry is no plain case; compressed clusters are DATA."""
-    runs, shift = _runs(entry_format)
+    expression = _expression(entry_format)
+    runs, shift = expression.runs, expression.shift
     if runs is None:
+        expression.count()
         return None
     found = runs.match(entries, index << shift, index + n_wanted << shift)
     if found is None:
@@ -37,12 +42,31 @@ def short_run(
     return _KINDS[found.lastindex or 0], n_found
 
 
+class _Expression:
+    """``runs`` is None until it is compiled, or for ever; ``shift`` is log2 of the bytes of an entry."""
+
+    __slots__ = ("_format", "_n_asked", "runs", "shift")
+
+    def __init__(self, entry_format: EntryFormat) -> None:
+        self.runs: re.Pattern[bytes] | None = None
+        self.shift = 4 if entry_format.is_extended else 3
+        self._format = entry_format
+        self._n_asked = 0
+
+    def count(self) -> None:
+        """One more look could have used it."""
+        self._n_asked += 1
+        if self._n_asked == COMPILED_AFTER and self._format.version > 1 and sys.byteorder == "little":
+            self.runs = _runs(self._format)
+
+
 @lru_cache(maxsize=16)
-def _runs(entry_format: EntryFormat) -> tuple[re.Pattern[bytes] | None, int]:
-    """An expression with one group for each of :data:`_KINDS`, None where there is none; log2 of the bytes of an
-    entry."""
-    if entry_format.version == 1 or sys.byteorder == "big":
-        return None, 3
+def _expression(entry_format: EntryFormat) -> _Expression:
+    return _Expression(entry_format)
+
+
+def _runs(entry_format: EntryFormat) -> re.Pattern[bytes]:
+    """An expression with one group for each of :data:`_KINDS`."""
     stop = entry_format.compressed | entry_format.misaligned | _RESERVED
     place = b"(?!" + _word(0, entry_format.cluster_mask) + b")"
     data = place + _word(0, stop | READS_ZERO)
@@ -59,7 +83,7 @@ def _runs(entry_format: EntryFormat) -> tuple[re.Pattern[bytes] | None, int]:
     if not entry_format.has_data_file:
         data = b"(?:" + data + b"|" + compressed + b")"
     groups = (b"((?:%b){1,%d})" % (entry, MAX_SHORT) for entry in (data, zero, unallocated))
-    return re.compile(b"|".join(groups), re.DOTALL), 4 if entry_format.is_extended else 3
+    return re.compile(b"|".join(groups), re.DOTALL)
 
 
 def _word(must_be_set: int, must_be_clear: int) -> bytes:

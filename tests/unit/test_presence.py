@@ -23,7 +23,7 @@ from qcowfuse.format.entries import (
 )
 from qcowfuse.format.extents import lookup_run
 from qcowfuse.format.presence import presence_run
-from qcowfuse.format.short_runs import short_run
+from qcowfuse.format.short_runs import COMPILED_AFTER, short_run
 from qcowfuse.format.subclusters import ALL_ALLOCATED, ALL_ZERO, lookup_run_extended
 
 BITS = 16
@@ -171,6 +171,8 @@ def test_short_runs_are_found_with_one_match(name: str) -> None:
 
     is_matched = form.version > 1 and sys.byteorder == "little"
     index, n_entries = 0, len(entries) // form.words
+    for _ in range(COMPILED_AFTER):
+        short_run(entries, form, 0, 1)
     for length in lengths:
         for n_alike in (length, 1):
             found = presence_run(entries, form, index, 0, (n_entries - index) * CLUSTER)
