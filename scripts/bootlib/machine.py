@@ -24,7 +24,7 @@ from tests.support.guest import GuestSystem, boot, fetch_guest_system, make_init
 from tests.support.inner_file_systems import ext4_in_partition_2, is_whole
 
 HERE = Path(__file__).resolve().parent
-STEPS = {"first": "first", "killed": "killed", "cut": "", "after": "after"}
+STEPS = {"first": "first", "killed": "killed", "cut": "", "after": "after", "volumes": "after", "network": "after"}
 """Each step, and what the file x in the images holds when it has ended (empty: they are in use then)."""
 PACKAGES = (
     *(
@@ -40,7 +40,7 @@ PACKAGES = (
         "fuse3",
         "python3",
     ),
-    "qemu-utils",
+    *("qemu-utils", "lvm2", "thin-provisioning-tools", "nfs-kernel-server"),
 )
 FSTAB = """\
 /srv/a.qcow2              /srv/a       fuse.qcowfuse  partition=2,nofail                             0  0
@@ -62,9 +62,10 @@ ExecStart=/srv/step
 WantedBy=multi-user.target
 """
 DISK_SIZE = 3 << 30
+SECOND_DISK_SIZE = 512 << 20
 MIB_OF_MEMORY = 768
 TIMEOUT = 600.0
-MASKED = ("serial-getty@ttyS0", "getty@tty1", "e2scrub_reap", "systemd-timesyncd")
+MASKED = ("serial-getty@ttyS0", "getty@tty1", "nfs-blkmap", "e2scrub_reap", "systemd-timesyncd")
 """What would take time or the serial line."""
 SWITCH_ROOT = "mount -t ext4 /dev/vda /mnt && exec switch_root /mnt /sbin/init"
 
@@ -99,8 +100,9 @@ class Machine:
         _install_images(root)
         _install_step(root)
         disk = folder / "disk"
-        disk.touch()
-        os.truncate(disk, DISK_SIZE)
+        for path, size in ((disk, DISK_SIZE), (folder / "second", SECOND_DISK_SIZE)):
+            path.touch()
+            os.truncate(path, size)
         qemu.must_run("mke2fs", "-q", "-F", "-t", "ext4", "-d", root, disk)
         shutil.rmtree(root)
         make_initramfs(folder / "initrd", system, SWITCH_ROOT)
@@ -118,6 +120,13 @@ class Machine:
                 words=[f"trial_step={step}", *(f"systemd.mask={unit}.service" for unit in MASKED)],
                 timeout=TIMEOUT,
                 memory=MIB_OF_MEMORY,
+                arguments=[
+                    *(
+                        "-drive",
+                        f"file={self.folder / 'second'},format=raw,if=none,id=d1,cache=writeback,discard=unmap",
+                    ),
+                    *("-device", "virtio-blk-pci,drive=d1"),
+                ],
             )
             if "TRIAL-OK" not in said:
                 raise TrialError(f"{step}: {said}")
@@ -184,9 +193,12 @@ def _install_step(root: Path) -> None:
     shutil.copytree(HERE / "steps", root / "srv/steps")
     shutil.copy(HERE / "steps/prelude", root / "srv/step")
     (root / "srv/step").chmod(0o755)
+    (root / "srv/scripts").mkdir()
+    shutil.copy(HERE.parent / "file-system", root / "srv/scripts")
     (root / "etc/systemd/system/trial.service").write_text(UNIT)
     wants = root / "etc/systemd/system/multi-user.target.wants"
     wants.mkdir(exist_ok=True)
     (wants / "trial.service").symlink_to("/etc/systemd/system/trial.service")
     (root / "etc/hostname").write_text("trial\n")
     (root / "etc/hosts").write_text("127.0.0.1 localhost trial\n")
+    (wants / "nfs-server.service").unlink(missing_ok=True)  # a step starts it
