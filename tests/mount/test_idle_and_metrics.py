@@ -104,7 +104,8 @@ def test_metrics(image: Path, point: Path) -> None:
     """In the format of Prometheus, with labels, for any number of scrapes; the process ends with the daemon."""
     pytest.importorskip("prometheus_client")
     with Mounted(image, point, "--metrics", "0") as mount:
-        url = re.findall(r"metrics: (http://127\.0\.0\.1:\d+/metrics)", mount.log)[0]
+        wait_until(lambda: "metrics: http" in mount.log, "the log to be read")
+        url = re.findall(r"metrics: (http://127\.0\.0\.1:\d+/metrics)\n", mount.log)[0]
         host, port = "127.0.0.1", int(url.split(":")[2].split("/")[0])
         # Someone who says nothing keeps nobody away for long.
         with socket.create_connection((host, port)):

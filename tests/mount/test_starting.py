@@ -24,6 +24,7 @@ from tests.support.mounting import (
     create_image,
     daemon_pid,
     environment,
+    is_alive,
     is_mounted,
     patched,
     run_qcowfuse,
@@ -260,7 +261,8 @@ def test_the_log_file_is_the_users_alone(image: Path, tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         pid = daemon_pid(tmp_path / "mnt")
         subprocess.run(["fusermount3", "-u", tmp_path / "mnt"], check=True)
-        wait_until(lambda pid=pid: not Path(f"/proc/{pid}").exists(), "the end")  # type: ignore[misc]
+        assert pid is not None
+        wait_until(lambda pid=pid: not is_alive(pid), "the end")  # type: ignore[misc]
         assert stat.S_IMODE(log.stat().st_mode) == mode
         assert log.read_text().startswith(before)
         assert "closed" in log.read_text()

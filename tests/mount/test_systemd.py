@@ -257,14 +257,31 @@ systemctl stop qcowfuse@one || fail stop
 
 @pytest.mark.usefixtures("instance")
 def test_a_start_right_behind_an_unmount(boot: Callable[[str], None]) -> None:
-    """The start waits for the daemon that is on its way out, and then there is a new one."""
+    """The start waits for the daemon that is on its way out, and then there is a new one.
+
+    umount(8) returns before the daemon has heard of it, and so before systemd has: until then a start has no effect.
+    """
     boot(r"""
+not_active() { [ "$(state qcowfuse@one)" != active ]; }
 systemctl start qcowfuse@one || fail start
 disk="/srv/mount one/disk.raw"
-for i in $(seq 8); do
+for i in $(seq 9); do
     dd if=/dev/urandom of="$disk" bs=1M count=8 conv=notrunc status=none || fail "write $i"
-    umount "/srv/mount one" || fail "umount $i"
-    systemctl start qcowfuse@one || fail "start $i"
+    case $((i % 3)) in
+    0)
+        umount "/srv/mount one" || fail "umount $i"
+        systemctl restart qcowfuse@one || fail "restart $i"
+        ;;
+    1)
+        umount "/srv/mount one" || fail "umount $i"
+        wait_for not_active
+        systemctl start qcowfuse@one || fail "start $i"
+        ;;
+    2)
+        qcowfuse umount "/srv/mount one" || fail "qcowfuse umount $i"
+        systemctl start qcowfuse@one || fail "start $i"
+        ;;
+    esac
     expect "$(stat -c %s "$disk")" $((64 << 20))
     sleep 0.2
     expect "$(state qcowfuse@one)" active
