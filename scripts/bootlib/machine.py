@@ -40,7 +40,7 @@ PACKAGES = (
         "fuse3",
         "python3",
     ),
-    *("qemu-utils", "lvm2", "thin-provisioning-tools", "nfs-kernel-server"),
+    *("qemu-utils", "lvm2", "thin-provisioning-tools", "nfs-kernel-server", "samba", "cifs-utils"),
 )
 FSTAB = """\
 /srv/a.qcow2              /srv/a       fuse.qcowfuse  partition=2,nofail                             0  0
@@ -65,7 +65,7 @@ DISK_SIZE = 3 << 30
 SECOND_DISK_SIZE = 512 << 20
 MIB_OF_MEMORY = 768
 TIMEOUT = 600.0
-MASKED = ("serial-getty@ttyS0", "getty@tty1", "nfs-blkmap", "e2scrub_reap", "systemd-timesyncd")
+MASKED = ("serial-getty@ttyS0", "getty@tty1", "nfs-blkmap", "e2scrub_reap", "systemd-timesyncd", "smbd", "nmbd")
 """What would take time or the serial line."""
 SWITCH_ROOT = "mount -t ext4 /dev/vda /mnt && exec switch_root /mnt /sbin/init"
 
