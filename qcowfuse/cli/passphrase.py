@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import NoReturn
@@ -28,6 +29,8 @@ CREDENTIAL_NAME = "qcowfuse.key"
 MAX_KEY_BYTES = 1 << 20
 _PIPE_BYTES = 1 << 16
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_AGAIN_SECONDS = 1.0
+_LOOK_SECONDS = 0.02
 _ASKED, _NOT_ASKED, _INTERRUPTED = 0, 1, 2
 
 
@@ -160,25 +163,15 @@ def _ask_elsewhere(image: str) -> int:
     Raises ImageUsageError.
     """
     read_end, write_end = os.pipe2(os.O_CLOEXEC)
-    pid = 0
-    early: list[int] = []  # signals that came before the child was known; it may be asking by then
-
-    def pass_on(number: int) -> None:
-        if pid:
-            os.kill(pid, number)
-        else:
-            early.append(number)
-
+    early: list[int] = []  # signals that came, the child may be asking by then
     try:
         # The child ends first, and the terminal is in order then.
-        with _stop_signals_to(pass_on):
+        with _stop_signals_to(early.append):
             pid = os.fork()
             if pid == 0:
                 _ask_into(write_end, image, early)
             os.close(write_end)
-            for number in early:
-                os.kill(pid, number)
-            code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+            code = _wait_for_child(pid, early)
         if code == _INTERRUPTED or code < 0:
             raise KeyboardInterrupt
         if code != _ASKED:
@@ -188,6 +181,23 @@ def _ask_elsewhere(image: str) -> int:
         os.close(read_end)
         raise
     return read_end
+
+
+def _wait_for_child(pid: int, stop_signals: list[int]) -> int:
+    """The exit code of the child. The last of ``stop_signals``, which grow meanwhile, is passed on until it ends.
+
+    Python runs no handler of a signal that comes right before a system call that blocks, until the call has ended. So
+    nothing here waits for long, and a child that has begun to read at that moment is sent the signal once more.
+    """
+    last_sent = -_AGAIN_SECONDS
+    while True:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        if stop_signals and time.monotonic() - last_sent >= _AGAIN_SECONDS:
+            os.kill(pid, stop_signals[-1])
+            last_sent = time.monotonic()
+        time.sleep(_LOOK_SECONDS)
 
 
 def _ask_into(pipe: int, image: str, early: list[int]) -> NoReturn:
