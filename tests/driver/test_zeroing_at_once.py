@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import random
+from array import array
 from dataclasses import replace
 
 import pytest
 
+from qcowfuse.driver.layers.mapping import Mapping
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.writing import zeroing_at_once
 from qcowfuse.format.entries import ClusterKind
@@ -192,4 +194,50 @@ async def test_a_cluster_that_a_write_is_making_is_left_alone() -> None:
     assert not image.try_write_zeroes(0, CLUSTER, unmap=True)
     changes.writer.claims.release(claim)
     assert image.try_write_zeroes(0, CLUSTER, unmap=True)
+    await image.aclose()
+
+
+def _counting_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets an entry for each look at a slice."""
+    looks: list[int] = []
+    presence = Mapping.presence
+
+    def counting(mapping: Mapping, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
+        looks.append(guest_offset)
+        return presence(mapping, entries, guest_offset, n_bytes)
+
+    monkeypatch.setattr(Mapping, "presence", counting)
+    return looks
+
+
+async def test_looks_inside_of_clusters_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second subcluster holds data, in each cluster."""
+    image = await open_memory_image(build_image(SPECS["extended"]).files)
+    for place in range(0, SIZE, KIB):
+        await image.write(place, PATTERN[:512])
+    looks = _counting_looks(monkeypatch)
+    assert not image.try_write_zeroes(0, SIZE, unmap=True)
+    assert 100 < len(looks) <= 256
+    assert image.try_write_zeroes(0, CLUSTER, unmap=True)
+    await image.aclose()
+
+
+async def test_looks_are_bounded_over_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every second cluster of a backing file holds data, which the disk above it does not have."""
+    spec = ImageSpec(cluster_size=512, size=256 * KIB, backing="qcow2", backing_size=256 * KIB)
+    below = MemoryStorage(build_image(replace(spec, backing=None)).top)
+    image = await open_memory_image({TOP: below})
+    for place in range(0, spec.size, KIB):
+        await image.write(place, PATTERN[:512])
+    await image.aclose()
+    files = {path: MemoryStorage(part) for path, part in build_image(spec).files.items()}
+    (below_path,) = set(files) - {TOP}
+    image = await open_memory_image({**files, below_path: MemoryStorage(bytes(below.data))})
+    for place in range(0, spec.size, 32 * KIB):
+        await image.write(place, PATTERN[:512])
+    await image.read(0, spec.size)
+    looks = _counting_looks(monkeypatch)
+    assert not image.try_write_zeroes(0, spec.size, unmap=True)
+    assert 100 < len(looks) <= 256
+    assert image.try_write_zeroes(0, 20 * KIB, unmap=True)
     await image.aclose()

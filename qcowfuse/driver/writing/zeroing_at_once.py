@@ -29,7 +29,8 @@ from .zeroing import Zeroer
 MAX_CLUSTERS = 1024
 """Clusters that are let go of: 0.3 ms of processor time where they are owned alone, 2 ms elsewhere."""
 MAX_ENTRIES = 1 << 17
-"""L2 entries that are looked at, where each look counts for :data:`_LOOK` more: 0.3 to 1 ms, 3 ms at most."""
+"""L2 entries that are looked at, where each look counts for :data:`_LOOK` more: 0.3 to 1 ms, 3 ms at most. A layer
+below another counts for all entries that it may have been asked for."""
 _LOOK = 512
 
 
@@ -50,6 +51,7 @@ class Plan:
         self.runs: list[_Run] = []
         self.parts: list[tuple[int, int]] = []
         self.n_clusters = 0
+        self.n_left = MAX_ENTRIES
 
 
 class ZeroerAtOnce:
@@ -73,6 +75,7 @@ class ZeroerAtOnce:
         self._usage = usage
         self._start_write = start_write
         self._find = HoleFinder(reader.layers).try_find
+        self._n_below = sum(isinstance(layer, Mapping) for layer in reader.layers) - 1
         self._cluster_bits = mapping.geometry.cluster_bits
         self._cluster_mask = (1 << self._cluster_bits) - 1
         self._may_use_entries = can_zero_by_entry(mapping.entry_format, may_fall_through=len(reader.layers) == 1)
@@ -99,15 +102,11 @@ class ZeroerAtOnce:
         position, end = guest_offset, guest_offset + n_bytes
         size, mask = self._mapping.size, self._cluster_mask
         whole_end = end if end == size else end & ~mask
-        n_left = MAX_ENTRIES
-        while n_left > 0:
-            if position >= end:
-                return plan
-            found = self._find(position, end - position)
+        while position < end:
+            found = self._look(plan, position, end)
             if found is None:
                 return None
             is_data, n_found = found
-            n_left -= _LOOK + min(n_found >> self._cluster_bits, self._mapping.slice_mask)
             stop = position + n_found
             if position & mask or position >= whole_end:
                 # Inside of a cluster that the range does not cover.
@@ -119,7 +118,7 @@ class ZeroerAtOnce:
                 if stop & mask and stop < whole_end:  # a cluster is of one kind in part
                     stop &= ~mask
                 if stop == position:
-                    n_data = self._data_bytes(position, min(position + mask + 1, size))
+                    n_data = self._data_bytes(plan, position, min(position + mask + 1, size))
                     stop = min(position + mask + 1, whole_end)
                     if n_data is None or not self._take(plan, position, stop, n_data):
                         return None
@@ -129,7 +128,19 @@ class ZeroerAtOnce:
                 elif unmap and not self._give_back(plan, position, stop):
                     return None
             position = stop
-        return None
+        return plan
+
+    def _look(self, plan: Plan, position: int, end: int) -> tuple[bool, int] | None:
+        """Whether there is data, and for how many bytes that holds; None where that is not known, or where enough has
+        been looked at for this plan."""
+        if plan.n_left <= 0:
+            return None
+        found = self._find(position, end - position)
+        if found is not None:
+            bits, most = self._cluster_bits, self._mapping.slice_mask
+            plan.n_left -= _LOOK + min(found[1] >> bits, most)
+            plan.n_left -= self._n_below * (_LOOK + min(end - position >> bits, most))
+        return found
 
     def _take(self, plan: Plan, start: int, stop: int, n_data: int) -> bool:
         """Zero whole clusters by their entries, all in one slice; whether that is possible."""
@@ -157,11 +168,11 @@ class ZeroerAtOnce:
         n_free = self._zeroer.n_without_space(slice_, start, n_clusters)
         return n_free == n_clusters or self._take(plan, start + (n_free << self._cluster_bits), stop, 0)
 
-    def _data_bytes(self, position: int, end: int) -> int | None:
+    def _data_bytes(self, plan: Plan, position: int, end: int) -> int | None:
         """How many bytes of a cluster hold data, None where that is not known."""
         n_data = 0
         while position < end:
-            found = self._find(position, end - position)
+            found = self._look(plan, position, end)
             if found is None:
                 return None
             n_data += found[1] if found[0] else 0
