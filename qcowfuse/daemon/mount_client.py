@@ -24,6 +24,8 @@ class MountClient:
         str.split("adopt check_served mend_served sync_served write_back_served sync_everything users unmount")
     )
     """The methods that may be asked for by name."""
+    ONLY_OUTSIDE = frozenset(("write_back_served",))
+    """Those that nobody but the process outside may call: they are a convenience, not worth a risk."""
     _removes_place = False
 
     def __init__(self, place: MountPoint, file_name: str, *, removes_place: bool = False) -> None:

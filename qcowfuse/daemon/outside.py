@@ -9,7 +9,8 @@ keep /dev/fuse open for as long as it lives. The connection would never end, and
    connection, every call outside ends with an error, and the process ends. What it does is in
    :mod:`.outside_process`.
 2. Should the process be gone, a call is made in a thread after all: a risk, but else the disk could not be given up.
-   (In its sandbox the daemon can do little of it by itself.)
+   (In its sandbox the daemon can do little of it by itself.) What is not worth the risk fails
+   (:attr:`MountClient.ONLY_OUTSIDE`).
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Outside(Generic[C]):
     async def run(self, method: Callable[Concatenate[C, P], T], *args: P.args, **kwargs: P.kwargs) -> T:
         """A method of the client, called outside; its arguments are numbers.
 
-        Raises what it raises. Cancellation does not stop the call, but the answer is then dropped.
+        Raises what it raises, and MountError by rule 2. Cancellation does not stop the call, but the answer is then
+        dropped.
         """
         assert not kwargs
         name = method.__name__
@@ -68,6 +70,8 @@ class Outside(Generic[C]):
                     if number == self._number:
                         break
             except ConnectionError:
+                if name in MountClient.ONLY_OUTSIDE:
+                    raise MountError("the process outside of the mount is gone") from None
                 call = getattr(self._client, name)
                 return await trio.to_thread.run_sync(lambda: call(*args), abandon_on_cancel=True)
         if failure is not None:

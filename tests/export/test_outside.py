@@ -181,6 +181,8 @@ async def test_calls_are_made_here_when_it_is_gone(outside: Outside[Client]) -> 
     os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not is_alive(pid), "the end of the process")
     assert await outside.run(Client.pid) == os.getpid()
+    with pytest.raises(MountError, match="is gone"):
+        await outside.run(Client.write_back_served)
 
 
 async def test_it_leaves_the_session(outside: Outside[Client]) -> None:
