@@ -231,6 +231,7 @@ class FileStorage:
             else:
                 n_bytes = write_all(self._fd, host_offset, buffers)
         except OSError:
+            self.durability.note_change()  # a first part may be in the file
             self._grow_to(length_of(self._fd))
             raise
         counters = self.counters
@@ -280,6 +281,7 @@ class FileStorage:
             n_bytes = min(n_bytes, self._size - host_offset)
         if n_bytes <= 0:
             return
+        self.durability.note_change()  # whether it fails or not
         if unmap and await self._run(give_back, host_offset, n_bytes, True):
             self.counters.writes += 1
             return

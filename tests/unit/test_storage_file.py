@@ -379,6 +379,26 @@ async def test_a_disk_has_nothing_to_flush_until_it_changes(
     assert disk_storage.try_flush()
 
 
+@pytest.mark.parametrize("change", CHANGES)
+async def test_a_change_that_failed_may_have_been_made_in_part(
+    disk_storage: FileStorage, monkeypatch: pytest.MonkeyPatch, change: Callable[[FileStorage], Awaitable[None]]
+) -> None:
+    """What is in the file is read by the guest, and so has to be durable after a flush."""
+    await disk_storage.pwritev(0, [b"t" * 8192])
+    await disk_storage.flush()
+
+    def fail(*args: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        for name in ("sys_pwrite", "write_all", "zero_range", "give_back", "allocate_range"):
+            patch.setattr(file_module, name, fail)
+        patch.setattr(os, "ftruncate", fail)
+        with pytest.raises(OSError, match="No space"):
+            await change(disk_storage)
+    assert not disk_storage.try_flush()
+
+
 @pytest.mark.parametrize("change", [change_longer, change_zeroes, change_punch, change_allocate, change_length])
 async def test_a_flush_beside_a_change_does_not_cover_it(
     disk_storage: FileStorage, monkeypatch: pytest.MonkeyPatch, change: Callable[[FileStorage], Awaitable[None]]
