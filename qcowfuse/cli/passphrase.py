@@ -172,7 +172,7 @@ def _ask_elsewhere(image: str) -> int:
                 _ask_into(write_end, image, early)
             os.close(write_end)
             code = _wait_for_child(pid, early)
-        if code == _INTERRUPTED or code < 0:
+        if early or code == _INTERRUPTED or code < 0:
             raise KeyboardInterrupt
         if code != _ASKED:
             message = os.read(read_end, _PIPE_BYTES)
