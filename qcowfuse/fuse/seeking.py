@@ -75,14 +75,17 @@ class Seeker:
         return None if is_wanted_data else end
 
     def try_seek(self, off: int, end: int, whence: int) -> int | None:
-        """:meth:`seek`, where a few looks in memory tell; None where they don't, and where no data follows. Raises
-        CorruptImageError."""
+        """:meth:`seek`, where a few looks in memory tell; None where they don't, or are slow, and where no data
+        follows. Raises CorruptImageError."""
         is_wanted_data = whence == os.SEEK_DATA
         if not is_wanted_data and off in self._named:
             return None
-        for _ in range(_LOOKS_PER_QUESTION):
+        give_up_at = self._clock() + _QUESTION_SECONDS
+        for n_looks in range(_LOOKS_PER_QUESTION):
             if off >= end:
                 return None if is_wanted_data else end
+            if n_looks and self._clock() >= give_up_at:  # a look goes through all layers of a chain
+                return None
             found = self._image.try_find_extent(off, end - off)
             if found is None:
                 return None

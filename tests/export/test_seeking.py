@@ -55,6 +55,8 @@ class Clusters:
     def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
         """One cluster at a time; 2 stands for one that has to be read."""
         assert 0 < n_bytes <= self.size - guest_offset
+        self.n_looks += 1
+        self._clock.now += self._clock.step
         number = guest_offset // CLUSTER
         if self.data[number] == 2:
             return None
@@ -198,3 +200,12 @@ async def test_the_file_answers_like_that() -> None:
     assert await errno_from(operations.lseek(image.size, os.SEEK_HOLE)) == errno.ENXIO
     assert await errno_from(operations.lseek(0, os.SEEK_SET)) == errno.EINVAL
     assert operations.gate.n_slow == 0
+
+
+def test_a_search_at_once_ends_where_looks_are_slow() -> None:
+    """No other request is answered meanwhile. A first look is always made."""
+    seeker, clusters = seeker_on(bytes([0, 0, 0, 0, 0, 1]), 0.015)
+    assert seeker.try_seek(0, clusters.size, os.SEEK_DATA) is None
+    assert clusters.n_looks == 2
+    assert seeker.try_seek(4 * CLUSTER, clusters.size, os.SEEK_DATA) == 5 * CLUSTER
+    assert seeker.try_seek(0, clusters.size, os.SEEK_HOLE) == 0
