@@ -47,9 +47,6 @@ _MIN_BLOCK_SIZE = 4096
 
 _WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
-_PASSING = 1 << 33
-"""Set in the handle of a file that is open for reading, and was opened as our own process outside of the mount does:
-its close need not make durable what others write."""
 
 _log = logging.getLogger(__name__)
 
@@ -247,10 +244,11 @@ class Operations(pyfuse3.Operations):
         await self._flush_image("fsync")
 
     async def flush(self, fh: int) -> None:
-        """Every close of a descriptor: durable as well, where anything was written since the last time."""
-        if self._n_flushed < self._n_writes and not fh & _PASSING:
-            await self._flush_image("flush")
+        """Every close of a descriptor that could write: durable as well, where anything was written since the last
+        time. One that only reads has no part in that, and does not hear of its failure."""
         if fh & _WRITER:
+            if self._n_flushed < self._n_writes:
+                await self._flush_image("flush")
             await self.sizes.wait_until_mended()
 
     def _note_durable(self) -> None:
@@ -403,7 +401,7 @@ class Operations(pyfuse3.Operations):
             raise FUSEError(errno.EROFS)
         self.n_open += 1
         if flags & os.O_ACCMODE == os.O_RDONLY:
-            return FileInfo(fh=inode | (_PASSING if flags & os.O_NONBLOCK else 0), **self._caching)
+            return FileInfo(fh=inode, **self._caching)
         self.unsent.n_writers += 1
         return FileInfo(fh=inode | _WRITER, **self._caching)
 

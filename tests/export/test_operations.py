@@ -119,11 +119,12 @@ async def test_a_write_across_the_end_that_cannot_grow_keeps_what_fits(image: Me
 async def test_close_flushes_only_after_writes(image: MemoryImage) -> None:
     """flush makes writes durable once; with nothing new it does nothing. fsync always flushes."""
     operations = serve(image)
-    await operations.flush(FILE)
+    file = (await operations.open(FILE, os.O_RDWR, CTX)).fh
+    await operations.flush(file)
     assert image.n_flushes == 0
     await operations.write(FILE, 0, b"x")
-    await operations.flush(FILE)
-    await operations.flush(FILE)
+    await operations.flush(file)
+    await operations.flush(file)
     assert image.n_flushes == 1
     await operations.fsync(FILE, True)
     assert image.n_flushes == 2
@@ -132,18 +133,32 @@ async def test_close_flushes_only_after_writes(image: MemoryImage) -> None:
 async def test_close_flushes_again_after_a_failed_flush(image: MemoryImage) -> None:
     """A flush that failed does not count as done."""
     operations = serve(image)
+    file = (await operations.open(FILE, os.O_RDWR, CTX)).fh
     await operations.write(FILE, 0, b"x")
     image.failure = OSError(errno.EIO, "disk")
-    assert await errno_from(operations.flush(FILE)) == errno.EIO
-    assert await errno_from(operations.flush(FILE)) == errno.EIO
+    assert await errno_from(operations.flush(file)) == errno.EIO
+    assert await errno_from(operations.flush(file)) == errno.EIO
     image.failure = None
-    await operations.flush(FILE)
+    await operations.flush(file)
     assert image.n_flushes == 1
+
+
+async def test_a_reader_does_not_flush_at_close(image: MemoryImage) -> None:
+    """Nor does it hear that somebody's flush has failed: what it read was right."""
+    operations = serve(image)
+    reader, writer = [(await operations.open(FILE, how, CTX)).fh for how in (os.O_RDONLY, os.O_WRONLY)]
+    await operations.write(writer, 0, b"x")
+    await operations.flush(reader)
+    assert image.n_flushes == 0
+    image.failure = OSError(errno.EIO, "disk")
+    assert await errno_from(operations.flush(writer)) == errno.EIO
+    await operations.flush(reader)
 
 
 async def test_write_during_a_flush_is_flushed_by_the_next_close(image: MemoryImage) -> None:
     """A write that arrives while a flush is under way is not taken for flushed."""
     operations = serve(image)
+    file = (await operations.open(FILE, os.O_RDWR, CTX)).fh
     await operations.write(FILE, 0, b"x")
     is_flushing, go_on = trio.Event(), trio.Event()
 
@@ -153,12 +168,12 @@ async def test_write_during_a_flush_is_flushed_by_the_next_close(image: MemoryIm
 
     image.flush = flush_until_told  # type: ignore[method-assign]
     async with trio.open_nursery() as nursery:
-        nursery.start_soon(operations.flush, FILE)
+        nursery.start_soon(operations.flush, file)
         await is_flushing.wait()
         await operations.write(FILE, 1, b"y")
         go_on.set()
     del image.flush
-    await operations.flush(FILE)
+    await operations.flush(file)
     assert image.n_flushes == 1
 
 

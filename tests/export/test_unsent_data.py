@@ -107,7 +107,7 @@ async def test_a_look_from_outside_flushes_nothing(monkeypatch: pytest.MonkeyPat
     """Each search would else be an fsync of what others write."""
     operations, kernel = make(monkeypatch)
     await operations.write(FILE, 0, b"x")
-    for flags, n_flushes in ((os.O_RDONLY | os.O_NONBLOCK, 0), (os.O_RDONLY, 1)):
+    for flags, n_flushes in ((os.O_RDONLY, 0), (os.O_RDWR, 1)):
         opened = await operations.open(FILE, flags, CONTEXT)
         await operations.flush(opened.fh)
         await operations.release(opened.fh)
