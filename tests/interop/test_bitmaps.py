@@ -12,6 +12,7 @@ import pytest
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.layers.mapping import Mapping
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.writing import changes
 from qcowfuse.driver.writing import dirty_bitmaps as kept_bitmaps
 from tests.support import qemu
 from tests.support.bitmaps import (
@@ -100,6 +101,32 @@ async def test_qemu_sees_exactly_what_was_changed(tmp_path: Path, options: str) 
     qemu.io(path, ["write -P 10 12M 64k"])  # and QEMU goes on with what we stored
     dirty.append((12 * MIB, 64 * KIB))
     assert qemu_dirty(path, "g64k") == ranges_of(granules_of(dirty, 65536), 65536, size)
+
+
+async def test_a_long_range_is_marked_step_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bits of a whole large disk are many megabytes, and others wait while they are set."""
+    monkeypatch.setattr(changes, "MAX_MARKED", MIB)
+    size = 9 * MIB + 5 * 512
+    path = tmp_path / "a.qcow2"
+    qemu.create(path, "qcow2", size, options="cluster_size=64k")
+    qemu.io(path, ["write -P 7 1M 3M"])
+    add_bitmap(path, "b", 4096)
+    marked: list[int] = []
+    mark = kept_bitmaps.DirtyBitmaps.mark
+
+    def noting(bitmaps: kept_bitmaps.DirtyBitmaps, guest_offset: int, n_bytes: int) -> None:
+        marked.append(n_bytes)
+        mark(bitmaps, guest_offset, n_bytes)
+
+    monkeypatch.setattr(kept_bitmaps.DirtyBitmaps, "mark", noting)
+    image = await open_image(str(path))
+    await image.write_zeroes(512, size - 512, unmap=True)
+    assert not image.try_write_zeroes(0, size, unmap=True)
+    assert image.try_write_zeroes(MIB, MIB, unmap=True)
+    await image.aclose()
+    assert max(marked) == MIB
+    assert qemu.check(path).clean
+    assert qemu_dirty(path, "b") == [(0, size)]
 
 
 @pytest.mark.parametrize("raw", ["off", "on"])
