@@ -53,7 +53,7 @@ def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forge
     with _named(file) as (named, _):  # names the file without an open and a close of it
         path = f"/proc/self/fd/{named}"
         if forgets or (lowers and syncs):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             try:
                 if lowers and syncs:
                     with suppress(OSError):  # the writer hears of it
@@ -90,7 +90,7 @@ def sync_served(file: ServedFile) -> None:
     the processes that still have it. Raises OSError."""
     try:
         with _named(file) as (named, _):
-            fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
         fd = _open_elsewhere(file)
     try:
@@ -104,7 +104,7 @@ def write_back_served(file: ServedFile) -> None:
     Raises OSError."""
     libc = ctypes.CDLL(None, use_errno=True)
     with _named(file) as (named, _):
-        fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(f"/proc/self/fd/{named}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     try:
         sync_range = libc.sync_file_range
         sync_range.argtypes = (ctypes.c_int, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint)
@@ -127,7 +127,7 @@ def sync_everything(file: ServedFile) -> None:
 def _open_elsewhere(file: ServedFile) -> int:
     for path in mount_users.paths_elsewhere(file.device, file.name):
         with suppress(OSError):
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
             if os.fstat(fd).st_dev == file.device:
                 return fd
             os.close(fd)
