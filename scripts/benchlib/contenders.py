@@ -131,6 +131,8 @@ def serve_qsd(program: str, n_iothreads: int, image: Path, folder: Path) -> Iter
     finally:
         process.send_signal(signal.SIGTERM)
         wait_ended(process)
+        # Ended right behind its start, it may leave the mount.
+        run("fusermount3", "-u", "-q", "-z", str(file), check=False)
         file.unlink()
 
 
