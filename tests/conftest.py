@@ -17,9 +17,9 @@ from tests.support import container, measured, qemu
 settings.register_profile("qcowfuse", deadline=None)
 settings.load_profile("qcowfuse")
 
-DECLARED_SKIPS = (container.LACKS, container.FORBIDS, qemu.LACKS)
-"""Parts of skip reasons that do not fail under QCOWFUSE_NO_SKIPS=1: what a container or an old QEMU lacks, and what a
-system forbids."""
+DECLARED_SKIPS = (container.LACKS, container.FORBIDS, container.OLDER_KERNEL, qemu.LACKS)
+"""Parts of skip reasons that do not fail under QCOWFUSE_NO_SKIPS=1: what a container, an old kernel or an old
+QEMU lacks, and what a system forbids."""
 
 # A shell that starts the tests in the background has them ignore SIGINT, and what they start would inherit that.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -11,18 +11,14 @@ from pathlib import Path
 import pytest
 
 from tests.support import loops, qemu
-from tests.support.booting import REPOSITORY, run_booted, throw_away_root
+from tests.support.booting import NEEDS_A_BOOT, REPOSITORY, run_booted, throw_away_root
 from tests.support.container import lacks, need_loop_devices
 from tests.support.inner_file_systems import ext4_in_partition_2, is_whole
 from tests.support.mounting import Mounted
 
 DATA = REPOSITORY / "qcowfuse/data"
 LOOP_UNIT = DATA / "qcowfuse-loop@.service"
-pytestmark = [
-    pytest.mark.mount,
-    pytest.mark.root,
-    pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),
-]
+pytestmark = NEEDS_A_BOOT
 
 
 @pytest.fixture

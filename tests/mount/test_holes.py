@@ -15,7 +15,7 @@ import pytest
 
 from qcowfuse.fuse.holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE
 from qcowfuse.fuse.unsent_data import is_waited_for
-from tests.support import qemu
+from tests.support import container, qemu
 from tests.support.loops import served
 from tests.support.mounting import check_image_file, create_image, run_qcowfuse, wait_until
 from tests.support.syscalls import fallocate
@@ -90,7 +90,7 @@ def test_the_map_of_the_file_is_that_of_the_image(
 
 
 needs_waiting_kernel = pytest.mark.skipif(
-    not is_waited_for(os.uname().release), reason="this kernel does not wait for what it is made to send"
+    not is_waited_for(os.uname().release), reason=f"{container.OLDER_KERNEL} Linux 6.16, and does not wait for pages"
 )
 
 

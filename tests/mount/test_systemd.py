@@ -12,15 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests.support import qemu
-from tests.support.booting import REPOSITORY, run_booted, throw_away_root
+from tests.support.booting import NEEDS_A_BOOT, REPOSITORY, run_booted, throw_away_root
 from tests.support.container import need_loop_devices
 
 UNIT = REPOSITORY / "qcowfuse/data/qcowfuse@.service"
-pytestmark = [
-    pytest.mark.mount,
-    pytest.mark.root,
-    pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),
-]
+pytestmark = NEEDS_A_BOOT
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import qemu
-from tests.support.booting import REPOSITORY, run_booted, throw_away_root
+from tests.support.booting import NEEDS_A_BOOT, REPOSITORY, run_booted, throw_away_root
 from tests.support.container import lacks
 
 UNIT = REPOSITORY / "qcowfuse/data/user/qcowfuse@.service"
@@ -26,11 +26,7 @@ ustate() {{ ctl show -P ActiveState "$1"; }}
 said() {{ journalctl -q _UID=$uid SYSLOG_IDENTIFIER=qcowfuse -o cat | grep -v INFO:; }}
 cd /home/{USER}
 """
-pytestmark = [
-    pytest.mark.mount,
-    pytest.mark.root,
-    pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),
-]
+pytestmark = NEEDS_A_BOOT
 
 
 @pytest.fixture

@@ -61,6 +61,12 @@ gone() { ! mounted "$1"; }
 no_daemon() { ! pgrep -f "from qcowfuse[.]cli" >/dev/null; }
 checked() { qemu-img check -q "$1" || fail "qemu-img check $1"; }
 """
+NEEDS_A_BOOT = [
+    pytest.mark.mount,
+    pytest.mark.root,
+    pytest.mark.skipif(not shutil.which("systemd-nspawn"), reason="needs systemd-nspawn (package systemd-container)"),
+]
+"""Marks of a module whose tests boot a container."""
 
 
 class Outcome(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a container, a chroot or a strict system may lack: there a reason to skip, elsewhere a failure."""
+"""What a container, a chroot, a strict system or an old kernel lacks: there a reason to skip, elsewhere a failure."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from qcowfuse.system import landlock
 
 LACKS = "this container lacks"
 FORBIDS = "this system forbids"
+OLDER_KERNEL = "this kernel is older than"
 """How the reasons begin; skips for them are declared."""
 
 LOOP_CTL_ADD = 0x4C80
