@@ -96,6 +96,19 @@ async def test_much_dirty_metadata_is_written_back_before_a_change() -> None:
         assert n_rounds == expected
 
 
+@pytest.mark.parametrize(
+    ("start", "n_bytes"), [(0, 1 << 40), (8192, 1024), (8192, 1 << 40), (0, 9216), (1 << 20, 512)]
+)
+def test_only_what_may_have_become_a_hole_is_forgotten(start: int, n_bytes: int) -> None:
+    """However many times larger than all that is known: what lies outside stays known."""
+    space = MetadataSpace(LimitedStorage(bytes(CLUSTER), Room()))
+    space.note_written(4096, 8192)
+    space.forget(start, n_bytes)
+    for place in range(0, 16384, 512):
+        is_outside = place + 512 <= start or place >= start + n_bytes
+        assert space.has(place, 512) == (4096 <= place < 12288 and is_outside)
+
+
 @pytest.mark.parametrize("has_fallocate", [True, False])
 @pytest.mark.parametrize(("n_table", "steps"), [(128, (1,) * 900), (1, (100, 9, 70, 900)), (128, (1000, 20, 9000))])
 async def test_what_is_allocated_can_be_written(n_table: int, steps: tuple[int, ...], has_fallocate: bool) -> None:

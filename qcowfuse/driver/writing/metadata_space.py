@@ -94,8 +94,11 @@ class MetadataSpace:
 
     def forget(self, host_offset: int, n_bytes: int) -> None:
         """The bytes may become a hole."""
-        if self._known:
-            self._known.difference_update(_units(host_offset, n_bytes))
+        units = _units(host_offset, n_bytes)
+        if len(units) <= len(self._known):
+            self._known.difference_update(units)
+        else:  # a gigabyte has two million
+            self._known = {unit for unit in self._known if unit not in units}
 
     async def secure(self, host_offset: int, n_bytes: int) -> None:
         """Give the bytes their space, and keep what they hold. Raises OSError (ENOSPC)."""
