@@ -54,6 +54,26 @@ async def test_busy_threads_are_reached_when_they_have_time() -> None:
     assert len(runs) == len(set(runs))
 
 
+async def test_nothing_is_waited_for_once_all_are_reached(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows is the rest of a start."""
+    n_pauses = 0
+
+    async def pause(_seconds: float) -> None:
+        nonlocal n_pauses
+        n_pauses += 1
+
+    monkeypatch.setattr(trio, "sleep", pause)
+    other = await trio.to_thread.run_sync(threading.get_native_id)
+    wanted = {threading.get_native_id(), other}
+    runs: list[int] = []
+    missed = await every_thread.run_in_every_thread(
+        lambda: runs.append(threading.get_native_id()), lambda: wanted | idle_threads_of_trio()
+    )
+    assert missed == set()
+    assert wanted <= set(runs)
+    assert not n_pauses
+
+
 async def test_threads_that_stay_busy_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A thread that has ended meanwhile is not among them, and none runs it when the caller has gone on."""
     monkeypatch.setattr(every_thread, "PATIENCE_SECONDS", 0.05)
