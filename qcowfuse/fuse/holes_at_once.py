@@ -34,7 +34,7 @@ class HolesAtOnce:
         self._failure: tuple[int, int, OSError] | None = None
 
     def start_lseek(self, off: int, whence: int) -> int | None:
-        """The answer of lseek(2), None by rule 1. Raises CorruptImageError."""
+        """The answer of lseek(2), :data:`~.seeking.NO_DATA` for ENXIO, None by rule 1. Raises CorruptImageError."""
         size = self._image.size
         if whence not in (os.SEEK_DATA, os.SEEK_HOLE) or not 0 <= off < size or not self._knows_all():
             return None

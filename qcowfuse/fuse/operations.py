@@ -31,7 +31,7 @@ from ..driver.image import Image
 from ..driver.pending import PendingRead, PendingWrite
 from .attributes import Attributes, Ownership
 from .errnos import errno_of
-from .fsync_at_once import FsyncAtOnce
+from .fsync_at_once import WRITER, FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
 from .request_gate import RequestGate
 from .seeking import Seeker, never
@@ -44,9 +44,6 @@ FILE_INODE_IN_DIRECTORY = 2
 
 _MAX_BLOCK_SIZE = 1 << 20
 _MIN_BLOCK_SIZE = 4096
-
-_WRITER = 1 << 32
-"""Set in the handle of a file that is open for writing."""
 
 _log = logging.getLogger(__name__)
 
@@ -102,7 +99,14 @@ class Operations(pyfuse3.Operations):
         )
         self._file = Attributes(self._file_inode, ownership, mtime_ns)
         self._folder = Attributes(pyfuse3.ROOT_INODE, replace(ownership, mode=folder_mode), mtime_ns)
-        self.fsyncs = FsyncAtOnce(image, self._file, show=self.file_attributes, on_durable=self._note_durable)
+        self.fsyncs = FsyncAtOnce(
+            image,
+            self._file,
+            self.sizes,
+            show=self.file_attributes,
+            is_durable=lambda: self._n_flushed >= self._n_writes,
+            on_durable=self._note_durable,
+        )
         self._n_writes = self._n_flushed = 0
         self._on_release = on_release
         self._on_discard = on_discard
@@ -246,7 +250,7 @@ class Operations(pyfuse3.Operations):
     async def flush(self, fh: int) -> None:
         """Every close of a descriptor that could write: durable as well, where anything was written since the last
         time. One that only reads has no part in that, and does not hear of its failure."""
-        if fh & _WRITER:
+        if fh & WRITER:
             if self._n_flushed < self._n_writes:
                 await self._flush_image("flush")
             await self.sizes.wait_until_mended()
@@ -365,9 +369,8 @@ class Operations(pyfuse3.Operations):
 
     async def listxattr(self, inode: int, ctx: RequestContext) -> list[bytes]:
         """``user.qcowfuse.<counter>`` for each counter."""
-        if inode != self._file_inode:
-            return []
-        return [XATTR_PREFIX + name.encode() for name in self._statistics()]
+        names = self._statistics() if inode == self._file_inode else {}
+        return [XATTR_PREFIX + name.encode() for name in names]
 
     async def getxattr(self, inode: int, name: bytes, ctx: RequestContext) -> bytes:
         """A counter in decimal."""
@@ -403,12 +406,12 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_ACCMODE == os.O_RDONLY:
             return FileInfo(fh=inode, **self._caching)
         self.unsent.n_writers += 1
-        return FileInfo(fh=inode | _WRITER, **self._caching)
+        return FileInfo(fh=inode | WRITER, **self._caching)
 
     async def release(self, fh: int) -> None:
         """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
         self.n_open -= 1
-        if fh & _WRITER:
+        if fh & WRITER:
             self.unsent.n_writers -= 1
         self._on_release()
 

@@ -20,6 +20,8 @@ from collections.abc import Callable
 
 from ..driver.image import Image
 
+NO_DATA = -1
+"""What :meth:`Seeker.try_seek` gives where no data follows."""
 DATA_SECONDS = 0.5
 HOLE_SECONDS = 2.0
 """The end of the file is a poor answer where much follows, and tables that are read from a slow disk take time."""
@@ -75,15 +77,15 @@ class Seeker:
         return None if is_wanted_data else end
 
     def try_seek(self, off: int, end: int, whence: int) -> int | None:
-        """:meth:`seek`, where a few looks in memory tell; None where they don't, or are slow, and where no data
-        follows. Raises CorruptImageError."""
+        """:meth:`seek`, where a few looks in memory tell; None where they don't, or are slow.
+        :data:`NO_DATA` means that no data follows. Raises CorruptImageError."""
         is_wanted_data = whence == os.SEEK_DATA
         if not is_wanted_data and off in self._named:
             return None
         give_up_at = self._clock() + _QUESTION_SECONDS
         for n_looks in range(_LOOKS_PER_QUESTION):
             if off >= end:
-                return None if is_wanted_data else end
+                return NO_DATA if is_wanted_data else end
             if n_looks and self._clock() >= give_up_at:  # a look goes through all layers of a chain
                 return None
             found = self._image.try_find_extent(off, end - off)
@@ -92,6 +94,8 @@ class Seeker:
             if found[0] is is_wanted_data:
                 return off
             off += found[1]
+        if off >= end:
+            return NO_DATA if is_wanted_data else end
         return None
 
     def _named_early(self, off: int) -> int:

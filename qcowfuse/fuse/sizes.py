@@ -219,6 +219,11 @@ class Sizes:
             if not self._wrong.is_set():
                 self._mended.set()
 
+    @property
+    def is_mended(self) -> bool:
+        """Whether :meth:`wait_until_mended` would not wait."""
+        return self._mended.is_set()
+
     async def wait_until_mended(self) -> None:
         """Wait a moment for :meth:`watch` after a truncation, so that an unmount after a close does not meet that
         process."""

@@ -25,7 +25,7 @@ from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY
-GETATTR, SETATTR, READ, WRITE, FSYNC, FALLOCATE, LSEEK = 3, 4, 15, 16, 20, 43, 46
+GETATTR, SETATTR, OPEN, READ, WRITE, FSYNC, FLUSH, FALLOCATE, LSEEK = 3, 4, 14, 15, 16, 20, 25, 43, 46
 MTIME, HANDLE, CTIME, SIZE, MTIME_NOW, UID = 1 << 5, 1 << 6, 1 << 10, 1 << 3, 1 << 8, 1 << 1
 N_BUFFER = (1 << 20) + 4096
 
@@ -53,6 +53,14 @@ def fallocate_request(off: int, length: int, mode: int, **extra: int) -> bytes:
 
 def fsync_request(**extra: int) -> bytes:
     return header(FSYNC, 56, **extra) + struct.pack("<QII", 1, 1, 0)
+
+
+def flush_request(handle: int, **extra: int) -> bytes:
+    return header(FLUSH, 64, **extra) + struct.pack("<QIIQ", handle, 0, 0, 4711)
+
+
+def getattr_request(**extra: int) -> bytes:
+    return header(GETATTR, 56, **extra) + struct.pack("<IIQ", 1, 0, 1)
 
 
 def setattr_request(valid: int, mtime: tuple[int, int], ctime: tuple[int, int], **extra: int) -> bytes:
@@ -187,6 +195,17 @@ def test_a_seek_is_answered(holey: tuple[Kernel, HoleyImage], off: int, whence: 
     assert kernel.at_once.n_answered == 1
 
 
+def test_a_seek_that_finds_no_data_is_answered(holey: tuple[Kernel, HoleyImage]) -> None:
+    """ENXIO, where a few looks show that; a longer search is handed on."""
+    kernel, image = holey
+    assert kernel.receive(lseek_request(image.size - 8 * 4096, os.SEEK_DATA, unique=4)) == -errno.EINTR
+    assert kernel.reply() == (4, -errno.ENXIO, b"")
+    assert kernel.at_once.n_answered == 1
+    request = lseek_request(image.size - 9 * 4096, os.SEEK_DATA)
+    assert kernel.handed_on(kernel.receive(request)) == request
+    assert not kernel.has_reply()
+
+
 class DurableImage(MemoryImage):
     """Knows at once that all is durable, while ``is_durable``."""
 
@@ -234,6 +253,53 @@ def test_an_fsync_that_must_wait_is_handed_on(durable: tuple[Kernel, DurableImag
     assert kernel.handed_on(kernel.receive(request)) == request
     assert not kernel.has_reply()
     assert kernel.at_once.n_answered == 0
+
+
+async def test_a_close_is_answered(durable: tuple[Kernel, DurableImage]) -> None:
+    """Of a writer: with one flush where something was written since the last. Of a reader: with none."""
+    kernel, image = durable
+    context = cast(RequestContext, None)
+    reader = (await kernel.operations.open(FILE, os.O_RDONLY, context)).fh
+    writer = (await kernel.operations.open(FILE, os.O_RDWR, context)).fh
+    assert kernel.receive(write_request(0, b"x" * 512, unique=3)) == -errno.EINTR
+    kernel.reply()
+    for handle, n_flushes in ((reader, 0), (writer, 1), (writer, 1)):
+        assert kernel.receive(flush_request(handle, unique=4)) == -errno.EINTR
+        assert kernel.reply() == (4, 0, b"")
+        assert image.n_flushes == n_flushes
+    assert kernel.at_once.n_answered == 4
+
+
+async def test_a_close_that_must_wait_is_handed_on(durable: tuple[Kernel, DurableImage]) -> None:
+    """For a flush, or until the size is right again; and so is one of another length."""
+    kernel, image = durable
+    context = cast(RequestContext, None)
+    writer = (await kernel.operations.open(FILE, os.O_RDWR, context)).fh
+    assert kernel.receive(write_request(0, b"x" * 512)) == -errno.EINTR
+    kernel.reply()
+    image.is_durable = False
+    for request in (flush_request(writer), header(FLUSH, 48) + bytes(8)):
+        assert kernel.handed_on(kernel.receive(request)) == request
+    image.is_durable = True
+    await kernel.operations.sizes.truncate(4096, 1)
+    request = flush_request(writer)
+    assert kernel.handed_on(kernel.receive(request)) == request
+    assert not kernel.has_reply()
+
+
+async def test_attributes_are_answered(kernel: Kernel, image: MemoryImage) -> None:
+    """What libfuse makes of what the handler says; not while the size has to be put right."""
+    context = cast(RequestContext, None)
+    assert kernel.receive(getattr_request(unique=12)) == -errno.EINTR
+    unique, error, body = kernel.reply()
+    shown = await kernel.operations.getattr(FILE, context)
+    assert (unique, error, len(body)) == (12, 0, 104)
+    assert struct.unpack_from("<3Q", body, 16) == (FILE, image.size, shown.st_blocks)
+    assert struct.unpack_from("<4I", body, 76) == (shown.st_mode, 1, 5, 6)
+    await kernel.operations.sizes.truncate(4096, 1)
+    for request in (getattr_request(), getattr_request(inode=1), header(GETATTR, 48) + bytes(8)):
+        assert kernel.handed_on(kernel.receive(request)) == request
+    assert not kernel.has_reply()
 
 
 @pytest.mark.parametrize("valid", [MTIME | CTIME, MTIME | CTIME | HANDLE])
@@ -380,7 +446,7 @@ def test_several_requests_are_answered_in_their_order(kernel: Kernel, image: Mem
 @pytest.mark.parametrize(
     "request_",
     [
-        header(GETATTR, 56) + bytes(16),
+        header(OPEN, 48) + bytes(8),
         read_request(0, 512, inode=1),
         write_request(0, b"x" * 512, inode=1),
         read_request((1 << 20) - 512, 1024),
@@ -499,7 +565,7 @@ def test_errors_are_decided_elsewhere(
 
 def test_answered_requests_before_one_that_is_handed_on(kernel: Kernel) -> None:
     """The replies are out before libfuse gets its request; what comes after stays where it is."""
-    last = header(GETATTR, 56) + bytes(16)
+    last = header(OPEN, 48) + bytes(8)
     assert kernel.receive(read_request(0, 512, unique=1), last, read_request(0, 512, unique=3)) == len(last)
     assert kernel.handed_on(len(last)) == last
     assert kernel.reply()[0] == 1

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from qcowfuse.driver.image import Image
 from qcowfuse.fuse import seeking
-from qcowfuse.fuse.seeking import DATA_SECONDS, FREE_LOOKS, HOLE_SECONDS, Seeker
+from qcowfuse.fuse.seeking import DATA_SECONDS, FREE_LOOKS, HOLE_SECONDS, NO_DATA, Seeker
 from tests.export.test_operations import errno_from, serve
 from tests.support.memory_image import MemoryImage
 
@@ -174,16 +174,18 @@ async def test_a_copy_of_all_data_misses_none(seed: int, step: float) -> None:
 
 
 async def test_a_few_looks_in_memory_tell_the_same() -> None:
-    """Of every place, or nothing: where much would have to be looked at, something read, or no data follows."""
+    """Of every place, or nothing: where much would have to be looked at, or something read."""
     seeker, clusters = seeker_on(bytes([0, 1, 1, 0, 0, 1] + [0] * 20 + [1, 0]), 0)
     n_told = 0
     for off in range(0, clusters.size, CLUSTER // 2):
         for whence in (os.SEEK_DATA, os.SEEK_HOLE):
             told = seeker.try_seek(off, clusters.size, whence)
             n_told += told is not None
-            assert told in (None, await seeker.seek(off, clusters.size, whence))
+            found = await seeker.seek(off, clusters.size, whence)
+            assert told in (None, NO_DATA if found is None else found)
     assert n_told > clusters.size // CLUSTER
     assert seeker.try_seek(6 * CLUSTER, clusters.size, os.SEEK_DATA) is None
+    assert seeker.try_seek(clusters.size - CLUSTER, clusters.size, os.SEEK_DATA) == NO_DATA
     seeker, clusters = seeker_on(bytes([0, 2, 1]), 0)
     assert seeker.try_seek(0, clusters.size, os.SEEK_DATA) is None
     assert seeker.try_seek(0, clusters.size, os.SEEK_HOLE) == 0

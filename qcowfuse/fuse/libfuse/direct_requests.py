@@ -4,7 +4,8 @@ pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then ha
 coroutine. For a read of 4 KiB from memory that costs several times what the read does. While
 :meth:`DirectRequests.active` lasts, that call is diverted: requests are read here, READ and WRITE of the one file are
 answered by plain calls, and then comes the next; whatever else is read is handed to libfuse, as if libfuse had read
-it. So are FSYNC with the SETATTR before it, and LSEEK and FALLOCATE where the session answers them at all.
+it. So are FSYNC with the SETATTR before it, FLUSH, GETATTR, and LSEEK and FALLOCATE where the session answers them at
+all.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
    that does not fit) it is handed on as it came. A read or write that has to wait, or that failed, was started here
@@ -41,6 +42,7 @@ from ...system.import_slot import LoadedObject, SlotError, diverted
 from ..fsync_at_once import FsyncAtOnce
 from ..holes_at_once import HolesAtOnce
 from ..request_gate import RequestGate
+from ..seeking import NO_DATA
 from ..started import StartedRequest
 from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
 
@@ -51,9 +53,11 @@ _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
 _REPLY = struct.Struct("<IiQ")
 _WRITTEN = struct.Struct("<IiQII")
-_FUSE_SETATTR, _FUSE_READ, _FUSE_WRITE, _FUSE_FSYNC, _FUSE_FALLOCATE, _FUSE_LSEEK = 4, 15, 16, 20, 43, 46
-# What stands behind the header, and the length of both: fuse_{fsync,setattr,lseek,fallocate}_in.
-_FSYNC_BYTES, _SETATTR_BYTES = _HEADER_BYTES + 16, _HEADER_BYTES + SETATTR_BYTES
+_FUSE_GETATTR, _FUSE_SETATTR, _FUSE_READ, _FUSE_WRITE, _FUSE_FSYNC, _FUSE_FLUSH = 3, 4, 15, 16, 20, 25
+_FUSE_FALLOCATE, _FUSE_LSEEK = 43, 46
+# What stands behind the header, and the length of both: fuse_{fsync,getattr,setattr,flush,lseek,fallocate}_in.
+_FSYNC_BYTES, _GETATTR_BYTES, _SETATTR_BYTES = _HEADER_BYTES + 16, _HEADER_BYTES + 16, _HEADER_BYTES + SETATTR_BYTES
+_FLUSH, _FLUSH_BYTES = struct.Struct("<Q"), _HEADER_BYTES + 24
 _LSEEK, _LSEEK_BYTES = struct.Struct("<8xQI"), _HEADER_BYTES + 24
 _FALLOCATE, _FALLOCATE_BYTES = struct.Struct("<8xQQI"), _HEADER_BYTES + 32
 _SOUGHT = struct.Struct("<Q")
@@ -62,8 +66,9 @@ _USUAL_SECONDS = 100e-6
 _MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
 _MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
 
-_Answer = Callable[[memoryview, int], bytes | None]
-"""Takes a request and its length; gives what stands behind the header of the reply, None for what is handed on."""
+_Answer = Callable[[memoryview, int], bytes | int | None]
+"""Takes a request and its length; gives what stands behind the header of the reply, the number of an error, or None
+for what is handed on."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,7 +91,7 @@ class RequestHandlers(Protocol):
 
     @property
     def fsyncs(self) -> FsyncAtOnce:
-        """What answers FSYNC, and SETATTR of the times that come before it."""
+        """What answers FSYNC, SETATTR of the times that come before it, FLUSH and GETATTR."""
 
     @property
     def holes(self) -> HolesAtOnce:
@@ -132,6 +137,8 @@ class DirectRequests:
         self._answers: dict[int, _Answer] = {
             _FUSE_FSYNC: self._fsync,
             _FUSE_SETATTR: self._set_times,
+            _FUSE_FLUSH: self._flush,
+            _FUSE_GETATTR: self._getattr,
             _FUSE_LSEEK: self._lseek,
             _FUSE_FALLOCATE: self._fallocate,
         }
@@ -276,7 +283,10 @@ class DirectRequests:
         if body is None:
             return 0
         seconds = time.perf_counter() - start
-        _reply(self._fd, unique, (_REPLY.pack(_REPLY.size + len(body), 0, unique), body))
+        if isinstance(body, int):
+            _reply(self._fd, unique, (_REPLY.pack(_REPLY.size, -body, unique),))
+        else:
+            _reply(self._fd, unique, (_REPLY.pack(_REPLY.size + len(body), 0, unique), body))
         return 1 + int(seconds / _USUAL_SECONDS)
 
     def _fsync(self, view: memoryview, n_bytes: int) -> bytes | None:
@@ -286,11 +296,23 @@ class DirectRequests:
         times = parse_set_times(view, _HEADER_BYTES) if n_bytes == _SETATTR_BYTES else None
         return None if times is None else pack_attributes(self._handlers.fsyncs.start_set_times(*times))
 
-    def _lseek(self, view: memoryview, n_bytes: int) -> bytes | None:
+    def _flush(self, view: memoryview, n_bytes: int) -> bytes | None:
+        if n_bytes != _FLUSH_BYTES:
+            return None
+        (handle,) = _FLUSH.unpack_from(view, _HEADER_BYTES)
+        return b"" if self._handlers.fsyncs.start_flush(handle) else None
+
+    def _getattr(self, view: memoryview, n_bytes: int) -> bytes | None:
+        entry = self._handlers.fsyncs.start_getattr() if n_bytes == _GETATTR_BYTES else None
+        return None if entry is None else pack_attributes(entry)
+
+    def _lseek(self, view: memoryview, n_bytes: int) -> bytes | int | None:
         if not self.answers_lseek or n_bytes != _LSEEK_BYTES:
             return None
         off, whence = _LSEEK.unpack_from(view, _HEADER_BYTES)
         found = self._handlers.holes.start_lseek(off, whence)
+        if found == NO_DATA:
+            return errno.ENXIO
         return None if found is None else _SOUGHT.pack(found)
 
     def _fallocate(self, view: memoryview, n_bytes: int) -> bytes | None:
