@@ -1,7 +1,7 @@
 """Imports that wait until something of the module is used.
 
-A library may import what its caller never uses. trio imports ``ssl``, ``hmac`` and ``idna``: with their shared
-libraries that is a tenth of the time that a daemon takes to start, and 2 MiB of its memory.
+A library may import what its caller never uses: with their shared libraries that can be a tenth of the time that a
+daemon takes to start, and some MiB of its memory.
 
 1. A module that is imported already is left alone.
 2. Who imports the module afterwards gets the module itself, not its stand-in.
@@ -12,28 +12,49 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import ModuleType
 
-FOR_TRIO = ("ssl", "hmac", "idna")
-"""What trio imports and this program never uses: TLS, DTLS, and names of hosts."""
 
+class LateModule(ModuleType):
+    """Stands in for a module until an attribute is asked for that is not among ``given``, and imports it then.
 
-class _StandIn(ModuleType):
-    """Imports the module when an attribute is asked for. Raises what the import raises, or AttributeError."""
+    Raises what the import raises, or AttributeError.
+    """
+
+    def __init__(self, name: str, **given: object) -> None:
+        super().__init__(name)
+        vars(self).update(given)
 
     def __getattr__(self, name: str) -> object:
-        _remove(self)
-        return getattr(importlib.import_module(self.__name__), name)
+        return getattr(real_module(self.__name__), name)
+
+
+def real_module(name: str) -> ModuleType:
+    """The module itself, imported if only a stand-in is there. Raises what the import raises."""
+    module = sys.modules.get(name)
+    if isinstance(module, LateModule):
+        _remove(module)
+    return importlib.import_module(name)
 
 
 @contextmanager
 def imported_late(*names: str) -> Iterator[None]:
     """Inside of the block, an import of one of these top-level modules gives a stand-in that imports it when it is
     used."""
-    stand_ins = [_StandIn(name) for name in names if name not in sys.modules]
+    with standing_in(*map(LateModule, names)):
+        yield
+
+
+@contextmanager
+def standing_in(*modules: ModuleType) -> Iterator[None]:
+    """Inside of the block, an import of a module with one of these names gives the one that is passed here."""
+    stand_ins = [module for module in modules if module.__name__ not in sys.modules]
     for stand_in in stand_ins:
+        package, _, part = stand_in.__name__.rpartition(".")
         sys.modules[stand_in.__name__] = stand_in
+        if package in sys.modules:
+            setattr(sys.modules[package], part, stand_in)  # ``import package.part`` doesn't
     try:
         yield
     finally:
@@ -41,6 +62,10 @@ def imported_late(*names: str) -> Iterator[None]:
             _remove(stand_in)
 
 
-def _remove(stand_in: _StandIn) -> None:
+def _remove(stand_in: ModuleType) -> None:
+    package, _, part = stand_in.__name__.rpartition(".")
     if sys.modules.get(stand_in.__name__) is stand_in:
         del sys.modules[stand_in.__name__]
+    if package in sys.modules and vars(sys.modules[package]).get(part) is stand_in:
+        with suppress(AttributeError):
+            delattr(sys.modules[package], part)

@@ -19,6 +19,8 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     "cryptography",
     "getpass",
     *("_hashlib", "_ssl", "hmac", "idna", "ssl"),
+    *("attr", "attrs", "ctypes.util", "email", "importlib.metadata", "zipfile"),
+    *(f"trio.{name}" for name in ("_channel", "_dtls", "_highlevel_socket", "_ssl", "_subprocess", "socket")),
     "zstandard",
     *(f"qcowfuse.cli.{name}" for name in ("img.main", "mount.parser", "verbs.main")),
     *(f"qcowfuse.tools.{name}" for name in ("check", "create", "info", "overlay")),
@@ -105,11 +107,11 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
         + textwrap.dedent(
             """
             import json, sys
-            from qcowfuse.cli.late_imports import FOR_TRIO, imported_late
             from qcowfuse.cli.mount.arguments import parse_arguments
-            with imported_late(*FOR_TRIO):
-                import trio
-                import qcowfuse.cli.mount.serving as serving
+            from qcowfuse.cli.trimmed_trio import import_trio_and_pyfuse3
+            import_trio_and_pyfuse3()
+            import trio
+            import qcowfuse.cli.mount.serving as serving
 
             given = parse_arguments([sys.argv[1], "mount"])
             given.mount_settings()
