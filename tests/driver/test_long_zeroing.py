@@ -11,7 +11,7 @@ import pytest
 import trio
 
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import write_back, zeroing
+from qcowfuse.driver.writing import allocation, write_back, zeroing
 from qcowfuse.storage.base import Storage
 from tests.driver.test_holes import Turns
 from tests.support.checker import check_image_bytes
@@ -242,7 +242,7 @@ async def test_scattered_clusters_are_given_back_in_parts(monkeypatch: pytest.Mo
 
 async def test_a_long_run_is_given_back_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Clusters that follow each other are one run however they were let go of, and large holes."""
-    monkeypatch.setattr(write_back, "CLUSTERS_AT_ONCE", 24)
+    monkeypatch.setattr(allocation, "CLUSTERS_AT_ONCE", 24)
     _, punched, memory = await released(build_image(DENSE), list(range(1000)))
     assert is_clean(memory.data)
     assert 40 <= len(punched) <= 60, "1000 clusters, after each 64 of which there is a table"

@@ -186,12 +186,20 @@ class TableCache:
         slice_.mark_dirty(start, end)
         self.dirty[slice_.key] = slice_
 
+    def has_room_for_new(self, key: int) -> bool:
+        """Whether a slice that will be dirty may be taken in by :meth:`insert`: it is not there nor on its way, and
+        nothing has to be written back first."""
+        return key not in self.slices and key not in self._loading and not self._has_much_dirty()
+
+    def _has_much_dirty(self) -> bool:
+        if not self.dirty:
+            return False
+        n_bytes = len(self.dirty) * 8 * len(next(iter(self.dirty.values())).entries)
+        return n_bytes > max(self.budget // 2, MIN_DIRTY_BYTES)
+
     async def _make_room(self) -> None:
         """Before a load: have dirty slices written back when they alone exceed what may be kept."""
-        if not self.dirty or self.write_back is None:
-            return
-        n_bytes = len(self.dirty) * 8 * len(next(iter(self.dirty.values())).entries)
-        if n_bytes > max(self.budget // 2, MIN_DIRTY_BYTES):
+        if self.write_back is not None and self._has_much_dirty():
             with suppress(OSError):  # nothing is lost, and a reader need not hear of it: fsync will
                 await self.write_back()
             self._evict_clean()

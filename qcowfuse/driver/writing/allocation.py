@@ -12,10 +12,13 @@ Two have it: :class:`~.refcount_allocation.RefcountAllocator` for QCOW2, and
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
 from ..layers.host_run import HostRun
 from .metadata_space import MetadataSpace
+
+CLUSTERS_AT_ONCE = 4096
 
 
 class MetadataWrite(NamedTuple):
@@ -59,6 +62,16 @@ def merged(runs: list[HostRun], cluster_size: int) -> list[HostRun]:
         else:
             result.append(HostRun(run.host_offset, run.n_clusters))
     return result
+
+
+def in_parts(run: HostRun, cluster_size: int) -> Iterator[HostRun]:
+    """The same clusters, as runs that are given back while nobody waits too long."""
+    host_offset, n_left, _ = run
+    while n_left > CLUSTERS_AT_ONCE:
+        yield HostRun(host_offset, CLUSTERS_AT_ONCE)
+        host_offset += CLUSTERS_AT_ONCE * cluster_size
+        n_left -= CLUSTERS_AT_ONCE
+    yield HostRun(host_offset, n_left)
 
 
 class Allocator(Protocol):

@@ -44,7 +44,7 @@ all but with the next try: which table counts is in doubt.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -56,14 +56,13 @@ from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping
 from ..layers.range_claims import InFlightEpochs
 from ..layers.table_cache import SECTOR_WORDS, L2Slice, TableCache
-from .allocation import Allocator, DirtyRefcounts, MetadataWrite, merged
+from .allocation import Allocator, DirtyRefcounts, MetadataWrite, in_parts, merged
 from .guarded_clusters import MetadataClusters
 from .metadata_space import LEAST_WRITE, NO_SPACE
 from .round import Part, Round, SharedFlush, SizeFields
 
 log = logging.getLogger(__name__)
 RUNS_AT_ONCE = 1024
-CLUSTERS_AT_ONCE = 4096
 _WRITES_PER_CHECKPOINT = 32
 
 
@@ -118,9 +117,16 @@ class WriteBack:
         if l1_index >= self._l1_size:
             return  # a table that is moving has its space
         table, table_bytes = self._l1_table_offset, WORD_SIZE * self._l1_size
+        await self._space.secure_part(*self._link_part(l1_index), of=table, of_bytes=table_bytes)
+
+    def has_link_space(self, l1_index: int) -> bool:
+        """Whether :meth:`secure_link` would not wait."""
+        return l1_index >= self._l1_size or self._space.has(*self._link_part(l1_index))
+
+    def _link_part(self, l1_index: int) -> tuple[int, int]:
+        """Place and length of the sector of the L1 table that holds an entry."""
         start = l1_index // SECTOR_WORDS * SECTOR_WORDS * WORD_SIZE
-        n_bytes = min(SECTOR_WORDS * WORD_SIZE, table_bytes - start)
-        await self._space.secure_part(table + start, n_bytes, of=table, of_bytes=table_bytes)
+        return self._l1_table_offset + start, min(SECTOR_WORDS * WORD_SIZE, WORD_SIZE * self._l1_size - start)
 
     def link_table(self, l1_index: int, host_offset: int) -> None:
         """Point an L1 entry, in memory, at a table that is written but that the disk does not link yet."""
@@ -428,7 +434,7 @@ class WriteBack:
             with trio.CancelScope(shield=True):
                 for first in range(0, len(runs), RUNS_AT_ONCE):
                     for run in merged(runs[first : first + RUNS_AT_ONCE], self._cluster_size):
-                        for part in _parts(run, self._cluster_size):
+                        for part in in_parts(run, self._cluster_size):
                             await self._release(part)
                     await trio.lowlevel.checkpoint()
 
@@ -438,13 +444,3 @@ class WriteBack:
         except (OSError, QcowFuseError) as error:
             # The reference is gone on disk already: a count that can't be lowered is a leak at worst.
             log.warning("%s: %s", self._storage.name, error)
-
-
-def _parts(run: HostRun, cluster_size: int) -> Iterator[HostRun]:
-    """Runs that are given back while nobody waits too long."""
-    host_offset, n_left, _ = run
-    while n_left > CLUSTERS_AT_ONCE:
-        yield HostRun(host_offset, CLUSTERS_AT_ONCE)
-        host_offset += CLUSTERS_AT_ONCE * cluster_size
-        n_left -= CLUSTERS_AT_ONCE
-    yield HostRun(host_offset, n_left)

@@ -29,7 +29,6 @@ from ...errors import QcowFuseError
 from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
 from ...format.entries import ClusterKind
 from ...format.extents import Extent, clipped
-from ...format.geometry import MAX_CLUSTER_BITS
 from ...format.subclusters import link_extended, plan_write_extended
 from ..layers.data_file import DataClusters
 from ..layers.host_run import HostRun
@@ -40,12 +39,11 @@ from ..layers.usage import Usage
 from ..reading.reader import ChainReader
 from .allocation import Allocator
 from .guarded_clusters import MetadataClusters
+from .new_tables import ZEROES, NewTables
 from .write_back import WriteBack
 
 if TYPE_CHECKING:
     from ..layers.encryption import EncryptedData
-
-ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
 
 class Writer:
@@ -80,7 +78,15 @@ class Writer:
         self._holes_are_zeroes = mapping.encrypted is None
         self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
         self.claims = Claims()
-        self._table_lock = trio.Lock()
+        self._tables = NewTables(
+            mapping=mapping,
+            cache=cache,
+            allocator=allocator,
+            metadata=metadata,
+            write_back=write_back,
+            give_back=self.give_back,
+        )
+        self._owns_table = self._tables.owns
         self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
         self._cluster_bits = mapping.geometry.cluster_bits
@@ -99,9 +105,7 @@ class Writer:
         mapping = self._mapping
         l1_index = mapping.l1_index(guest_offset)
         if not self._owns_table(l1_index):
-            async with self._table_lock:
-                if not self._owns_table(l1_index):
-                    await self._make_table(l1_index)
+            await self._tables.make(l1_index)
         if self._metadata.shared:
             table = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
             self._metadata.check_own(table, mapping.geometry.l2_table_size, "L2 table")
@@ -117,38 +121,6 @@ class Writer:
             return None
         slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
         return slice_ if slice_ is not None and slice_.has_space else None
-
-    def _owns_table(self, l1_index: int) -> bool:
-        entry_format = self._mapping.entry_format
-        entry = self._mapping.l1_table[l1_index]
-        return bool(entry & entry_format.l1_offset_mask) and entry & entry_format.copied == entry_format.copied
-
-    async def _make_table(self, l1_index: int) -> None:
-        """A new L2 table, empty or a copy of one that is shared; linked in memory, on disk by the next flush."""
-        mapping = self._mapping
-        table_size = mapping.geometry.l2_table_size
-        await self._write_back.secure_link(l1_index)
-        self._write_back.check_link(l1_index)
-        old = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
-        if old:
-            self._metadata.check_own(old, table_size, "L2 table")
-        run = await self._allocate_table(-(-table_size // self.cluster_size))
-        try:
-            self._metadata.add(run.host_offset, table_size)
-            contents: Buffer = ZEROES[:table_size]
-            if old:
-                contents = await self._storage.pread(old, table_size)
-            if not self._storage.try_pwritev(run.host_offset, [contents]):
-                await self._storage.pwritev(run.host_offset, [contents])
-        except BaseException:
-            self._metadata.discard(run.host_offset, table_size)
-            await self.give_back(run)
-            raise
-        self._space.note_written(run.host_offset, table_size)
-        self._write_back.link_table(l1_index, run.host_offset)
-        if old:
-            self._write_back.unlink_cluster(HostRun(old, 1))
-            self._metadata.discard(old, table_size)
 
     async def secure(self, slice_: L2Slice, guest_offset: int, n_clusters: int) -> None:
         """Give a slice its space in the file, before entries of it change. Raises OSError (ENOSPC), unless these
@@ -166,12 +138,6 @@ class Writer:
         else:
             slice_.has_space = True
 
-    async def _allocate_table(self, n_clusters: int) -> HostRun:
-        """Contiguous clusters for one table: exactly one, but for version 1 with tables larger than clusters."""
-        run = await self._allocator.allocate(n_clusters)
-        assert run.n_clusters == n_clusters
-        return run
-
     def try_write_some(self, guest_offset: int, view: memoryview) -> int:
         """:meth:`write_some` for clusters that are not allocated, by rule 4, and for encrypted ones in place; 0 where
         it has to be awaited.
@@ -183,7 +149,13 @@ class Writer:
             return 0
         slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
         if slice_ is None or not self._owns_table(guest_offset >> self._l1_shift):
-            return 0
+            made = self._tables.try_make(guest_offset) if slice_ is None else None
+            if made is None:
+                return 0
+            try:
+                return self.try_write_some(guest_offset, view)
+            finally:
+                self._cache.unpin(made)
         if self._encrypted is not None:
             n_written = self._try_in_place(self._encrypted, slice_, guest_offset, view)
             if n_written:

@@ -23,8 +23,9 @@ from ..layers.mapping import Mapping
 from ..layers.table_cache import L2Slice, TableCache
 from ..layers.usage import Usage
 from ..reading.reader import ChainReader
+from .new_tables import ZEROES
 from .write_back import WriteBack
-from .writer import ZEROES, Writer
+from .writer import Writer
 
 MAX_ZEROED_AT_ONCE = 1024
 """Clusters that one step zeroes: 0.3 ms of processor time where all are owned alone, 2 ms elsewhere."""

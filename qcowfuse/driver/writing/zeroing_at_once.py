@@ -23,7 +23,8 @@ from ..layers.table_cache import L2Slice, TableCache
 from ..layers.usage import Usage
 from ..pending import PendingWrite
 from ..reading.reader import ChainReader
-from .writer import ZEROES, Writer
+from .new_tables import ZEROES
+from .writer import Writer
 from .zeroing import Zeroer
 
 MAX_CLUSTERS = 1024
