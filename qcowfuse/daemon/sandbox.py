@@ -13,7 +13,7 @@
 5. Whatever needs a file, a library or a system call that is not in the filter must have got it before.
 
 An io_uring that exists already is not under the filter of system calls, but under Landlock; and it is made so that
-it only reads (:mod:`~qcowfuse.storage.restricted_ring`).
+it only reads and flushes (:mod:`~qcowfuse.storage.restricted_ring`).
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ class OpenOptions(NamedTuple):
     ``allow_dirs``: folders beneath which images may name files; ``no_backing``: images may name none.
     ``force_share``: what is only read is read without locks, though others may be writing it. ``ignore_locks``: so is
     what is written, for which there has to be a good reason.
-    ``io_uring``: what must wait for the disk is read by io_uring, where that can be had.
+    ``io_uring``: what must wait for the disk is read and flushed by io_uring, where that can be had.
     ``passphrase`` is asked once when a layer is encrypted; ``tables_only``: encrypted layers stay locked, and their
     data cannot be read.
     ``io_delay`` and ``image_in_memory`` are for measuring."""

@@ -131,8 +131,9 @@ class Storage(Protocol):
         """Set the length."""
 
     def try_flush(self) -> bool:
-        """Whether every completed write is durable now, at once; False: the caller must await :meth:`flush`, which
-        also says what is wrong."""
+        """Whether every completed write is durable now, at once or after a short wait
+        (:mod:`~qcowfuse.system.short_wait`); False: the caller must await :meth:`flush`, which also says what is
+        wrong."""
 
     async def flush(self) -> None:
         """Make every completed write durable (fdatasync). Failure is final, see rule 4."""

@@ -1,7 +1,8 @@
 """What a file knows of its own flushes: one at a time, final when they fail, and whether there is anything to flush.
 
 1. A failed flush is final (rule 4 of :mod:`.base`): the kernel has dropped what it could not write, and would report
-   success the next time.
+   success the next time. It tells of a lost write once for each descriptor: of two flushes at a time only one would
+   hear of it.
 2. A flush covers the changes that had ended when it began. One that had begun, and not ended, may be in the file or
    not: a flush beside it leaves the file in need of another.
 """
@@ -35,6 +36,10 @@ class Durability:
         """Whether no flush is under way, and none has failed."""
         return not self._failure and not self.lock.locked()
 
+    def count(self) -> None:
+        """A flush begins."""
+        self._counters.flushes += 1
+
     def raise_failure(self) -> None:
         """Raises OSError if a flush has failed."""
         if self._failure:
@@ -47,7 +52,7 @@ class Durability:
     def at_once(self, flush: Callable[[int], object], fd: int) -> None:
         """A flush that does not wait. Raises OSError."""
         self.raise_failure()
-        self._counters.flushes += 1
+        self.count()
         try:
             flush(fd)
         except OSError as error:

@@ -16,8 +16,8 @@
    EBADF and can never reach another file that was given the same number.
 3. Buffers are bytes, bytearrays, or contiguous memoryviews of bytes.
 4. A refused RWF_NOWAIT read has set the disk to work already; the caller goes on to :meth:`FileStorage.pread`.
-5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB; all else
-   goes to a thread.
+5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB, and so do
+   flushes of local file systems and devices; all else goes to a thread.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ from . import file_systems
 from .base import StorageCounters, TryPread, TryPreadInto, TryPwritev
 from .blocking import read_all, read_all_into, write_all, zero_range
 from .durability import Durability
+from .flushes import DiskFlushes
+from .held import Held
 from .opened import is_block_device, length_of, open_descriptor
-from .ring import MAX_READ_BYTES, ReadRing, retain_read_ring
+from .ring import MAX_READ_BYTES, Ring, retain_ring
 from .space import allocate_range, give_back
 from .syscalls import FALLOC_ZERO_RANGE
 from .workers import retain_worker_pool
@@ -87,9 +89,17 @@ class FileStorage:
         self.counters = StorageCounters()
         self.durability = Durability(path, self.counters)
         self._pool = retain_worker_pool()
-        self.ring: ReadRing | None = None
+        self.ring: Ring | None = None
         if io_uring and not self._in_memory:
-            self.ring = retain_read_ring()
+            self.ring = retain_ring()
+        is_local = self.is_fixed or self._file_system in file_systems.LOCAL_FILE_SYSTEMS
+        self._flushes = DiskFlushes(
+            self.durability,
+            fd=self.fileno,
+            is_changing=lambda: self.n_in_flight > 0,
+            run=self._run,
+            ring=self.ring if is_local else None,
+        )
         self._bind()
 
     def _bind(self) -> None:
@@ -336,37 +346,26 @@ class FileStorage:
         self._size = n_bytes
 
     def try_flush(self) -> bool:
-        """See Storage: where fdatasync does not wait, or where nothing has changed since the last one."""
+        """See Storage: where fdatasync ends within a short wait, or where nothing has changed since the last one."""
         if not self._writable:
             return True
         if not self.durability.can_begin:
             return False
-        if not self._in_memory:
-            return self.durability.is_complete(in_flight=self.n_in_flight > 0)
-        return self.durability.try_at_once(os.fdatasync, self._fd)
+        if self._in_memory:
+            return self.durability.try_at_once(os.fdatasync, self._fd)
+        return self._flushes.try_flush()
 
     async def flush(self) -> None:
-        """fdatasync; after one failure every later call fails with the same errno. Raises OSError.
-
-        One at a time: the kernel tells of a lost write once for each descriptor, and only one of the callers hears of
-        it.
-        """
+        """fdatasync, one at a time; after one failure every later call fails with the same errno. Raises OSError."""
         durability = self.durability
-        async with durability.lock:
+        async with Held(durability.lock):
             durability.raise_failure()
             if not self._writable:
                 return
             if self._in_memory:
                 durability.at_once(os.fdatasync, self._fd)
-                return
-            self.counters.flushes += 1
-            n_changes = durability.n_changes(in_flight=self.n_in_flight > 0)
-            try:
-                await self._run(os.fdatasync)
-            except OSError as error:
-                durability.keep_failure(error)
-                raise
-            durability.note_flush(n_changes)
+            else:
+                await self._flushes.flush()
 
     async def aclose(self) -> None:
         """Wait for the calls in flight, cancelled or not, then close: that gives up the locks. Idempotent."""
@@ -377,6 +376,7 @@ class FileStorage:
         self._decline_reads()
         self.try_pwritev = self._decline_pwritev
         with trio.CancelScope(shield=True):
+            await self._flushes.abandon()
             if self.n_in_flight:
                 await self._idle.wait()
         fd, self._fd = self._fd, -1
@@ -402,7 +402,7 @@ class FileStorage:
             if self.n_in_flight == 0 and self._is_closing:
                 self._idle.set()
 
-    async def _run_in_ring(self, ring: ReadRing, host_offset: int, n_bytes: int) -> Buffer:
+    async def _run_in_ring(self, ring: Ring, host_offset: int, n_bytes: int) -> Buffer:
         """A read by io_uring, and in a thread where that declines."""
         if self._is_closing:
             raise OSError(errno.EBADF, "storage is closed", self._name)

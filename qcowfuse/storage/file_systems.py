@@ -14,6 +14,8 @@ PLAIN_WRITE_FILE_SYSTEMS = frozenset({"ext2", "ext3", "ext4", "xfs"})
 """A plain buffered write ends in microseconds."""
 COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
 """Writing over something takes new space."""
+LOCAL_FILE_SYSTEMS = PLAIN_WRITE_FILE_SYSTEMS | COPY_ON_WRITE_FILE_SYSTEMS | {"f2fs"}
+"""On disks of this machine: the errors of a flush are those of a disk."""
 
 
 def type_of(fd: int) -> str:

@@ -1,4 +1,4 @@
-"""An io_uring that can do nothing but read: seccomp does not see what goes through a ring.
+"""An io_uring that can do nothing but read and flush: seccomp does not see what goes through a ring.
 
 1. The kernel takes restrictions only from a ring that was made disabled. The binding has no option for that, so its
    call of io_uring_setup is diverted while it makes the ring (:mod:`~qcowfuse.system.import_slot`).
@@ -26,6 +26,7 @@ _SETUP_R_DISABLED: Final = 1 << 6
 _REGISTER_RESTRICTIONS: Final = 11
 _REGISTER_ENABLE_RINGS: Final = 12
 _RESTRICTION_SQE_OP: Final = 1
+_OP_FSYNC: Final = 3
 _OP_READ: Final = 22
 
 _log = logging.getLogger(__name__)
@@ -33,8 +34,8 @@ _LONG = ctypes.c_long
 _SYSCALL = ctypes.CFUNCTYPE(_LONG, *[_LONG] * 7, use_errno=True)
 
 
-def restricted_context(binding: ModuleType, n_reads: int) -> Any:
-    """A context of the binding for ``n_reads`` at a time, whose ring only reads where that can be had.
+def restricted_context(binding: ModuleType, n_operations: int) -> Any:
+    """A context of the binding for ``n_operations`` at a time, whose ring only reads and flushes, if it can.
 
     Raises what the binding raises.
     """
@@ -45,10 +46,10 @@ def restricted_context(binding: ModuleType, n_reads: int) -> Any:
         diversion = diverted(slot, setup.address)
         diversion.__enter__()
     except (SlotError, OSError, AttributeError, MemoryError, TypeError) as error:
-        _log.debug("io_uring is not restricted to reads: %s", error)
-        return binding.Context(n_reads)
+        _log.debug("io_uring is not restricted to reads and flushes: %s", error)
+        return binding.Context(n_operations)
     try:
-        context = binding.Context(n_reads)
+        context = binding.Context(n_operations)
     finally:
         diversion.__exit__(None, None, None)
     if setup.ring >= 0:
@@ -82,11 +83,12 @@ def _system_call() -> Callable[..., int]:
 
 
 def _restrict(ring: int) -> None:
-    """Allow reads alone, then let the ring begin. Raises OSError where it can't begin."""
+    """Allow reads and flushes alone, then let the ring begin. Raises OSError where it can't begin."""
     call = _system_call()
-    restriction = ctypes.create_string_buffer(struct.pack("=HBB3I", _RESTRICTION_SQE_OP, _OP_READ, 0, 0, 0, 0))
-    if call(_REGISTER, ring, _REGISTER_RESTRICTIONS, ctypes.addressof(restriction), 1, 0, 0) < 0:
-        _log.debug("io_uring is not restricted to reads: %s", os.strerror(ctypes.get_errno()))
+    allowed = [struct.pack("=HBB3I", _RESTRICTION_SQE_OP, opcode, 0, 0, 0, 0) for opcode in (_OP_READ, _OP_FSYNC)]
+    restrictions = ctypes.create_string_buffer(b"".join(allowed))
+    if call(_REGISTER, ring, _REGISTER_RESTRICTIONS, ctypes.addressof(restrictions), len(allowed), 0, 0) < 0:
+        _log.debug("io_uring is not restricted to reads and flushes: %s", os.strerror(ctypes.get_errno()))
     if call(_REGISTER, ring, _REGISTER_ENABLE_RINGS, 0, 0, 0, 0) < 0:
         number = ctypes.get_errno()
         raise OSError(number, f"io_uring: {os.strerror(number)}")

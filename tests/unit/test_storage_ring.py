@@ -1,4 +1,7 @@
-"""Reads by io_uring: the right bytes, what the ring declines, cancellation, closing, and doing without."""
+"""Reads by io_uring: the right bytes, what the ring declines, cancellation, closing, and doing without.
+
+Flushes by it: tests/unit/test_storage_flushes.py.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,7 @@ import errno
 import logging
 import os
 import random
-from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,8 +20,8 @@ from qcowfuse.storage import file as file_module
 from qcowfuse.storage import ring as ring_module
 from qcowfuse.storage.file import FileStorage, open_file_storage
 from qcowfuse.storage.restricted_ring import restricted_context
-from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, ReadRing, load_binding
-from tests.support.io_uring import need_io_uring
+from qcowfuse.storage.ring import MAX_READ_BYTES, MAX_READS, Ring, load_binding
+from tests.support.io_uring import FakeBinding, need_io_uring
 
 CONTENTS = random.Random(1).randbytes(3 << 20)
 
@@ -123,69 +125,17 @@ async def test_storages_share_a_ring_and_the_last_one_gives_it_up(tmp_path: Path
     assert len(os.listdir("/proc/self/fd")) <= n_descriptors
 
 
-class FakeContext:
-    """An io_uring that answers when told to, with the results that it is given."""
-
-    def __init__(self, n_reads: int) -> None:
-        self.fileno = os.eventfd(0, os.EFD_NONBLOCK)
-        self.submitted: deque[SimpleNamespace] = deque()
-        self.n_failures = 0
-
-    def submit(self, operation: SimpleNamespace) -> int:
-        self.submitted.append(operation)
-        return 1
-
-    def flush(self) -> int:
-        if self.n_failures:
-            self.n_failures -= 1
-            raise SystemError(11, "Resource temporarily unavailable")
-        for operation in self.submitted:
-            os.eventfd_write(self.fileno, 1)
-            operation.is_handed_over = True
-        return 0
-
-    def poll(self) -> int:
-        return os.eventfd_read(self.fileno)
-
-    def process_events(self) -> int:
-        n_done = 0
-        while self.submitted and self.submitted[0].is_handed_over:
-            operation = self.submitted.popleft()
-            operation.done(operation.result(operation))
-            n_done += 1
-        return n_done
-
-
 @pytest.fixture
-def fake(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A binding whose reads end with ``results``, one after the other, and then as they should."""
-    binding = SimpleNamespace(results=deque(), contexts=[])
-
-    def new_context(n_reads: int) -> FakeContext:
-        binding.contexts.append(FakeContext(n_reads))
-        context: FakeContext = binding.contexts[-1]
-        return context
-
-    def new_read(n_bytes: int, fd: int, host_offset: int) -> SimpleNamespace:
-        def set_callback(done: Callable[[int], None]) -> None:
-            operation.done = done
-
-        def result(_: object) -> int:
-            return int(binding.results.popleft()) if binding.results else n_bytes
-
-        operation = SimpleNamespace(is_handed_over=False, set_callback=set_callback, result=result)
-        operation.get_value = lambda: os.pread(fd, n_bytes, host_offset)
-        return operation
-
-    binding.Context = new_context
-    binding.Operation = SimpleNamespace(read=new_read)
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeBinding:
+    """Reads end with its ``results``, one after the other, and then as they should."""
+    binding = FakeBinding()
     monkeypatch.setattr(ring_module, "load_binding", lambda: binding)
     return binding
 
 
 @pytest.mark.parametrize("result", [-5, -11, -22, 0, 4095], ids=["EIO", "EAGAIN", "EINVAL", "nothing", "short"])
 async def test_what_the_ring_can_not_read_a_thread_reads(
-    fake: SimpleNamespace, storage: FileStorage, result: int
+    fake: FakeBinding, storage: FileStorage, result: int
 ) -> None:
     """Errors and short reads of the ring's cost a second read, which has the last word."""
     fake.results.append(result)
@@ -194,7 +144,7 @@ async def test_what_the_ring_can_not_read_a_thread_reads(
     assert storage.counters.reads == 1
 
 
-async def test_a_ring_that_takes_nothing_is_tried_again(fake: SimpleNamespace, storage: FileStorage) -> None:
+async def test_a_ring_that_takes_nothing_is_tried_again(fake: FakeBinding, storage: FileStorage) -> None:
     """What was submitted ends when the kernel takes it at last; meanwhile threads read."""
     (context,) = fake.contexts
     context.n_failures = 3
@@ -233,7 +183,7 @@ async def test_an_unknown_binding_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     """A caio that is not what it was counts as none."""
     monkeypatch.setattr(ring_module, "load_binding", lambda: SimpleNamespace(Context=lambda: None))
     with pytest.raises(ImportError, match="caio"):
-        ReadRing()
+        Ring()
 
 
 async def test_a_storage_in_memory_needs_no_ring(tmp_path: Path) -> None:
@@ -265,7 +215,7 @@ async def test_a_refused_read_is_read_by_the_ring(storage: FileStorage, monkeypa
     assert await read(storage, 8192, 4096) == CONTENTS[8192:12288]
 
 
-async def test_the_ring_only_reads(tmp_path: Path) -> None:
+async def test_the_ring_only_reads_and_flushes(tmp_path: Path) -> None:
     """A write that somebody puts into the ring is refused by the kernel."""
     need_io_uring()
     binding = load_binding()
@@ -275,7 +225,8 @@ async def test_the_ring_only_reads(tmp_path: Path) -> None:
     results: list[int] = []
     with file.open("r+b") as opened:
         write = binding.Operation.write(b"evil", opened.fileno(), 0)
-        for operation in (write, binding.Operation.read(4, opened.fileno(), 0)):
+        flush = binding.Operation.fdsync(opened.fileno())
+        for operation in (write, binding.Operation.read(4, opened.fileno(), 0), flush):
             n_before = len(results)
             operation.set_callback(results.append)
             context.submit(operation)
@@ -284,5 +235,5 @@ async def test_the_ring_only_reads(tmp_path: Path) -> None:
                 while len(results) == n_before:
                     context.process_events()
                     await trio.sleep(0.001)
-    assert results == [-errno.EACCES, 4]
+    assert results == [-errno.EACCES, 4, 0]
     assert file.read_bytes() == b"data"

@@ -126,7 +126,7 @@ OPTIONS = (
     ),
     Option(
         "aio",
-        "how to wait for reads from the disk (default: io_uring, and threads where the kernel lacks it)",
+        "how to wait for reads and flushes of the disk (default: io_uring, and threads where the kernel lacks it)",
         _TUNING,
         metavar="io_uring|threads",
         convert=values.uses_io_uring,

@@ -52,6 +52,7 @@ from ...errors import QcowFuseError
 from ...format.entries import EntryFormat, Table, serialise_table
 from ...format.geometry import WORD_SIZE, divide_up, round_up
 from ...storage.base import Storage
+from ...storage.held import Held
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping
 from ..layers.range_claims import InFlightEpochs
@@ -191,8 +192,7 @@ class WriteBack:
     def unwritten_range(self) -> tuple[int, int] | None:
         """First byte of the disk, and end, of what may have changed without the image file knowing; None: nothing."""
         bits, mapping = self._mapping.slice_shift, self._mapping
-        places = [(slice_.slice_number << bits, 1 << bits) for slice_ in self._cache.dirty.values()]
-        if not places:
+        if not (places := [(slice_.slice_number << bits, 1 << bits) for slice_ in self._cache.dirty.values()]):
             return None
         return min(start for start, _ in places), min(max(start + size for start, size in places), mapping.size)
 
@@ -221,7 +221,7 @@ class WriteBack:
                 continue
             mine = self._next_flush = SharedFlush()
             try:
-                async with self._lock:
+                async with Held(self._lock):
                     self._next_flush = None
                     self.check_usable()
                     await self._run(final=True)
@@ -237,7 +237,7 @@ class WriteBack:
 
     async def clean_tables(self) -> None:
         """Hand all dirty metadata to the kernel in the right order, without the last flush."""
-        async with self._lock:
+        async with Held(self._lock):
             self.check_usable()
             await self._run(final=False)
 

@@ -39,6 +39,7 @@ from ...driver.image import StartRead
 from ...driver.pending import PendingRead, PendingWrite
 from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
+from ...system.short_wait import allow_short_waits
 from ..fsync_at_once import FsyncAtOnce
 from ..holes_at_once import HolesAtOnce
 from ..request_gate import RequestGate
@@ -215,6 +216,7 @@ class DirectRequests:
             fd = self._fd_of(session)
             os.set_blocking(fd, False)  # libfuse copes: see EAGAIN above
             self._fd = fd
+            allow_short_waits(fd, lambda: self._gate.n_slow)
         self._buffers[address] = _Buffer(fuse_buf, fuse_buf.mem, n_usable)
 
     def _receive_into(self, buffer: _Buffer) -> int:
