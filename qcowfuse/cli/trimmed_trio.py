@@ -8,14 +8,15 @@
 
 from __future__ import annotations
 
+import _pickle
 import ctypes
 import importlib
 import logging
 import os
 import sys
-from collections.abc import Callable
-from types import ModuleType
-from typing import cast
+from collections.abc import Callable, Iterator
+from types import AsyncGeneratorType, CoroutineType, FunctionType, ModuleType
+from typing import Any, cast
 
 from .late_imports import LateModule, real_module, standing_in
 from .plain_attrs import attr_module, attrs_module
@@ -63,7 +64,8 @@ def import_trio_and_pyfuse3() -> None:
     if "pyfuse3" not in sys.modules:
         # Python looks for a path whenever it imports something from a module.
         metadata = {"version": _version, "PackageNotFoundError": ModuleNotFoundError, "__path__": ()}
-        with standing_in(LateModule("importlib.metadata", **metadata)):
+        pickling = {"PicklingError": _pickle.PicklingError, "__path__": ()}
+        with standing_in(LateModule("importlib.metadata", **metadata), LateModule("pickle", **pickling)):
             importlib.import_module("pyfuse3")
 
 
@@ -71,9 +73,9 @@ def _import_trio() -> None:
     before = set(sys.modules)
     left_out = [_LeftOut(f"trio.{name}") for name in _UNUSED_PARTS]
     others = [LateModule(name) for name in _UNUSED_LIBRARIES]
-    library_names = LateModule("ctypes.util", find_library=_find_library)
+    others += [LateModule("ctypes.util", find_library=_find_library), _inspect()]
     try:
-        with standing_in(*left_out, *others, library_names, attrs_module(), attr_module()):
+        with standing_in(*left_out, *others, attrs_module(), attr_module()):
             importlib.import_module("trio")
             _pass_on_late()
     except Exception as exc:
@@ -90,13 +92,19 @@ def _pass_on_late() -> None:
         if name.partition(".")[0] != "trio" or isinstance(module, _LeftOut):
             continue
         parts = {key: value for key, value in vars(module).items() if isinstance(value, (_Part, _LeftOut))}
-        functions = [value for value in vars(module).values() if getattr(value, "__globals__", None) is vars(module)]
-        if parts and (name not in _HOMES or any(parts.keys() & set(one.__code__.co_names) for one in functions)):
+        if parts and (name not in _HOMES or any(map(parts.keys().__and__, _names_used_in(module)))):
             raise _UnsuitableError(f"{name} uses {', '.join(parts)}")
         for key in parts:
             delattr(module, key)
         if parts:
             vars(module)["__getattr__"] = _getter(module, parts, vars(module).get("__getattr__"))
+
+
+def _names_used_in(module: ModuleType) -> Iterator[set[str]]:
+    """The global names that each function of a module refers to."""
+    for value in vars(module).values():
+        if isinstance(value, FunctionType) and value.__globals__ is vars(module):
+            yield set(value.__code__.co_names)
 
 
 def _getter(
@@ -119,6 +127,27 @@ def _getter(
         return found
 
     return get
+
+
+def _inspect() -> LateModule:
+    """A stand-in for ``inspect`` with what trio asks when a lock is taken and when a function of a thread is done:
+    the module loads the parser and the disassembler."""
+    states = {f"CORO_{name}": f"CORO_{name}" for name in ("CREATED", "RUNNING", "SUSPENDED", "CLOSED")}
+
+    def state_of(coroutine: Any) -> str:
+        if coroutine.cr_running:
+            return "CORO_RUNNING"
+        if coroutine.cr_suspended:
+            return "CORO_SUSPENDED"
+        return "CORO_CLOSED" if coroutine.cr_frame is None else "CORO_CREATED"
+
+    return LateModule(
+        "inspect",
+        getcoroutinestate=state_of,
+        iscoroutine=lambda value: isinstance(value, CoroutineType),
+        isasyncgen=lambda value: isinstance(value, AsyncGeneratorType),
+        **states,
+    )
 
 
 def _find_library(name: str) -> str | None:

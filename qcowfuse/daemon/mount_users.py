@@ -12,14 +12,14 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
 from ..system.mountinfo import MountEntry, mount_table
 from .mountpoint import FILE_SYSTEM_TYPE
 
 _N_USERS_SHOWN = 5
-_OWN_NAMESPACE = Path("/proc/self/ns/mnt")
+_OWN_NAMESPACE = "/proc/self/ns/mnt"
+_BLOCK_DEVICES = "/sys/block"
 _MOUNT_ID = re.compile(rb"^mnt_id:\s*(\d+)", re.MULTILINE)
 
 
@@ -33,7 +33,7 @@ class _Process(NamedTuple):
     @property
     def name(self) -> str:
         try:
-            name = Path(f"/proc/{self.pid}/comm").read_text(errors="replace").strip()
+            name = _read(f"/proc/{self.pid}/comm").decode(errors="replace").strip()
         except OSError:
             name = "a process"
         return f"{name} (pid {self.pid})"
@@ -97,7 +97,7 @@ def _processes() -> Iterator[tuple[_Process, bool]]:
         if pid == os.getpid():
             continue
         try:
-            namespace = _namespace(Path(f"/proc/{pid}/ns/mnt"))
+            namespace = _namespace(f"/proc/{pid}/ns/mnt")
             table = tables.get(namespace) if namespace is not None else None
             if table is None:
                 table = list(mount_table(str(pid)))
@@ -111,7 +111,7 @@ def _processes() -> Iterator[tuple[_Process, bool]]:
         yield _Process(pid, is_elsewhere, table), is_first
 
 
-def _namespace(path: Path) -> str | None:
+def _namespace(path: str) -> str | None:
     try:
         return os.readlink(path)
     except PermissionError:
@@ -121,26 +121,40 @@ def _namespace(path: Path) -> str | None:
 def _loop_devices_on(path: str) -> Iterator[str]:
     """Loop devices with the file at ``path``, or with one of the partitions beside it, and where they are mounted."""
     partition = re.compile(re.escape(path) + r"\.p\d+", re.ASCII)
-    for backing in Path("/sys/block").glob("loop*/loop/backing_file"):
+    for name in _names_in(_BLOCK_DEVICES, "loop"):
         with suppress(OSError):
-            file = backing.read_text(errors="surrogateescape").rstrip("\n")
+            file = os.fsdecode(_read(f"{_BLOCK_DEVICES}/{name}/loop/backing_file")).rstrip("\n")
             if file == path or partition.fullmatch(file):
-                yield f"/dev/{backing.parts[3]}{_what_stands_on(backing.parents[1])}"
+                yield f"/dev/{name}{_what_stands_on(name)}"
 
 
-def _what_stands_on(device: Path) -> str:
-    """`` (mounted at /data)``, or the devices that hold ``device``, given as its folder in /sys."""
-    parts = [device, *device.glob(f"{device.name}p*")]
-    holders = [holder for part in parts for holder in part.glob("holders/*")]
-    numbers, names = set(), {f"/dev/{part.name}" for part in (*parts, *holders)}
-    for part in (*parts, *holders):
+def _what_stands_on(device: str) -> str:
+    """`` (mounted at /data)``, or the devices that hold ``device`` or its partitions."""
+    folder = f"{_BLOCK_DEVICES}/{device}"
+    parts = {device: folder} | {name: f"{folder}/{name}" for name in _names_in(folder, f"{device}p")}
+    holders = {name: f"{part}/holders/{name}" for part in parts.values() for name in _names_in(f"{part}/holders")}
+    numbers, names = set(), {f"/dev/{name}" for name in (*parts, *holders)}
+    for part in (*parts.values(), *holders.values()):
         with suppress(OSError, ValueError):
-            major, minor = (part / "dev").read_text().split(":")
+            major, minor = _read(f"{part}/dev").split(b":")
             numbers.add(os.makedev(int(major), int(minor)))
     places = {mount.path: None for mount in mount_table() if mount.device in numbers or mount.source in names}
     if places:
         return f" (mounted at {', '.join(places)})"
-    return f" (held by {', '.join(holder.name for holder in holders)})" if holders else ""
+    return f" (held by {', '.join(holders)})" if holders else ""
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def _names_in(folder: str, start: str = "") -> list[str]:
+    """Names in a folder that begin with ``start``; none where there is no such folder."""
+    try:
+        return [name for name in os.listdir(folder) if name.startswith(start)]
+    except OSError:
+        return []
 
 
 def _descriptors_in(process: _Process, device: int) -> Iterator[int]:
@@ -150,7 +164,7 @@ def _descriptors_in(process: _Process, device: int) -> Iterator[int]:
     with suppress(OSError):
         for number in os.listdir(f"{folder}/fd"):
             with suppress(OSError, ValueError):
-                found = _MOUNT_ID.search(Path(f"{folder}/fdinfo/{number}").read_bytes())
+                found = _MOUNT_ID.search(_read(f"{folder}/fdinfo/{number}"))
                 mount_id = int(found[1]) if found else -1
                 if mount_id in known:
                     if known[mount_id] == device:

@@ -15,9 +15,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 import stat
-import subprocess
 from contextlib import suppress
 
 from ..errors import MountError
@@ -128,8 +126,10 @@ def check_fuse() -> None:
     except OSError as exc:
         hint = "a user must be able to read and write it" if exc.errno == errno.EACCES else "modprobe fuse"
         raise MountError(f"/dev/fuse cannot be opened: {exc.strerror} ({hint})") from exc
-    if os.geteuid() != 0 and shutil.which("fusermount3") is None:
-        raise MountError("fusermount3 is missing, only root can mount without it (install the package fuse3)")
+    if os.geteuid() != 0:
+        from . import fusermount  # not only when it is needed: the mount might hold what is to be imported
+
+        fusermount.check()
 
 
 def mounts_of(device: int) -> list[str]:
@@ -168,7 +168,10 @@ def unmount_path(path: str, *, is_lazy: bool = False) -> None:
     if os.geteuid() == 0:
         _unmount_as_root(path, is_lazy)
     else:
-        _unmount_as_user(path, is_lazy)
+        from . import fusermount
+
+        if text := fusermount.unmount(path, is_lazy=is_lazy):
+            raise (MountBusyError if "busy" in text else MountError)(text)
 
 
 def _unmount_as_root(path: str, is_lazy: bool) -> None:
@@ -188,19 +191,3 @@ def _unmount_as_root(path: str, is_lazy: bool) -> None:
         raise MountBusyError(f"{path}: in use")
     if number not in (errno.EINVAL, errno.ENOENT):  # those two: it is gone already
         raise MountError(f"{path}: cannot be unmounted: {os.strerror(number)}")
-
-
-def _unmount_as_user(path: str, is_lazy: bool) -> None:
-    try:
-        done = subprocess.run(
-            ["fusermount3", "-u", *["-z"] * is_lazy, "--", path],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    except OSError as exc:
-        raise MountError(f"fusermount3 cannot be run: {exc.strerror}") from exc
-    if done.returncode:
-        text = " ".join(done.stderr.split())
-        raise (MountBusyError if "busy" in text else MountError)(text or f"{path}: fusermount3 failed")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..consistency.lost_end import warn_of_lost_end
@@ -36,20 +35,36 @@ if TYPE_CHECKING:
 DEFAULT_L2_CACHE_BYTES = 32 << 20
 
 
-@dataclass(slots=True)
 class OpenedLayer:
-    """A file of a chain, with what its header says."""
+    """A file of a chain, with what its header says. ``header`` None: a raw file; ``status`` None: no real file.
 
-    path: str
-    storage: Storage
-    header: Qcow1Header | Qcow2Header | None
-    """None for raw."""
-    l1_table: Table | PagedTable
-    data: Storage | None = None
-    """The external data file."""
-    encrypted: EncryptedData | None = None
-    status: os.stat_result | None = None
-    """Of the file; None for what is no real file."""
+    ``data`` (the external data file) and ``encrypted`` are set when they are open.
+    """
+
+    __slots__ = ("data", "encrypted", "header", "l1_table", "path", "status", "storage")
+
+    def __init__(
+        self,
+        path: str,
+        storage: Storage,
+        header: Qcow1Header | Qcow2Header | None,
+        l1_table: Table | PagedTable,
+        *,
+        status: os.stat_result | None = None,
+    ) -> None:
+        self.path = path
+        self.storage = storage
+        self.header = header
+        self.l1_table = l1_table
+        self.data: Storage | None = None
+        self.encrypted: EncryptedData | None = None
+        self.status = status
+
+    def with_table(self, header: Qcow1Header | Qcow2Header, l1_table: Table | PagedTable) -> OpenedLayer:
+        """The same file, with another L1 table, which ``header`` describes."""
+        layer = OpenedLayer(self.path, self.storage, header, l1_table, status=self.status)
+        layer.data, layer.encrypted = self.data, self.encrypted
+        return layer
 
 
 async def assemble(opened: Sequence[OpenedLayer], options: OpenOptions) -> QcowImage:

@@ -22,7 +22,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
-from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -285,7 +284,7 @@ async def _at_snapshot(layer: OpenedLayer, id_or_name: str, parts: TableParts) -
     if n_needed * 8 > MAX_L1_SIZE:
         raise FormatError("snapshot table entry", None, f"disk of {size} bytes, more than any L1 table can map")
     # What a table is too short for was never allocated: QEMU, too, takes it for that.
-    return replace(layer, header=header, l1_table=await open_l1_table(layer.storage, header, parts, n_needed))
+    return layer.with_table(header, await open_l1_table(layer.storage, header, parts, n_needed))
 
 
 def _backing_format_of(layer: OpenedLayer, unnamed_format: str | None) -> str:
@@ -318,11 +317,12 @@ async def _ready_to_write(layer: OpenedLayer) -> OpenedLayer:
 
     await repair_dirty(path, layer.storage)
     repaired = await _open_layer(ChainFile(path, layer.storage, layer.status), "qcow", TableParts())
-    return await _with_whole_table(replace(repaired, data=layer.data, encrypted=layer.encrypted))
+    repaired.data, repaired.encrypted = layer.data, layer.encrypted
+    return await _with_whole_table(repaired)
 
 
 async def _with_whole_table(layer: OpenedLayer) -> OpenedLayer:
     if not isinstance(layer.l1_table, PagedTable):
         return layer
     assert layer.header is not None
-    return replace(layer, l1_table=await load_any_l1_table(layer.storage, layer.header))
+    return layer.with_table(layer.header, await load_any_l1_table(layer.storage, layer.header))

@@ -22,7 +22,6 @@ import errno
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -98,15 +97,19 @@ def plain_name(holder: str, name: str, what: str) -> str:
     return plain
 
 
-@dataclass(slots=True)
 class ChainFile:
     """A file of a chain, open. ``folder`` is held only where the file was found by the rules; ``status`` is None for
     what is no real file."""
 
-    path: str
-    storage: Storage
-    status: os.stat_result | None = None
-    folder: Folder | None = None
+    __slots__ = ("folder", "path", "status", "storage")
+
+    def __init__(
+        self, path: str, storage: Storage, status: os.stat_result | None = None, folder: Folder | None = None
+    ) -> None:
+        self.path = path
+        self.storage = storage
+        self.status = status
+        self.folder = folder
 
     def forget_folder(self) -> None:
         """Nothing more that this file names is going to be opened."""

@@ -9,7 +9,7 @@ Source: qcow2 specification, "Bitmaps".
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..errors import FormatError
 from .extensions import EXTENSION_BITMAPS, find_extension
@@ -34,8 +34,7 @@ MAX_BITMAP_ENTRY = _ENTRY.size + _MAX_NAME + 7
 """Bytes of the longest entry."""
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapEntry:
+class BitmapEntry(NamedTuple):
     """A bitmap: its table of ``table_size`` entries, its ``flags``, ``granularity`` in bytes; ``position`` is the
     byte of the directory at which the entry begins."""
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import stat
 import time
-from dataclasses import dataclass
 
 from pyfuse3 import EntryAttributes, SetattrFields
 
@@ -17,13 +16,19 @@ _ENTRY_TIMEOUT = 3600.0
 _ATTRIBUTES_TIMEOUT = 1.0
 
 
-@dataclass(slots=True)
 class Ownership:
     """Who owns the served file (and folder), and the permission bits of the file."""
 
-    uid: int
-    gid: int
-    mode: int
+    __slots__ = ("gid", "mode", "uid")
+
+    def __init__(self, uid: int, gid: int, mode: int) -> None:
+        self.uid = uid
+        self.gid = gid
+        self.mode = mode
+
+    def copy(self, mode: int | None = None) -> Ownership:
+        """One that is changed by itself, with another mode unless that is None."""
+        return Ownership(self.uid, self.gid, self.mode if mode is None else mode)
 
 
 class Attributes:

@@ -20,7 +20,6 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import NoReturn
 
 import pyfuse3
@@ -98,7 +97,7 @@ class Operations(pyfuse3.Operations):
             trusts_kernel=lambda: self.enable_writeback_cache,
         )
         self._file = Attributes(self._file_inode, ownership, mtime_ns)
-        self._folder = Attributes(pyfuse3.ROOT_INODE, replace(ownership, mode=folder_mode), mtime_ns)
+        self._folder = Attributes(pyfuse3.ROOT_INODE, ownership.copy(mode=folder_mode), mtime_ns)
         self.fsyncs = FsyncAtOnce(
             image,
             self._file,

@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import pyfuse3
@@ -44,7 +43,7 @@ class SeveralFiles(Operations):
         for inode, (name, window) in enumerate(partitions.items(), FILE_INODE_IN_DIRECTORY + 1):
             self._others[inode] = Operations(
                 window,
-                ownership=replace(ownership),
+                ownership=ownership.copy(),
                 is_cached=False,
                 **{**options, "file_name": name, "file_inode": inode, "gate": self.gate},
             )

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import platform
 import struct
 import sys
 from collections.abc import Iterable, Iterator
@@ -47,11 +46,11 @@ class LoadedObject:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        machine = platform.machine()
+        machine = os.uname().machine
         if machine not in _RELOCATIONS_OF_SLOTS or sys.byteorder != "little" or sys.maxsize < 1 << 32:
             raise SlotError(f"machine {machine} is not known")
         self._slot_types = _RELOCATIONS_OF_SLOTS[machine]
-        self._regions = list(_read_regions())
+        self._regions: list[_Region] = []
         link = ctypes.POINTER(_LinkMap)()
         try:
             dlinfo = ctypes.CDLL(None).dlinfo
@@ -68,9 +67,9 @@ class LoadedObject:
     @classmethod
     def holding(cls, address: int) -> LoadedObject:
         """The shared object that the code or data at ``address`` belongs to. Raises SlotError, OSError."""
-        for region in _read_regions():
-            if region.start <= address < region.end and region.path.startswith("/"):
-                return cls(ctypes.CDLL(region.path))
+        region = _region_at(address)
+        if region is not None and region.path.startswith("/"):
+            return cls(ctypes.CDLL(region.path))
         raise SlotError(f"address {address:#x} is in no shared object")
 
     def slot_of(self, names: Iterable[str]) -> tuple[str, int]:
@@ -120,7 +119,11 @@ class LoadedObject:
         for region in self._regions:
             if region.start <= address < region.end:
                 return region
-        raise SlotError(f"address {address:#x} is not mapped")
+        found = _region_at(address)
+        if found is None:
+            raise SlotError(f"address {address:#x} is not mapped")
+        self._regions.append(found)
+        return found
 
     def _read(self, address: int, n_bytes: int) -> bytes:
         position = address
@@ -142,16 +145,20 @@ def diverted(slot: int, target: int) -> Iterator[None]:
         _exchange(slot, previous)
 
 
-def _read_regions() -> Iterator[_Region]:
+def _region_at(address: int) -> _Region | None:
+    """The memory that has ``address`` in it, as the process's own map shows it now. Raises OSError."""
     with open("/proc/self/maps", encoding="ascii", errors="replace") as maps:
         for line in maps:
-            addresses, access, _, _, _, *path = line.rstrip("\n").split(maxsplit=5)
-            start, end = addresses.split("-")
-            yield _Region(int(start, 16), int(end, 16), access, path[0] if path else "")
+            start, _, rest = line.partition("-")
+            end, _, rest = rest.partition(" ")
+            if int(start, 16) <= address < int(end, 16):
+                access, _, _, _, *path = rest.rstrip("\n").split(maxsplit=4)
+                return _Region(int(start, 16), int(end, 16), access, path[0] if path else "")
+    return None
 
 
 def _exchange(slot: int, value: int) -> int:
-    region = next((r for r in _read_regions() if r.start <= slot < r.end), None)
+    region = _region_at(slot)
     if region is None or slot % ctypes.sizeof(ctypes.c_size_t) or "r" not in region.access:
         raise SlotError("the slot is not where it should be")
     read_only = "w" not in region.access  # full RELRO

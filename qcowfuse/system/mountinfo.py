@@ -39,6 +39,8 @@ def mount_table(process: str = "self") -> Iterator[MountEntry]:
 
 
 def _unescape(text: str) -> str:
+    if "\\" not in text:  # nearly always
+        return text
     for octal in ("040", "011", "012", "134"):
         text = text.replace(f"\\{octal}", chr(int(octal, 8)))
     return text

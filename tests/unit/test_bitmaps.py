@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 import struct
-from dataclasses import replace
 
 import pytest
 
@@ -130,7 +129,7 @@ def test_an_entry_is_replaced_in_place() -> None:
         directory += entry + b"\xee" * (-len(entry) % 8)
     before = bytes(directory)
     entries = parse_bitmap_directory(before, 3, 65536)
-    changed = replace(entries[1], table_offset=1 << 33, table_size=77, flags=entries[1].flags | IN_USE)
+    changed = entries[1]._replace(table_offset=1 << 33, table_size=77, flags=entries[1].flags | IN_USE)
     replace_entry(directory, changed)
     assert parse_bitmap_directory(bytes(directory), 3, 65536) == (entries[0], changed, entries[2])
     start = entries[1].position

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import logging
 from array import array
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import trio
 
@@ -227,7 +227,7 @@ class DirtyBitmaps:
             else:
                 n_bytes += n_more
         directory = bytearray(self._directory)
-        marked = [replace(entry, flags=entry.flags | IN_USE) for entry in chosen]
+        marked = [entry._replace(flags=entry.flags | IN_USE) for entry in chosen]
         for entry in marked:
             replace_entry(directory, entry)
         await self._write(self._directory_offset, directory)
@@ -337,8 +337,7 @@ class DirtyBitmaps:
             before = bytes(directory)
             for bitmap in stored:
                 wanted, entry = bitmap.entry, by_position[bitmap.entry.position]
-                entry = replace(
-                    entry,
+                entry = entry._replace(
                     table_offset=wanted.table_offset,
                     table_size=wanted.table_size if step >= 1 else entry.table_size,
                     flags=entry.flags & ~IN_USE if step == 2 else entry.flags,
@@ -386,7 +385,7 @@ class DirtyBitmaps:
             table_offset = run.host_offset
         # Where clusters are taken from here on, nothing but a flush may fail until the table names them.
         await self._allocator.space.secure(table_offset, needed * WORD_SIZE)
-        bitmap.entry = replace(entry, table_offset=table_offset, table_size=needed)
+        bitmap.entry = entry._replace(table_offset=table_offset, table_size=needed)
         bitmap.new_table = table
 
     async def _write_contents(
