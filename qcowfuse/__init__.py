@@ -27,7 +27,8 @@ The packages, from the lowest to the highest; each imports only from those above
 
 The way of a read: ``DirectRequests`` -> ``QcowImage.start_read`` -> ``FileStorage.try_pread``: plain calls, one
 dictionary look-up and one ``preadv`` when the L2 slice is cached and the page is. Only a miss costs a coroutine:
-``start_read`` gives a ``PendingRead``, and ``Operations.read`` awaits its end.
+``start_read`` gives a ``PendingRead``, and ``Operations.read`` awaits its end, or a thread hands the bytes to the
+kernel (``replies``).
 
 The way of a write and of fsync, and the rules that make them safe, are in :mod:`qcowfuse.driver`.
 """

@@ -167,7 +167,7 @@ class MountSession:
         now = {
             "stopping": int(self.is_stopping),
             "open_files": self.n_open,
-            "waiting_requests": self._gate.n_slow,
+            "waiting_requests": self._gate.n_slow + len(self._gate.elsewhere),
         }
         return self._statistics | now | self._session.statistics()
 

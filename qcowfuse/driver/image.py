@@ -17,6 +17,9 @@ from typing import Protocol
 from ..buffer import Buffer
 from .pending import PendingRead, PendingWrite
 
+LARGE_READ = 512 << 10
+"""Bytes. From here on the copies of a read take so long that the caller may have another thread make them."""
+
 
 def never() -> bool:
     """For ``is_alone``: somebody may be waiting."""
@@ -29,9 +32,9 @@ class StartRead(Protocol):
     def __call__(
         self, guest_offset: int, n_bytes: int, is_alone: Callable[[], bool] = never, /
     ) -> Buffer | PendingRead:
-        """The bytes when they can be had at once. ``is_alone`` tells whether nobody else waits for an answer; it is
-        asked once at most, where the bytes could be computed on the spot, which may take some 100 us. Raises
-        OutOfRangeError, FormatError, OSError."""
+        """The bytes when they can be had at once. ``is_alone`` tells whether nobody else waits for an answer, or no
+        other thread could work on it; it is asked once at most, where the bytes could be computed or copied on the
+        spot, which may take some 100 us. Raises OutOfRangeError, FormatError, OSError."""
 
 
 class StartWrite(Protocol):

@@ -10,10 +10,12 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import partial
 from typing import NoReturn, Protocol
 
 from ..buffer import Buffer
 from ..errors import CorruptImageError
+from ..storage.base import Deliver, OnDelivered
 
 
 class Epochs(Protocol):
@@ -37,6 +39,16 @@ class RequestGuard(Protocol):
         """The image was found corrupt: nothing is written from now on."""
 
 
+class Source(Protocol):
+    """Where all the bytes of a read lie: each call as Storage has it."""
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """See Storage."""
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """See Storage."""
+
+
 class PendingRead:
     """A read that was started; ``rest`` gives its bytes."""
 
@@ -46,6 +58,12 @@ class PendingRead:
         self._guard = guard
         self._rest = rest
         self._epoch = guard.epochs.enter()
+
+    def start_delivery(self, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """Have the bytes handed to ``deliver`` in another thread, and the read ended, before ``on_end`` is called in
+        this one (:meth:`~qcowfuse.storage.base.Storage.start_delivery`). False where the way to them is longer: then
+        nothing has happened."""
+        return False
 
     async def finish(self) -> Buffer:
         """The bytes. Raises FormatError, OSError; CorruptImageError, and then the image is frozen."""
@@ -60,6 +78,27 @@ class PendingRead:
     def abandon(self) -> None:
         """Nobody wants the answer any more."""
         self._guard.epochs.leave(self._epoch)
+
+
+class PendingSource(PendingRead):
+    """A read of ``n_bytes`` at ``host_offset`` of ``source``, as they are there."""
+
+    __slots__ = ("_host_offset", "_n_bytes", "_source")
+
+    def __init__(self, guard: RequestGuard, source: Source, host_offset: int, n_bytes: int) -> None:
+        super().__init__(guard, partial(source.pread, host_offset, n_bytes))
+        self._source = source
+        self._host_offset = host_offset
+        self._n_bytes = n_bytes
+
+    def start_delivery(self, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """See PendingRead."""
+
+        def end(error: Exception | None) -> None:
+            self.abandon()
+            on_end(error)
+
+        return self._source.start_delivery(self._host_offset, self._n_bytes, deliver, end)
 
 
 class PendingWrite:

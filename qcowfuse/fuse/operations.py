@@ -1,7 +1,8 @@
 """The FUSE operations of exactly one file: the virtual disk.
 
 1. Only FUSEError (and cancellation) leaves a handler: anything else would end the mount. What to answer is in
-   :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO.
+   :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO
+   (:mod:`.failures`).
 2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
 3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
 4. Owner, mode and times can be changed, and live as long as the mount: :mod:`.attributes`.
@@ -29,7 +30,7 @@ from ..buffer import Buffer
 from ..driver.image import Image
 from ..driver.pending import PendingRead, PendingWrite
 from .attributes import Attributes, Ownership
-from .errnos import errno_of
+from .failures import Failures
 from .fsync_at_once import WRITER, FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
 from .request_gate import RequestGate
@@ -41,8 +42,7 @@ from .unsent_data import WORTHWHILE_HOLE, UnsentData
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
 
-_MAX_BLOCK_SIZE = 1 << 20
-_MIN_BLOCK_SIZE = 4096
+_MIN_BLOCK_SIZE, _MAX_BLOCK_SIZE = 4096, 1 << 20
 
 _log = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ class Operations(pyfuse3.Operations):
         self._n_writes = self._n_flushed = 0
         self._on_release = on_release
         self._on_discard = on_discard
-        self._last_error = ""
+        self.failures = Failures()
 
     # ---- the hot path ----
 
@@ -438,12 +438,4 @@ class Operations(pyfuse3.Operations):
     def _fail(self, operation: str, exc: Exception) -> NoReturn:
         if isinstance(exc, FUSEError):
             raise exc
-        number = errno_of(exc)
-        message = f"{operation} failed: {exc}"
-        if message != self._last_error:  # a failing disk says the same a thousand times
-            self._last_error = message
-            if number is None:
-                _log.error("bug in qcowfuse: %s failed unexpectedly", operation, exc_info=exc)
-            else:
-                _log.error("%s", message)
-        raise FUSEError(errno.EIO if number is None else number) from None
+        raise FUSEError(self.failures.note(operation, exc)) from None

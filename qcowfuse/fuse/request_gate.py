@@ -15,6 +15,8 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
    next event will then come through trio. Where others want the processor, yielding costs a worker its turn, while
    one that sleeps gets it back at once: after a turn that took long, it does without for a while.
 5. Parked workers are woken last in first out: the buffer used last is the one in the processor's cache.
+6. Threads that answer requests by themselves do not count as waiting: they need nothing of trio. As many of them are
+   useful as there are processors beside that of the event loop, up to four.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from collections.abc import Callable
 
 import trio
 
+_MOST_HELPERS = 4
 _LONG_TURN = 200e-6
 _WITHOUT_SPIN = 200
 
@@ -38,6 +41,10 @@ class RequestGate:
 
     def __init__(self, *, burst: int = 32, burst_while_slow: int = 4, spin: float = 30e-6) -> None:
         self.n_slow = 0
+        self.elsewhere: list[int] = []
+        """As long as the number of requests that other threads answer. Such a thread takes one away when it has
+        answered, which is a single step for all others."""
+        self.max_elsewhere = min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_HELPERS)
         self._burst = burst
         self._burst_while_slow = burst_while_slow
         self._spin = spin
@@ -57,7 +64,10 @@ class RequestGate:
         trio.lowlevel.notify_closing(fd)
 
     def is_idle(self) -> bool:
-        """Whether no handler waits for anything and no request waits to be read."""
+        """Whether to take time for a request: no handler waits for anything and no request waits to be read, or else
+        no other thread should be given work now."""
+        if len(self.elsewhere) >= self.max_elsewhere:
+            return True
         return not (self.n_slow or (self._poll is not None and self._poll(0)))
 
     def n_left_in_burst(self) -> int:

@@ -12,7 +12,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..buffer import Buffer
@@ -62,6 +62,13 @@ class TryPwritev(Protocol):
     def __call__(self, host_offset: int, buffers: Sequence[Buffer]) -> bool: ...
 
 
+Deliver = Callable[[Buffer], None]
+"""Takes what was read, in the thread that has read it. The bytes are only lent. Raises nothing."""
+OnDelivered = Callable[[Exception | None], None]
+"""Called in the trio thread when a delivery has ended: with None, or with why nothing was delivered. Raises
+nothing."""
+
+
 class Storage(Protocol):
     """A file, or something that acts as one. Offsets and lengths are in bytes."""
 
@@ -99,6 +106,11 @@ class Storage(Protocol):
 
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """All ``n_bytes``, zero-filled past the end."""
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """Have a thread read all ``n_bytes`` (zero-filled past the end) and hand them to ``deliver``, so that the
+        trio thread has no part in it; ``on_end`` is called in any case, after this has returned. False where there
+        is no such thread: nothing has happened then, and the caller awaits :meth:`pread`. Raises nothing."""
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, with zeroes past the end."""

@@ -32,8 +32,9 @@ import trio
 
 from ..buffer import Buffer
 from . import file_systems
-from .base import StorageCounters, TryPread, TryPreadInto, TryPwritev
+from .base import Deliver, OnDelivered, StorageCounters, TryPread, TryPreadInto, TryPwritev
 from .blocking import read_all, read_all_into, write_all, zero_range
+from .calls_in_flight import CallsInFlight
 from .durability import Durability
 from .flushes import DiskFlushes
 from .held import Held
@@ -82,13 +83,10 @@ class FileStorage:
             from .reserve import open_reserve
 
             self._reserve_fd = open_reserve(fd, path)
-        self.n_in_flight = 0
-        self._idle = trio.Event()
-        self._is_closing = False
         self._closed = trio.Event()
         self.counters = StorageCounters()
         self.durability = Durability(path, self.counters)
-        self._pool = retain_worker_pool()
+        self._calls = CallsInFlight(retain_worker_pool(), path)
         self.ring: Ring | None = None
         if io_uring and not self._in_memory:
             self.ring = retain_ring()
@@ -133,6 +131,11 @@ class FileStorage:
     def file_system(self) -> str:
         """The type of the file system ("ext4"), or "" for a block device and where it is unknown."""
         return self._file_system
+
+    @property
+    def n_in_flight(self) -> int:
+        """Calls that go on in a thread or in the ring."""
+        return self._calls.n
 
     def fileno(self) -> int:
         """The descriptor, for locks; -1 after :meth:`aclose`."""
@@ -264,6 +267,16 @@ class FileStorage:
             return await self._run_in_ring(self.ring, host_offset, n_bytes)
         return await self._run(read_all, host_offset, n_bytes)
 
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """See Storage. False for what goes by io_uring."""
+        if self.ring is not None and n_bytes <= MAX_READ_BYTES:
+            return False
+        if not self._calls.start_delivery(self._fd, host_offset, n_bytes, deliver, on_end):
+            return False
+        self.counters.reads += 1
+        self.counters.read_bytes += n_bytes
+        return True
+
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``, with zeroes past the end. Raises OSError."""
         self.counters.reads += 1
@@ -369,18 +382,16 @@ class FileStorage:
 
     async def aclose(self) -> None:
         """Wait for the calls in flight, cancelled or not, then close: that gives up the locks. Idempotent."""
-        if self._is_closing:
+        if self._calls.is_closing:
             await self._closed.wait()
             return
-        self._is_closing = True
         self._decline_reads()
         self.try_pwritev = self._decline_pwritev
+        self._calls.is_closing = True
         with trio.CancelScope(shield=True):
             await self._flushes.abandon()
-            if self.n_in_flight:
-                await self._idle.wait()
+            await self._calls.close()
         fd, self._fd = self._fd, -1
-        self._pool.release()
         if self.ring is not None:
             self.ring.release()
         if self._reserve_fd is not None:
@@ -392,35 +403,20 @@ class FileStorage:
 
     async def _run(self, function: Callable[..., T], *args: Any) -> T:
         """``function(fd, *args)`` in a thread."""
-        if self._is_closing:
-            raise OSError(errno.EBADF, "storage is closed", self._name)
-        self.n_in_flight += 1
-        try:
-            return await self._pool.run(function, self._fd, *args)
-        finally:
-            self.n_in_flight -= 1
-            if self.n_in_flight == 0 and self._is_closing:
-                self._idle.set()
+        return await self._calls.run(function, self._fd, *args)
 
     async def _run_in_ring(self, ring: Ring, host_offset: int, n_bytes: int) -> Buffer:
         """A read by io_uring, and in a thread where that declines."""
-        if self._is_closing:
-            raise OSError(errno.EBADF, "storage is closed", self._name)
-        self.n_in_flight += 1
-        try:
+        with self._calls.counted():
             data = await ring.read(self._fd, host_offset, n_bytes)
-            return await self._pool.run(read_all, self._fd, host_offset, n_bytes) if data is None else data
-        finally:
-            self.n_in_flight -= 1
-            if self.n_in_flight == 0 and self._is_closing:
-                self._idle.set()
+            return await self._calls.pool.run(read_all, self._fd, host_offset, n_bytes) if data is None else data
 
     async def _run_growing(self, function: Callable[..., T], *args: Any) -> T:
         """:meth:`_run`, and on failure take note of what the file has grown to."""
         try:
             return await self._run(function, *args)
         except OSError:
-            if not self._is_closing:
+            if not self._calls.is_closing:
                 self._grow_to(length_of(self._fd))
             raise
 

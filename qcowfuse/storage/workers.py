@@ -36,13 +36,32 @@ class _Waiter:
         self.n_left = n_left
         self.task = trio.lowlevel.current_task()
 
+    def note_end(self, job: _Job) -> None:
+        """One of its jobs has ended."""
+        self.n_left -= 1
+        if not self.n_left:
+            trio.lowlevel.reschedule(self.task)
+
+
+class _Listener:
+    """What is to be called when a job has ended that no task waits for."""
+
+    __slots__ = ("_on_end",)
+
+    def __init__(self, on_end: Callable[[BaseException | None], None]) -> None:
+        self._on_end = on_end
+
+    def note_end(self, job: _Job) -> None:
+        """The job has ended."""
+        self._on_end(job.error)
+
 
 class _Job:
     """One call on its way through the pool; ``error`` and ``value`` are set by the thread."""
 
     __slots__ = ("args", "error", "function", "value", "waiter")
 
-    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], waiter: _Waiter) -> None:
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...], waiter: _Waiter | _Listener) -> None:
         self.function = function
         self.args = args
         self.waiter = waiter
@@ -78,12 +97,9 @@ class WorkerPool:
         waiter = _Waiter(len(arguments))
         jobs = []
         for args in arguments:
-            self._n_jobs += 1
-            if self._n_jobs > self._n_threads < self._max_threads:
-                self._start_thread()  # raises only where no thread runs: for the first job, or never
             job = _Job(function, args, waiter)
+            self._enqueue(job)
             jobs.append(job)
-            self._queue.put(job)
         await trio.lowlevel.wait_task_rescheduled(_refuse_abort)
         error = next((job.error for job in jobs if job.error is not None), None)
         if error is not None:
@@ -93,6 +109,19 @@ class WorkerPool:
                 # The traceback refers to this frame: break the cycle, or the caller's buffers live on in it.
                 del error, job, jobs
         return [cast(T, job.value) for job in jobs]
+
+    def start(
+        self, function: Callable[..., object], *args: Any, on_end: Callable[[BaseException | None], None]
+    ) -> None:
+        """``function(*args)`` in a thread; then ``on_end`` in the trio thread with what it has raised, or None.
+        ``on_end`` must not raise. Raises RuntimeError where there is no thread to be had: then nothing is called."""
+        self._enqueue(_Job(function, args, _Listener(on_end)))
+
+    def _enqueue(self, job: _Job) -> None:
+        self._n_jobs += 1
+        if self._n_jobs - len(self._done) > self._n_threads < self._max_threads:
+            self._start_thread()  # raises only where no thread runs: for the first job, or never
+        self._queue.put(job)
 
     async def run_in_each(self, function: Callable[[], T]) -> list[T]:
         """``function()`` in each thread that runs now, when it has time; the results.
@@ -166,10 +195,8 @@ class WorkerPool:
         done = self._done
         while done:
             self._n_jobs -= 1
-            waiter = done.popleft().waiter
-            waiter.n_left -= 1
-            if not waiter.n_left:
-                trio.lowlevel.reschedule(waiter.task)
+            job = done.popleft()
+            job.waiter.note_end(job)
 
 
 def _refuse_abort(_raise_cancel: object) -> trio.lowlevel.Abort:

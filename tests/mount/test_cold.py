@@ -81,9 +81,9 @@ def test_cold_reads_give_the_right_bytes(
     def read(seed: int) -> None:
         chooser = random.Random(seed)
         fd = os.open(mount.file, os.O_RDONLY | os.O_DIRECT)
-        buffer = mmap.mmap(-1, 256 << 10)
+        buffer = mmap.mmap(-1, 1 << 20)
         for _ in range(150):
-            n_bytes = chooser.choice((512, 4096, 65536, 256 << 10))
+            n_bytes = chooser.choice((512, 4096, 65536, 256 << 10, 1 << 20))
             # The last MiB is the writer's.
             offset = chooser.randrange((SIZE - (1 << 20) - n_bytes) // 512) * 512
             assert os.preadv(fd, [memoryview(buffer)[:n_bytes]], offset) == n_bytes

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import trio
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Storage
+from qcowfuse.storage.base import Deliver, OnDelivered, Storage
 
 from .recording import SECTOR, ForwardingStorage
 
@@ -73,6 +73,10 @@ class FaultyStorage(ForwardingStorage):
         """Ask first."""
         await self._pass(self._note("read", host_offset, n_bytes))
         return await self.inner.pread(host_offset, n_bytes)
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """False: a fault is for a task to meet."""
+        return False
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Ask first."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import StorageCounters
+from qcowfuse.storage.base import Deliver, OnDelivered, StorageCounters
 
 
 class MemoryStorage:
@@ -60,6 +60,10 @@ class MemoryStorage:
         """The bytes."""
         await self._checkpoint()
         return self._read(host_offset, n_bytes)
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """False: there are no threads."""
+        return False
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """Fill ``buffer``."""

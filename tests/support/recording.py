@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Storage, StorageCounters
+from qcowfuse.storage.base import Deliver, OnDelivered, Storage, StorageCounters
 
 from .memory_storage import MemoryStorage
 
@@ -74,6 +74,10 @@ class ForwardingStorage:
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """As the inner one."""
         return await self.inner.pread(host_offset, n_bytes)
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """As the inner one."""
+        return self.inner.start_delivery(host_offset, n_bytes, deliver, on_end)
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """As the inner one."""

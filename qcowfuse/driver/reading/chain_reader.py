@@ -6,21 +6,21 @@ backing file that is 2.6 us of processor time instead of 6.7 us (Python 3.11, im
 
 1. The answer is the same, or None: then the caller looks properly. None is the answer to everything that is not
    plain: compressed, encrypted and zero clusters, extended entries, data files, a table that is not in memory, a
-   range that crosses a cluster or the end of a layer.
+   range that crosses a cluster or the end of a layer, a large read.
 2. Nothing here waits or changes anything but the order and the counters of the L2 cache.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from typing import NamedTuple
 
 from ...buffer import Buffer
 from ...format.geometry import MAX_CLUSTER_BITS
+from ..image import LARGE_READ
 from ..layers.mapping import Layer, Mapping, RawLayer
 from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
-from ..pending import PendingRead, RequestGuard
+from ..pending import PendingRead, PendingSource, RequestGuard
 
 _ZEROES = memoryview(bytes(1 << MAX_CLUSTER_BITS))
 
@@ -81,6 +81,8 @@ class QuickReader:
         cache = self._cache
         slices = cache.slices
         end = guest_offset + n_bytes
+        if n_bytes >= LARGE_READ:
+            return None
         met: list[L2Slice] = []
         storage = None
         for step in self._steps:
@@ -115,4 +117,4 @@ class QuickReader:
         if storage is None:
             return _ZEROES[:n_bytes]
         data = storage.try_pread(host_offset, n_bytes)
-        return PendingRead(self._guard, partial(storage.pread, host_offset, n_bytes)) if data is None else data
+        return PendingSource(self._guard, storage, host_offset, n_bytes) if data is None else data

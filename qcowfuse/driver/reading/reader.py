@@ -16,10 +16,10 @@ from functools import partial
 from ...buffer import Buffer
 from ...format.entries import ClusterKind
 from ...format.extents import Extent
-from ..image import never
+from ..image import LARGE_READ, never
 from ..layers.mapping import ChainLookup, Layer
 from ..layers.table_cache import TableCache
-from ..pending import PendingRead, RequestGuard
+from ..pending import PendingRead, PendingSource, RequestGuard
 from .chain_reader import QuickReader
 from .compressed import CompressedReads
 from .decoding import CompressedSource
@@ -97,8 +97,10 @@ class ChainReader:
         if len(extents) == 1 and extents[0].kind == ClusterKind.DATA:
             extent = extents[0]
             storage = self._fetcher.data[extent.layer]
-            data = storage.try_pread(extent.value, n_bytes)
-            return PendingRead(self._guard, partial(storage.pread, extent.value, n_bytes)) if data is None else data
+            # Its two copies take as long as some ten other requests: the caller may have a thread make them.
+            is_for_thread = n_bytes >= LARGE_READ and not is_alone()
+            data = None if is_for_thread else storage.try_pread(extent.value, n_bytes)
+            return PendingSource(self._guard, storage, extent.value, n_bytes) if data is None else data
         if any(extent.kind == ClusterKind.COMPRESSED for extent in extents):
             return self.compressed.start(extents, guest_offset, n_bytes, is_alone)
         buffer = bytearray(n_bytes)

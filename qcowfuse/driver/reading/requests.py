@@ -15,10 +15,10 @@ from functools import partial
 from ...buffer import Buffer
 from ...errors import CorruptImageError, OutOfRangeError
 from ...format.entries import COPIED
-from ..image import never
+from ..image import LARGE_READ, never
 from ..layers.mapping import Mapping, Places
 from ..layers.table_cache import LAYER_BITS, TableCache
-from ..pending import PendingRead, RequestGuard, fail_with
+from ..pending import PendingRead, PendingSource, RequestGuard, fail_with
 from .reader import ChainReader
 
 
@@ -54,7 +54,7 @@ class _TopReads(Reads):
         self._cluster_size = mapping.geometry.cluster_size
         self._cluster_mask = self._cluster_size - 1
         self._try_pread = places.try_pread
-        self._pread = places.pread
+        self._places = places
 
 
 class PlainReads(_TopReads):
@@ -81,14 +81,19 @@ class PlainReads(_TopReads):
             entry = slice_.entries[index]
             host_offset = entry & self._offset_mask
             in_cluster = guest_offset & self._cluster_mask
-            if not entry & self._not_plain and host_offset and in_cluster + n_bytes <= self._cluster_size:
+            if (
+                not entry & self._not_plain
+                and host_offset
+                and in_cluster + n_bytes <= self._cluster_size
+                and n_bytes < LARGE_READ
+            ):
                 cache = self._cache
                 cache.hits += 1
                 if slice_ is not cache.newest:
                     cache.touch(slice_)
                 data = self._try_pread(host_offset + in_cluster, n_bytes)
                 if data is None:
-                    return PendingRead(self._guard, partial(self._pread, host_offset + in_cluster, n_bytes))
+                    return PendingSource(self._guard, self._places, host_offset + in_cluster, n_bytes)
                 return data
             if entry & self._compressed and n_bytes:
                 started = self._start_compressed(slice_, index, guest_offset, n_bytes, is_alone)
@@ -113,6 +118,7 @@ class DataFileReads(_TopReads):
                 slice_.entries[guest_offset >> self._cluster_bits & self._slice_mask]
                 == COPIED | guest_offset - in_cluster
                 and in_cluster + n_bytes <= self._cluster_size
+                and n_bytes < LARGE_READ
                 and 0 <= guest_offset <= self._mapping.guest_size - n_bytes
             ):
                 cache = self._cache
@@ -121,7 +127,7 @@ class DataFileReads(_TopReads):
                     cache.touch(slice_)
                 data = self._try_pread(guest_offset, n_bytes)
                 if data is None:
-                    return PendingRead(self._guard, partial(self._pread, guest_offset, n_bytes))
+                    return PendingSource(self._guard, self._places, guest_offset, n_bytes)
                 return data
         return super().start(guest_offset, n_bytes, is_alone)
 

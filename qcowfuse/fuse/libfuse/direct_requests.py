@@ -30,6 +30,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Protocol
 
 import pyfuse3
@@ -40,19 +41,20 @@ from ...driver.pending import PendingRead, PendingWrite
 from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
 from ...system.short_wait import allow_short_waits
+from ..failures import Failures
 from ..fsync_at_once import FsyncAtOnce
 from ..holes_at_once import HolesAtOnce
 from ..request_gate import RequestGate
 from ..seeking import NO_DATA
 from ..started import StartedRequest
 from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
+from .replies import REPLY, Deliveries, send_reply
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
 _HEADER = struct.Struct("<IIQ")
 _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
-_REPLY = struct.Struct("<IiQ")
 _WRITTEN = struct.Struct("<IiQII")
 _FUSE_GETATTR, _FUSE_SETATTR, _FUSE_READ, _FUSE_WRITE, _FUSE_FSYNC, _FUSE_FLUSH = 3, 4, 15, 16, 20, 25
 _FUSE_FALLOCATE, _FUSE_LSEEK = 43, 46
@@ -78,6 +80,7 @@ class RequestHandlers(Protocol):
     """What of :class:`~qcowfuse.fuse.operations.Operations` is used here."""
 
     started: StartedRequest
+    failures: Failures
 
     @property
     def file_inode(self) -> int:
@@ -131,6 +134,7 @@ class DirectRequests:
         self.refusal: str | None = None
         self.answers_lseek = self.answers_fallocate = False
         self.n_answered = 0
+        self.deliveries = Deliveries(gate, partial(handlers.failures.note, "read"))
         self._handlers = handlers
         self._gate = gate
         self._fd = -1
@@ -221,7 +225,7 @@ class DirectRequests:
 
     def _receive_into(self, buffer: _Buffer) -> int:
         fd, view, gate = self._fd, buffer.view, self._gate
-        handlers = self._handlers
+        handlers, deliveries = self._handlers, self.deliveries
         start_read, start_write, file_inode = handlers.start_read, handlers.start_write, handlers.file_inode
         is_idle, answers = gate.is_idle, self._answers
         n_answered, n_others, n_allowed = 0, 0, gate.n_left_in_burst()
@@ -242,10 +246,14 @@ class DirectRequests:
                             self._keep(PendingRead, off, size, exc)
                         else:
                             if not isinstance(data, PendingRead):
-                                _reply(fd, unique, (_REPLY.pack(_REPLY.size + len(data), 0, unique), data))
+                                send_reply(fd, unique, (REPLY.pack(REPLY.size + len(data), 0, unique), data))
                                 # Free before the next is made: the same memory, in the processor's cache still.
                                 del data
                                 n_answered += 1
+                                continue
+                            if deliveries.start(fd, unique, data):
+                                n_answered += 1
+                                del data
                                 continue
                             handlers.started.keep(PendingRead, off, size, data)
                             del data
@@ -256,7 +264,7 @@ class DirectRequests:
                             self._keep(PendingWrite, off, size, exc)
                         else:
                             if pending is None:
-                                _reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
+                                send_reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
                                 n_answered += 1
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
@@ -286,9 +294,9 @@ class DirectRequests:
             return 0
         seconds = time.perf_counter() - start
         if isinstance(body, int):
-            _reply(self._fd, unique, (_REPLY.pack(_REPLY.size, -body, unique),))
+            send_reply(self._fd, unique, (REPLY.pack(REPLY.size, -body, unique),))
         else:
-            _reply(self._fd, unique, (_REPLY.pack(_REPLY.size + len(body), 0, unique), body))
+            send_reply(self._fd, unique, (REPLY.pack(REPLY.size + len(body), 0, unique), body))
         return 1 + int(seconds / _USUAL_SECONDS)
 
     def _fsync(self, view: memoryview, n_bytes: int) -> bytes | None:
@@ -328,17 +336,3 @@ class DirectRequests:
         _log.debug("not answered at once: %r", failure)
         if not isinstance(failure, OutOfRangeError):
             self._handlers.started.keep(kind, off, size, failure)
-
-
-def _reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> None:
-    """Answer; whatever becomes of it, the request is answered then (rule 1)."""
-    try:
-        os.writev(fd, parts)
-    except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENODEV):
-            return  # the process that asked was interrupted, or the connection is at its end
-        _log.error("a reply was refused: %s", exc)
-        try:
-            os.write(fd, _REPLY.pack(_REPLY.size, -errno.EIO, unique))
-        except OSError as again:
-            _log.error("and so was the error: %s", again)

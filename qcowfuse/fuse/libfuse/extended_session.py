@@ -230,7 +230,11 @@ class ExtendedSession:
         it must be closed before ``pyfuse3.close``."""
         self._extra.nursery = nursery
         with self._while_serving:
-            await pyfuse3.main(min_tasks, max_tasks)
+            try:
+                await pyfuse3.main(min_tasks, max_tasks)
+            finally:
+                if self._direct is not None:
+                    await self._direct.deliveries.wait_until_ended()
 
 
 def libfuse_version(library: ctypes.CDLL) -> int:

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ...buffer import Buffer
-from ..base import Storage, StorageCounters
+from ..base import Deliver, OnDelivered, Storage, StorageCounters
 from ..syscalls import timer_create, timer_start
 from .delay_model import DelayModel
 
@@ -106,6 +106,10 @@ class LatencyStorage:
         async with self._access(host_offset, n_bytes):
             data = self._inner.try_pread(host_offset, n_bytes)
             return await self._inner.pread(host_offset, n_bytes) if data is None else data
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """False: the delay needs a task."""
+        return False
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """The inner read, later."""

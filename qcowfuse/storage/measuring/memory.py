@@ -15,7 +15,7 @@ import resource
 from collections.abc import Sequence
 
 from ...buffer import Buffer
-from ..base import StorageCounters
+from ..base import Deliver, OnDelivered, StorageCounters
 from ..blocking import read_all, read_all_into
 from ..file import FileStorage
 from ..syscalls import LockedMapping
@@ -151,6 +151,10 @@ class ResidentStorage:
         data = self.try_pread(host_offset, n_bytes)
         assert data is not None
         return data
+
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+        """False: no read waits."""
+        return False
 
     async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
         """As :meth:`try_pread_into`."""
