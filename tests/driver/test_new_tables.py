@@ -7,12 +7,14 @@ import random
 from dataclasses import replace
 
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from tests.support.checker import check_image_bytes
-from tests.support.faults import FaultyStorage, Operation
+from tests.support.faults import FaultyStorage, Hold, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_storage import MemoryStorage
 from tests.support.scenarios import Fault, Scenario, run_scenario
@@ -131,6 +133,28 @@ async def test_the_outcome_is_that_of_waiting(kind: str, tiny: bool, monkeypatch
         await again.aclose()
         outcomes.append((read, len(disk.memory.data)))
     assert outcomes[0] == outcomes[1]
+
+
+async def test_others_are_made_while_one_is_waited_for() -> None:
+    """But not the same one: that would be linked twice."""
+    disk = await opened(ImageSpec())
+    hold = Hold(lambda operation: operation.kind == "write")
+    disk.storage.gate = hold
+    assert disk.image.changes is not None
+    writer = disk.image.changes.writer
+    writer.allocates_at_once = disk.storage.inline = False
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(disk.image.write, 100 * KIB, b"first")
+        await wait_all_tasks_blocked()
+        writer.allocates_at_once = disk.storage.inline = True
+        assert disk.write(200 * KIB, b"second")
+        assert not disk.write(100 * KIB + 512, b"third")
+        hold.release()
+    for place, data in ((100, b"first"), (200, b"second")):
+        assert bytes(await disk.image.read(place * KIB, 512)) == data.ljust(512, b"\0")
+    await disk.image.aclose()
+    report = check_image_bytes(bytes(disk.memory.data))
+    assert (report.exit_code, report.leaks) == (0, 0)
 
 
 async def test_a_table_of_a_snapshot_is_not_made_at_once() -> None:

@@ -1,7 +1,8 @@
 """New L2 tables: for a part of the disk that has none yet, and copies of those that are shared with a snapshot.
 
 1. A table is written whole before memory links it; on disk it is linked by the next flush (rule R4).
-2. One is made at a time. Whoever waited for it looks again.
+2. One at a time is made by waiting; a task that waited for that looks again. Others are made at once meanwhile, but
+   for that very table.
 3. An empty table is made in one step without an await where nothing has to be waited for: its L1 entry and its
    clusters are at hand, the storage writes at once, and the cache has room for what becomes dirty. Its slice is in
    memory then, and is not read back.
@@ -48,6 +49,7 @@ class NewTables:
         self._give_back = give_back
         self._storage = mapping.storage
         self._lock = trio.Lock()
+        self._making = -1
         self._writes_at_once = True
 
     def owns(self, l1_index: int) -> bool:
@@ -60,7 +62,11 @@ class NewTables:
         """Have a table that this image owns alone. Raises OSError, CorruptImageError."""
         async with self._lock:
             if not self.owns(l1_index):
-                await self._make(l1_index)
+                self._making = l1_index
+                try:
+                    await self._make(l1_index)
+                finally:
+                    self._making = -1
 
     def try_make(self, guest_offset: int) -> L2Slice | None:
         """A table where there is none, by rule 3: its slice for ``guest_offset``, pinned. None where that has to be
@@ -70,7 +76,7 @@ class NewTables:
         if (
             not self._writes_at_once
             or mapping.l1_table[l1_index]
-            or self._lock.locked()
+            or self._making == l1_index
             or self._metadata.shared
             or space.has_reserve
             or not self._write_back.has_link_space(l1_index)
