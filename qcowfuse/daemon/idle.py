@@ -13,12 +13,16 @@ from typing import Any, Protocol
 import trio
 
 WATCHED = tuple(str.split("lookup getattr setattr access open release opendir readdir statfs getxattr listxattr"))
+AT_ONCE = (("opens", "open"), ("opens", "release"), ("fsyncs", "start_getattr"))
+"""Plain functions that answer such requests as soon as they have been read: attribute of the handlers, and name."""
 
 
 class Handlers(Protocol):
-    """What is watched: the handlers of requests, by the names in :data:`WATCHED`."""
+    """What is watched: the handlers of requests, by the names in :data:`WATCHED` and :data:`AT_ONCE`."""
 
-    n_open: int
+    @property
+    def n_open(self) -> int:
+        """How many have a file open."""
 
 
 class IdleWatch:
@@ -31,6 +35,9 @@ class IdleWatch:
         self._last_use = trio.current_time()
         for name in WATCHED:
             setattr(handlers, name, self._noting(getattr(handlers, name)))
+        for owner, name in AT_ONCE:
+            answering = getattr(handlers, owner)
+            setattr(answering, name, self._noting_at_once(getattr(answering, name)))
 
     def note_use(self) -> None:
         """It is used now."""
@@ -45,6 +52,13 @@ class IdleWatch:
             if left <= 0:
                 return
             await trio.sleep(left)
+
+    def _noting_at_once(self, answer: Callable[..., Any]) -> Callable[..., Any]:
+        def noting(*args: Any) -> Any:
+            self._last_use = trio.current_time()
+            return answer(*args)
+
+        return noting
 
     def _noting(self, handler: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
         async def noting(*args: Any) -> Any:

@@ -33,6 +33,7 @@ from .attributes import Attributes, Ownership
 from .failures import Failures
 from .fsync_at_once import WRITER, FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
+from .open_files import OpenFiles
 from .request_gate import RequestGate
 from .seeking import Seeker, never
 from .sizes import Mend, Sizes
@@ -74,7 +75,6 @@ class Operations(pyfuse3.Operations):
         super().__init__()
         self.enable_writeback_cache = False
         self.gate = RequestGate() if gate is None else gate
-        self.n_open = 0
         self.daemon_statistics: Callable[[], dict[str, int]] = dict
         self.unsent = UnsentData(lambda: self.enable_writeback_cache)
         self._image = image
@@ -87,7 +87,7 @@ class Operations(pyfuse3.Operations):
         self._start_write = image.start_write
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else file_inode
-        self._caching = {"keep_cache": is_cached, "direct_io": not is_cached}
+        self.opens = OpenFiles(image, self._file_inode, self.unsent, is_cached=is_cached, on_release=on_release)
         self.sizes = Sizes(
             image,
             self._file_inode,
@@ -107,7 +107,6 @@ class Operations(pyfuse3.Operations):
             on_durable=self._note_durable,
         )
         self._n_writes = self._n_flushed = 0
-        self._on_release = on_release
         self._on_discard = on_discard
         self.failures = Failures()
 
@@ -117,6 +116,11 @@ class Operations(pyfuse3.Operations):
     def file_inode(self) -> int:
         """The inode of the one file."""
         return self._file_inode
+
+    @property
+    def n_open(self) -> int:
+        """How many have a file open."""
+        return self.opens.n_open
 
     def file_of(self, inode: int) -> Operations:
         """What answers for the file with ``inode``: there is one."""
@@ -399,20 +403,12 @@ class Operations(pyfuse3.Operations):
         """Open the file."""
         if inode != self._file_inode:
             raise FUSEError(errno.EISDIR)
-        if flags & os.O_ACCMODE != os.O_RDONLY and self._image.read_only:
-            raise FUSEError(errno.EROFS)
-        self.n_open += 1
-        if flags & os.O_ACCMODE == os.O_RDONLY:
-            return FileInfo(fh=inode, **self._caching)
-        self.unsent.n_writers += 1
-        return FileInfo(fh=inode | WRITER, **self._caching)
+        is_cached = self.opens.is_cached
+        return FileInfo(fh=self.opens.open(flags), keep_cache=is_cached, direct_io=not is_cached)
 
     async def release(self, fh: int) -> None:
-        """The last descriptor of an open is gone. Its data was flushed when the descriptor was closed."""
-        self.n_open -= 1
-        if fh & WRITER:
-            self.unsent.n_writers -= 1
-        self._on_release()
+        """The last descriptor of an open is gone."""
+        self.opens.release(fh)
 
     # ---- what a folder of one fixed file does not do ----
 

@@ -91,7 +91,7 @@ class SeveralFiles(Operations):
         if other is None:
             await super().release(fh)
         else:
-            self.n_open -= 1
+            self.opens.n_open -= 1
             await other.release(fh)
 
     # ---- by inode ----
@@ -102,7 +102,7 @@ class SeveralFiles(Operations):
         if other is None:
             return await super().open(inode, flags, ctx)
         opened = await other.open(inode, flags, ctx)
-        self.n_open += 1
+        self.opens.n_open += 1
         return opened
 
     async def getattr(self, inode: int, ctx: RequestContext) -> EntryAttributes:

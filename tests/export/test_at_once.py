@@ -25,7 +25,8 @@ from qcowfuse.system.import_slot import SlotError
 from tests.support.memory_image import MemoryImage
 
 FILE = FILE_INODE_IN_DIRECTORY
-GETATTR, SETATTR, OPEN, READ, WRITE, FSYNC, FLUSH, FALLOCATE, LSEEK = 3, 4, 14, 15, 16, 20, 25, 43, 46
+GETATTR, SETATTR, OPEN, READ, WRITE, STATFS, RELEASE, FSYNC, FLUSH = 3, 4, 14, 15, 16, 17, 18, 20, 25
+FALLOCATE, LSEEK = 43, 46
 MTIME, HANDLE, CTIME, SIZE, MTIME_NOW, UID = 1 << 5, 1 << 6, 1 << 10, 1 << 3, 1 << 8, 1 << 1
 N_BUFFER = (1 << 20) + 4096
 
@@ -57,6 +58,14 @@ def fsync_request(**extra: int) -> bytes:
 
 def flush_request(handle: int, **extra: int) -> bytes:
     return header(FLUSH, 64, **extra) + struct.pack("<QIIQ", handle, 0, 0, 4711)
+
+
+def open_request(flags: int, **extra: int) -> bytes:
+    return header(OPEN, 48, **extra) + struct.pack("<II", flags, 0)
+
+
+def release_request(handle: int, **extra: int) -> bytes:
+    return header(RELEASE, 64, **extra) + struct.pack("<QIIQ", handle, os.O_RDWR, 0, 4711)
 
 
 def getattr_request(**extra: int) -> bytes:
@@ -255,6 +264,48 @@ def test_an_fsync_that_must_wait_is_handed_on(durable: tuple[Kernel, DurableImag
     assert kernel.at_once.n_answered == 0
 
 
+async def test_opens_and_releases_are_answered(kernel: Kernel) -> None:
+    """With the handle that the handler would give, and the page cache kept; both are counted."""
+    operations, context = kernel.operations, cast(RequestContext, None)
+    for flags, n_writers in ((os.O_RDONLY, 0), (os.O_RDWR, 1), (os.O_WRONLY | os.O_APPEND, 1)):
+        assert kernel.receive(open_request(flags, unique=8)) == -errno.EINTR
+        unique, error, body = kernel.reply()
+        handle, opened, backing = struct.unpack("<QII", body)
+        assert (unique, error, opened, backing) == (8, 0, 2, 0)
+        assert (operations.n_open, operations.unsent.n_writers) == (1, n_writers)
+        assert handle == (await operations.open(FILE, flags, context)).fh
+        assert kernel.receive(release_request(handle, unique=9), release_request(handle)) == -errno.EINTR
+        assert kernel.reply() == (9, 0, b"")
+        kernel.reply()
+        assert (operations.n_open, operations.unsent.n_writers) == (0, 0)
+
+
+def test_opening_for_writing_is_refused_at_once(kernel: Kernel, image: MemoryImage) -> None:
+    """Of a disk that is read-only; nothing is counted then, and others are handed on."""
+    image.read_only = True
+    assert kernel.receive(open_request(os.O_RDWR)) == -errno.EINTR
+    assert kernel.reply()[1] == -errno.EROFS
+    assert kernel.receive(open_request(os.O_RDONLY)) == -errno.EINTR
+    assert kernel.reply()[1] == 0
+    for request in (open_request(0, inode=1), header(OPEN, 44) + bytes(4), header(RELEASE, 48) + bytes(8)):
+        assert kernel.handed_on(kernel.receive(request)) == request
+    assert kernel.operations.n_open == 1
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.EINVAL])
+def test_an_open_that_the_kernel_does_not_take_is_no_open(
+    kernel: Kernel, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There will be no release."""
+
+    def refuse(fd: int, parts: object) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "writev", refuse)
+    assert kernel.receive(open_request(os.O_RDWR)) == -errno.EINTR
+    assert (kernel.operations.n_open, kernel.operations.unsent.n_writers) == (0, 0)
+
+
 async def test_a_close_is_answered(durable: tuple[Kernel, DurableImage]) -> None:
     """Of a writer: with one flush where something was written since the last. Of a reader: with none."""
     kernel, image = durable
@@ -446,7 +497,7 @@ def test_several_requests_are_answered_in_their_order(kernel: Kernel, image: Mem
 @pytest.mark.parametrize(
     "request_",
     [
-        header(OPEN, 48) + bytes(8),
+        header(STATFS, 40),
         read_request(0, 512, inode=1),
         write_request(0, b"x" * 512, inode=1),
         read_request((1 << 20) - 512, 1024),
@@ -565,7 +616,7 @@ def test_errors_are_decided_elsewhere(
 
 def test_answered_requests_before_one_that_is_handed_on(kernel: Kernel) -> None:
     """The replies are out before libfuse gets its request; what comes after stays where it is."""
-    last = header(OPEN, 48) + bytes(8)
+    last = header(STATFS, 40)
     assert kernel.receive(read_request(0, 512, unique=1), last, read_request(0, 512, unique=3)) == len(last)
     assert kernel.handed_on(len(last)) == last
     assert kernel.reply()[0] == 1

@@ -4,8 +4,8 @@ pyfuse3 reads a request with libfuse's ``fuse_session_receive_buf``, and then ha
 coroutine. For a read of 4 KiB from memory that costs several times what the read does. While
 :meth:`DirectRequests.active` lasts, that call is diverted: requests are read here, READ and WRITE of the one file are
 answered by plain calls, and then comes the next; whatever else is read is handed to libfuse, as if libfuse had read
-it. So are FSYNC with the SETATTR before it, FLUSH, GETATTR, and LSEEK and FALLOCATE where the session answers them at
-all.
+it. So are FSYNC with the SETATTR before it, OPEN, FLUSH, RELEASE, GETATTR, and LSEEK and FALLOCATE where the session
+answers them at all.
 
 1. A request is answered here, or handed on unanswered, never both. When in doubt (another opcode or inode, a length
    that does not fit) it is handed on as it came. A read or write that has to wait, or that failed, was started here
@@ -34,6 +34,7 @@ from functools import partial
 from typing import Protocol
 
 import pyfuse3
+from pyfuse3 import FUSEError
 
 from ...buffer import Buffer
 from ...driver.image import StartRead
@@ -44,6 +45,7 @@ from ...system.short_wait import allow_short_waits
 from ..failures import Failures
 from ..fsync_at_once import FsyncAtOnce
 from ..holes_at_once import HolesAtOnce
+from ..open_files import OpenFiles
 from ..request_gate import RequestGate
 from ..seeking import NO_DATA
 from ..started import StartedRequest
@@ -56,11 +58,14 @@ _HEADER = struct.Struct("<IIQ")
 _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
 _WRITTEN = struct.Struct("<IiQII")
-_FUSE_GETATTR, _FUSE_SETATTR, _FUSE_READ, _FUSE_WRITE, _FUSE_FSYNC, _FUSE_FLUSH = 3, 4, 15, 16, 20, 25
-_FUSE_FALLOCATE, _FUSE_LSEEK = 43, 46
-# What stands behind the header, and the length of both: fuse_{fsync,getattr,setattr,flush,lseek,fallocate}_in.
+_FUSE_GETATTR, _FUSE_SETATTR, _FUSE_OPEN, _FUSE_READ, _FUSE_WRITE, _FUSE_RELEASE = 3, 4, 14, 15, 16, 18
+_FUSE_FSYNC, _FUSE_FLUSH, _FUSE_FALLOCATE, _FUSE_LSEEK = 20, 25, 43, 46
+# What stands behind the header, and the length of both: fuse_{fsync,getattr,setattr,flush,...}_in.
 _FSYNC_BYTES, _GETATTR_BYTES, _SETATTR_BYTES = _HEADER_BYTES + 16, _HEADER_BYTES + 16, _HEADER_BYTES + SETATTR_BYTES
-_FLUSH, _FLUSH_BYTES = struct.Struct("<Q"), _HEADER_BYTES + 24
+_OPEN, _OPEN_BYTES = struct.Struct("<I"), _HEADER_BYTES + 8
+_HANDLE, _HANDLE_BYTES = struct.Struct("<Q"), _HEADER_BYTES + 24
+"""Of FLUSH and RELEASE."""
+_OPENED, _FOPEN_DIRECT_IO, _FOPEN_KEEP_CACHE = struct.Struct("<QII"), 1, 2
 _LSEEK, _LSEEK_BYTES = struct.Struct("<8xQI"), _HEADER_BYTES + 24
 _FALLOCATE, _FALLOCATE_BYTES = struct.Struct("<8xQQI"), _HEADER_BYTES + 32
 _SOUGHT = struct.Struct("<Q")
@@ -92,6 +97,10 @@ class RequestHandlers(Protocol):
 
     def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
         """None when all of it was written. ``data`` is only lent."""
+
+    @property
+    def opens(self) -> OpenFiles:
+        """What answers OPEN and RELEASE."""
 
     @property
     def fsyncs(self) -> FsyncAtOnce:
@@ -139,10 +148,13 @@ class DirectRequests:
         self._gate = gate
         self._fd = -1
         self._buffers: dict[int, _Buffer] = {}
+        self._undo: Callable[[], None] | None = None
         self._answers: dict[int, _Answer] = {
             _FUSE_FSYNC: self._fsync,
             _FUSE_SETATTR: self._set_times,
+            _FUSE_OPEN: self._open,
             _FUSE_FLUSH: self._flush,
+            _FUSE_RELEASE: self._release,
             _FUSE_GETATTR: self._getattr,
             _FUSE_LSEEK: self._lseek,
             _FUSE_FALLOCATE: self._fallocate,
@@ -285,6 +297,7 @@ class DirectRequests:
     def _answer(self, answer: _Answer, unique: int, view: memoryview, n_bytes: int) -> int:
         """Answer a request by ``answer``; as how many it counts, 0 where it has to be handed on."""
         start = time.perf_counter()
+        self._undo = None
         try:
             body = answer(view, n_bytes)
         except Exception as exc:
@@ -296,7 +309,9 @@ class DirectRequests:
         if isinstance(body, int):
             send_reply(self._fd, unique, (REPLY.pack(REPLY.size, -body, unique),))
         else:
-            send_reply(self._fd, unique, (REPLY.pack(REPLY.size + len(body), 0, unique), body))
+            is_taken = send_reply(self._fd, unique, (REPLY.pack(REPLY.size + len(body), 0, unique), body))
+            if not is_taken and self._undo is not None:
+                self._undo()
         return 1 + int(seconds / _USUAL_SECONDS)
 
     def _fsync(self, view: memoryview, n_bytes: int) -> bytes | None:
@@ -306,11 +321,30 @@ class DirectRequests:
         times = parse_set_times(view, _HEADER_BYTES) if n_bytes == _SETATTR_BYTES else None
         return None if times is None else pack_attributes(self._handlers.fsyncs.start_set_times(*times))
 
-    def _flush(self, view: memoryview, n_bytes: int) -> bytes | None:
-        if n_bytes != _FLUSH_BYTES:
+    def _open(self, view: memoryview, n_bytes: int) -> bytes | int | None:
+        if n_bytes != _OPEN_BYTES:
             return None
-        (handle,) = _FLUSH.unpack_from(view, _HEADER_BYTES)
+        (flags,) = _OPEN.unpack_from(view, _HEADER_BYTES)
+        opens = self._handlers.opens
+        try:
+            handle = opens.open(flags)
+        except FUSEError as exc:
+            return exc.errno
+        self._undo = partial(opens.release, handle)
+        return _OPENED.pack(handle, _FOPEN_KEEP_CACHE if opens.is_cached else _FOPEN_DIRECT_IO, 0)
+
+    def _flush(self, view: memoryview, n_bytes: int) -> bytes | None:
+        if n_bytes != _HANDLE_BYTES:
+            return None
+        (handle,) = _HANDLE.unpack_from(view, _HEADER_BYTES)
         return b"" if self._handlers.fsyncs.start_flush(handle) else None
+
+    def _release(self, view: memoryview, n_bytes: int) -> bytes | None:
+        if n_bytes != _HANDLE_BYTES:
+            return None
+        (handle,) = _HANDLE.unpack_from(view, _HEADER_BYTES)
+        self._handlers.opens.release(handle)
+        return b""
 
     def _getattr(self, view: memoryview, n_bytes: int) -> bytes | None:
         entry = self._handlers.fsyncs.start_getattr() if n_bytes == _GETATTR_BYTES else None

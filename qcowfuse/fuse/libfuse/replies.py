@@ -28,15 +28,17 @@ REPLY = struct.Struct("<IiQ")
 _log = logging.getLogger(__name__)
 
 
-def send_reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> None:
-    """Answer (rule 1). Raises nothing."""
+def send_reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> bool:
+    """Answer (rule 1); whether the kernel took it. Raises nothing."""
     try:
         os.writev(fd, parts)
     except OSError as exc:
         if exc.errno in (errno.ENOENT, errno.ENODEV):
-            return  # the process that asked was interrupted, or the connection is at its end
+            return False  # the process that asked was interrupted, or the connection is at its end
         _log.error("a reply was refused: %s", exc)
         send_error(fd, unique, errno.EIO)
+        return False
+    return True
 
 
 def send_error(fd: int, unique: int, number: int) -> None:
