@@ -1,10 +1,13 @@
 """Where both programs begin: Ctrl-C is settled before anything that takes time is imported.
 
 1. From here until a program handles it, Ctrl-C ends the process as it ends any other, without a traceback.
+2. No garbage is collected while what serves is imported: nearly all of it is there to stay. Each process that stays
+   collects its own from then on (:func:`qcowfuse.daemon.process.collect_own_garbage`).
 """
 
 from __future__ import annotations
 
+import gc
 import signal
 import sys
 
@@ -18,6 +21,7 @@ def qcowfuse() -> int:
         from .verbs.main import main as verb
 
         return verb(sys.argv[1:])
+    gc.disable()
     from .mount.main import main
 
     return main()

@@ -22,7 +22,7 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from ..system import landlock, privileges
-from .process import become_user
+from .process import become_user, collect_own_garbage
 from .settings import User
 
 _REQUEST_SECONDS = 5
@@ -64,6 +64,7 @@ def _serve(channel: socket.socket, listener: socket.socket, user: User | None) -
     """The process: one request after the other, until the daemon's end of ``channel`` is closed."""
     code = 1
     try:
+        collect_own_garbage()
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         _keep_only(channel.fileno(), listener.fileno())

@@ -21,6 +21,7 @@ from typing import Any, Generic, NoReturn, TypeVar
 
 from ..system import privileges
 from .mount_client import MountClient
+from .process import collect_own_garbage
 
 MAX_MESSAGE = 1 << 17
 """Bytes of a request or an answer."""
@@ -52,6 +53,7 @@ def _serve(fd: int, client: MountClient) -> NoReturn:
     """The process: a child for each request, until the other end is closed."""
     code = 1
     try:
+        collect_own_garbage()
         for number in _IGNORED:
             signal.signal(number, signal.SIG_IGN)
         requests = socket.socket(fileno=_close_all_but(fd))

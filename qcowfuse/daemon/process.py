@@ -15,6 +15,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -172,6 +173,13 @@ def leave_session(*, keeps_stderr: bool = False) -> None:
         os.dup2(null, fd)
     if null > 2:
         os.close(null)
+
+
+def collect_own_garbage() -> None:
+    """Collect garbage from now on, but none of what is there: that stays, and its memory is shared with processes
+    that were forked, until it is written to."""
+    gc.freeze()
+    gc.enable()
 
 
 def become_user(user: User) -> None:

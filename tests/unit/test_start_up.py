@@ -145,6 +145,44 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
     assert modules & NEEDLESS_FOR_A_PLAIN_IMAGE == set()
 
 
+def test_garbage_is_collected_by_what_stays(tmp_path: Path) -> None:
+    """Not while modules are imported; by the process outside of the mount and by the daemon from then on."""
+    words = run(
+        """
+        import gc, os, socket, sys
+        from qcowfuse.cli import entry
+        import qcowfuse.daemon.mountpoint as mountpoint
+        import qcowfuse.daemon.mount_client as mount_client
+        from qcowfuse.cli.mount import main as program
+
+        def tell(what):
+            with open(f"{mount_point}.told", "a") as file:
+                print(what, gc.isenabled(), gc.get_freeze_count() > 1000, file=file)
+
+        class Client(mount_client.MountClient):
+            def finish(self):
+                tell("outside")
+
+        def serve_image(*args, process, **named):
+            process.socket.close()
+            os.waitpid(-1, 0)
+            tell("daemon")
+
+        mount_point = sys.argv[1]
+        import qcowfuse.cli.mount.serving as serving
+        serving.serve_image = serve_image
+        program.import_trio_and_pyfuse3 = lambda: tell("imports")
+        mountpoint.check_fuse = lambda: None
+        mount_client.MountClient = Client
+        sys.argv[1:] = ["-f", "image", mount_point]
+        entry.qcowfuse()
+        print(open(f"{mount_point}.told").read())
+        """,
+        str(tmp_path),
+    ).split()
+    assert words == ["imports", "False", "False", "outside", "True", "True", "daemon", "True", "True"]
+
+
 def test_decoders_are_imported_when_the_image_is_opened() -> None:
     """Compressed clusters of either kind need no import any more once an image that may have them is open."""
     run(

@@ -16,11 +16,10 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ...daemon.process import Starter, run_as_daemon, stop_signals_held_back
+from ...daemon.process import Starter, collect_own_garbage, run_as_daemon, stop_signals_held_back
 from ...errors import ImageUsageError
 from .. import logs
 from ..exit_codes import ExitCode, exit_code_of
@@ -79,6 +78,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
         nonlocal is_ready
         is_ready = True
 
+    gc.disable()  # as the entry does, for those that come from elsewhere
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
@@ -87,9 +87,10 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             settings = settings._replace(lifeline=starter.lifeline, removes_mount_point=True)
         place, process = _start_outside(settings)
         metrics = _start_metrics(arguments) if arguments.has_metrics else None
-        with _garbage_kept():
-            import_trio_and_pyfuse3()
-            from .serving import serve_image
+        import_trio_and_pyfuse3()
+        from .serving import serve_image
+
+        collect_own_garbage()
         with key.explained():
             serve_image(
                 arguments, key, starter, on_ready, settings=settings, place=place, process=process, metrics=metrics
@@ -107,6 +108,8 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
         else:
             print(f"qcowfuse: {line}", file=sys.stderr)
         return code
+    finally:
+        gc.enable()
     return ExitCode.OK
 
 
@@ -129,16 +132,3 @@ def _start_metrics(arguments: Arguments) -> MetricsProcess:
 
     listener = passed_socket() if arguments.metrics is None else listen_at(*arguments.metrics)
     return MetricsProcess(listener, arguments.user)
-
-
-@contextmanager
-def _garbage_kept() -> Iterator[None]:
-    """No garbage collection while modules are imported: nearly all that they make is there to stay."""
-    was_enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-        gc.freeze()  # collections to come need not look at it, either
-    finally:
-        if was_enabled:
-            gc.enable()
