@@ -42,8 +42,8 @@ MAX_SNAPSHOT_L1_CLUSTERS = 1 << 20
 
 
 class MetadataClusters:
-    """A set of host clusters; ``clusters.isdisjoint`` may be asked directly by a hot path. ``shared`` are those that
-    several structures have claimed."""
+    """A set of host clusters; a hot path may ask ``clusters`` directly, by ``in`` or ``isdisjoint``. ``shared`` are
+    those that several structures have claimed."""
 
     __slots__ = ("_cluster_bits", "clusters", "shared")
 

@@ -146,21 +146,25 @@ class PlainWrites(_TopWrites):
         host_offset = entry & self._offset_mask
         if entry & self._in_place_mask != self._in_place_value or not host_offset:
             return self._allocate(guest_offset, data)
-        covered = cluster_size = self._cluster_size
-        while covered < end:
-            index += 1
-            if (
-                index > self._slice_mask
-                or entries[index] & self._in_place_mask != self._in_place_value
-                or entries[index] & self._offset_mask != host_offset + covered
+        host_cluster = host_offset >> self._cluster_bits
+        if end <= self._cluster_size:  # most are: no range is made for them
+            if host_cluster in self._metadata_clusters:
+                return self._allocate(guest_offset, data)
+        else:
+            covered = cluster_size = self._cluster_size
+            while covered < end:
+                index += 1
+                if (
+                    index > self._slice_mask
+                    or entries[index] & self._in_place_mask != self._in_place_value
+                    or entries[index] & self._offset_mask != host_offset + covered
+                ):
+                    return self._allocate(guest_offset, data)
+                covered += cluster_size
+            if not self._metadata_clusters.isdisjoint(
+                range(host_cluster, host_offset + covered >> self._cluster_bits)
             ):
                 return self._allocate(guest_offset, data)
-            covered += cluster_size
-        host_cluster = host_offset >> self._cluster_bits
-        if not self._metadata_clusters.isdisjoint(
-            range(host_cluster, host_cluster + (end + self._cluster_mask >> self._cluster_bits))
-        ):
-            return self._allocate(guest_offset, data)
         cache = self._cache
         cache.hits += 1
         if slice_ is not cache.newest:

@@ -58,6 +58,10 @@ class SortedClusters:
         self._low[self._n_clusters : end] = low
         self._n_clusters = end
 
+    def __contains__(self, cluster: int) -> bool:
+        """Whether it is in the set."""
+        return not self.isdisjoint(range(cluster, cluster + 1))
+
     def isdisjoint(self, clusters: range) -> bool:
         """Whether none of ``clusters`` (step 1) is in the set."""
         if self._has_sorted(clusters.start, clusters.stop) and (

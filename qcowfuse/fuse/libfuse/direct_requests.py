@@ -50,14 +50,13 @@ from ..request_gate import RequestGate
 from ..seeking import NO_DATA
 from ..started import StartedRequest
 from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
-from .replies import REPLY, Deliveries, send_reply
+from .replies import Deliveries, send_data, send_error, send_written
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
 _HEADER = struct.Struct("<IIQ")
 _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
-_WRITTEN = struct.Struct("<IiQII")
 _FUSE_GETATTR, _FUSE_SETATTR, _FUSE_OPEN, _FUSE_READ, _FUSE_WRITE, _FUSE_RELEASE = 3, 4, 14, 15, 16, 18
 _FUSE_FSYNC, _FUSE_FLUSH, _FUSE_FALLOCATE, _FUSE_LSEEK = 20, 25, 43, 46
 # What stands behind the header, and the length of both: fuse_{fsync,getattr,setattr,flush,...}_in.
@@ -258,7 +257,7 @@ class DirectRequests:
                             self._keep(PendingRead, off, size, exc)
                         else:
                             if not isinstance(data, PendingRead):
-                                send_reply(fd, unique, (REPLY.pack(REPLY.size + len(data), 0, unique), data))
+                                send_data(fd, unique, data)
                                 # Free before the next is made: the same memory, in the processor's cache still.
                                 del data
                                 n_answered += 1
@@ -276,7 +275,7 @@ class DirectRequests:
                             self._keep(PendingWrite, off, size, exc)
                         else:
                             if pending is None:
-                                send_reply(fd, unique, (_WRITTEN.pack(_WRITTEN.size, 0, unique, size, 0),))
+                                send_written(fd, unique, size)
                                 n_answered += 1
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
@@ -307,9 +306,9 @@ class DirectRequests:
             return 0
         seconds = time.perf_counter() - start
         if isinstance(body, int):
-            send_reply(self._fd, unique, (REPLY.pack(REPLY.size, -body, unique),))
+            send_error(self._fd, unique, body)
         else:
-            is_taken = send_reply(self._fd, unique, (REPLY.pack(REPLY.size + len(body), 0, unique), body))
+            is_taken = send_data(self._fd, unique, body)
             if not is_taken and self._undo is not None:
                 self._undo()
         return 1 + int(seconds / _USUAL_SECONDS)

@@ -22,32 +22,46 @@ from ...buffer import Buffer
 from ...driver.pending import PendingRead
 from ..request_gate import RequestGate
 
-REPLY = struct.Struct("<IiQ")
-"""fuse_out_header of linux/fuse.h: the length of all, minus an error number, the request."""
+# linux/fuse.h: fuse_out_header (the length of all, minus an error number, the request), and fuse_write_out behind it.
+_HEADER = struct.Struct("<IiQ")
+_WRITTEN = struct.Struct("<IiQII")
+_GONE = (errno.ENOENT, errno.ENODEV)
+"""The process that asked was interrupted, or the connection is at its end."""
 
 _log = logging.getLogger(__name__)
 
 
-def send_reply(fd: int, unique: int, parts: tuple[Buffer, ...]) -> bool:
-    """Answer (rule 1); whether the kernel took it. Raises nothing."""
+def send_data(fd: int, unique: int, data: Buffer) -> bool:
+    """Answer with ``data`` (rule 1); whether the kernel took it. Raises nothing."""
     try:
-        os.writev(fd, parts)
+        os.writev(fd, (_HEADER.pack(_HEADER.size + len(data), 0, unique), data))
     except OSError as exc:
-        if exc.errno in (errno.ENOENT, errno.ENODEV):
-            return False  # the process that asked was interrupted, or the connection is at its end
-        _log.error("a reply was refused: %s", exc)
-        send_error(fd, unique, errno.EIO)
+        _on_refusal(fd, unique, exc)
         return False
     return True
+
+
+def send_written(fd: int, unique: int, n_bytes: int) -> None:
+    """Answer to a write: so many bytes are written (rule 1). Raises nothing."""
+    try:
+        os.write(fd, _WRITTEN.pack(_WRITTEN.size, 0, unique, n_bytes, 0))
+    except OSError as exc:
+        _on_refusal(fd, unique, exc)
 
 
 def send_error(fd: int, unique: int, number: int) -> None:
     """Answer with an error number. Raises nothing."""
     try:
-        os.write(fd, REPLY.pack(REPLY.size, -number, unique))
+        os.write(fd, _HEADER.pack(_HEADER.size, -number, unique))
     except OSError as exc:
-        if exc.errno not in (errno.ENOENT, errno.ENODEV):
+        if exc.errno not in _GONE:
             _log.error("an error was refused as a reply: %s", exc)
+
+
+def _on_refusal(fd: int, unique: int, exc: OSError) -> None:
+    if exc.errno not in _GONE:
+        _log.error("a reply was refused: %s", exc)
+        send_error(fd, unique, errno.EIO)
 
 
 class Deliveries:
@@ -64,7 +78,7 @@ class Deliveries:
         elsewhere = self._gate.elsewhere
 
         def deliver(data: Buffer) -> None:
-            send_reply(fd, unique, (REPLY.pack(REPLY.size + len(data), 0, unique), data))
+            send_data(fd, unique, data)
             elsewhere.pop()
 
         def end(error: Exception | None) -> None:
