@@ -1,8 +1,8 @@
 """Where both programs begin: Ctrl-C is settled before anything that takes time is imported.
 
 1. From here until a program handles it, Ctrl-C ends the process as it ends any other, without a traceback.
-2. No garbage is collected while what serves is imported: nearly all of it is there to stay. Each process that stays
-   collects its own from then on (:func:`qcowfuse.daemon.process.collect_own_garbage`).
+2. No garbage is collected while modules are imported: nearly all that they make is there to stay. Each process that
+   serves collects its own from then on (:func:`qcowfuse.daemon.process.collect_own_garbage`).
 """
 
 from __future__ import annotations
@@ -30,8 +30,14 @@ def qcowfuse() -> int:
 def qcowfuse_img() -> int:
     """The program qcowfuse-img; returns its exit code."""
     _let_interrupts_end_it()
+    gc.disable()
+    from .trimmed_trio import import_trio
+
+    import_trio()
     from .img.main import main
 
+    gc.freeze()
+    gc.enable()
     return main()
 
 

@@ -57,19 +57,22 @@ class _LeftOut(ModuleType):
         return _Part(self.__name__, name)
 
 
-def import_trio_and_pyfuse3() -> None:
-    """Import both. Raises what the imports raise."""
-    if "trio" not in sys.modules:
-        _import_trio()
-    if "pyfuse3" not in sys.modules:
-        # Python looks for a path whenever it imports something from a module.
-        metadata = {"version": _version, "PackageNotFoundError": ModuleNotFoundError, "__path__": ()}
-        pickling = {"PicklingError": _pickle.PicklingError, "__path__": ()}
-        with standing_in(LateModule("importlib.metadata", **metadata), LateModule("pickle", **pickling)):
-            importlib.import_module("pyfuse3")
+def import_pyfuse3() -> None:
+    """Import trio as :func:`import_trio` does, and pyfuse3. Raises what the imports raise."""
+    import_trio()
+    if "pyfuse3" in sys.modules:
+        return
+    # Python looks for a path whenever it imports something from a module.
+    metadata = {"version": _version, "PackageNotFoundError": ModuleNotFoundError, "__path__": ()}
+    pickling = {"PicklingError": _pickle.PicklingError, "__path__": ()}
+    with standing_in(LateModule("importlib.metadata", **metadata), LateModule("pickle", **pickling)):
+        importlib.import_module("pyfuse3")
 
 
-def _import_trio() -> None:
+def import_trio() -> None:
+    """Import trio, unless it has been imported. Raises what the import raises."""
+    if "trio" in sys.modules:
+        return
     before = set(sys.modules)
     left_out = [_LeftOut(f"trio.{name}") for name in _UNUSED_PARTS]
     others = [LateModule(name) for name in _UNUSED_LIBRARIES]

@@ -112,8 +112,8 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
             """
             import json, sys
             from qcowfuse.cli.mount.arguments import parse_arguments
-            from qcowfuse.cli.trimmed_trio import import_trio_and_pyfuse3
-            import_trio_and_pyfuse3()
+            from qcowfuse.cli.trimmed_trio import import_pyfuse3
+            import_pyfuse3()
             import trio
             import qcowfuse.cli.mount.serving as serving
 
@@ -145,6 +145,22 @@ def test_a_plain_image_imports_only_what_it_needs(tmp_path: Path) -> None:
     assert modules & NEEDLESS_FOR_A_PLAIN_IMAGE == set()
 
 
+def test_the_program_for_images_imports_no_more_of_trio_than_it_needs(tmp_path: Path) -> None:
+    """And collects garbage when it works."""
+    words = run(
+        """
+        import gc, sys
+        from qcowfuse.cli.entry import qcowfuse_img
+        sys.argv[1:] = ["create", "-q", sys.argv[1], "1.5M"]
+        assert qcowfuse_img() == 0
+        needless = {"attr", "ssl", "fractions", "trio._channel", "trio._subprocess", "pyfuse3", "cryptography"}
+        print(gc.isenabled(), *needless & sys.modules.keys(), end="")
+        """,
+        str(tmp_path / "image.qcow2"),
+    ).split()
+    assert words == ["True"]
+
+
 def test_garbage_is_collected_by_what_stays(tmp_path: Path) -> None:
     """Not while modules are imported; by the process outside of the mount and by the daemon from then on."""
     words = run(
@@ -171,7 +187,7 @@ def test_garbage_is_collected_by_what_stays(tmp_path: Path) -> None:
         mount_point = sys.argv[1]
         import qcowfuse.cli.mount.serving as serving
         serving.serve_image = serve_image
-        program.import_trio_and_pyfuse3 = lambda: tell("imports")
+        program.import_pyfuse3 = lambda: tell("imports")
         mountpoint.check_fuse = lambda: None
         mount_client.MountClient = Client
         sys.argv[1:] = ["-f", "image", mount_point]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[2]
-IMPORT = "from qcowfuse.cli.trimmed_trio import import_trio_and_pyfuse3; import sys; import_trio_and_pyfuse3()\n"
+IMPORT = "from qcowfuse.cli.trimmed_trio import import_pyfuse3; import sys; import_pyfuse3()\n"
 
 
 def run(script: str, *search: Path) -> list[str]:

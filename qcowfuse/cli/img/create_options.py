@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from fractions import Fraction
 
 from ...tools.create import (
     COMPRESSION_DEFLATE,
@@ -48,7 +47,8 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,20}(?:\.\d{1,20})?)([bkmgtpe]?)", text.strip().lower(), re.ASCII)
     if match is None:
         raise CreateError(f"bad size {text!r}: expected bytes, or a number with a suffix: k, M, G, T, P, E")
-    n_bytes = int(Fraction(match[1]) * _SUFFIXES[match[2].removeprefix("b")])
+    whole, _, decimals = match[1].partition(".")
+    n_bytes: int = int(whole + decimals) * _SUFFIXES[match[2].removeprefix("b")] // 10 ** len(decimals)
     if n_bytes > MAX_DISK_SIZE:
         raise CreateError(f"size {text} is too large: expected less than 8 EiB")
     return n_bytes

@@ -25,7 +25,7 @@ from .. import logs
 from ..exit_codes import ExitCode, exit_code_of
 from ..failures import is_interrupt
 from ..passphrase import KeySource
-from ..trimmed_trio import import_trio_and_pyfuse3
+from ..trimmed_trio import import_pyfuse3
 from .arguments import Arguments, parse_arguments
 from .failures import describe
 
@@ -87,7 +87,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             settings = settings._replace(lifeline=starter.lifeline, removes_mount_point=True)
         place, process = _start_outside(settings)
         metrics = _start_metrics(arguments) if arguments.has_metrics else None
-        import_trio_and_pyfuse3()
+        import_pyfuse3()
         from .serving import serve_image
 
         collect_own_garbage()
