@@ -30,6 +30,7 @@ from ..buffer import Buffer
 from ..driver.image import Image
 from ..driver.pending import PendingRead, PendingWrite
 from .attributes import Attributes, Ownership
+from .copying import Copies
 from .failures import Failures
 from .fsync_at_once import WRITER, FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
@@ -83,8 +84,7 @@ class Operations(pyfuse3.Operations):
             image, self._seeker, knows_all=lambda: not self.unsent.may_be, on_change=self._note_zeroes
         )
         self.started = StartedRequest()
-        self.start_read = image.start_read
-        self._start_write = image.start_write
+        self.start_read, self._start_write = image.start_read, image.start_write
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else file_inode
         self.opens = OpenFiles(image, self._file_inode, self.unsent, is_cached=is_cached, on_release=on_release)
@@ -96,6 +96,7 @@ class Operations(pyfuse3.Operations):
             note_write=self._note_write,
             trusts_kernel=lambda: self.enable_writeback_cache,
         )
+        self.copies = Copies(image, self.sizes, self._slow, self._fail, self._note_write, self._note_zeroes)
         self._file = Attributes(self._file_inode, ownership, mtime_ns)
         self._folder = Attributes(pyfuse3.ROOT_INODE, ownership.copy(mode=folder_mode), mtime_ns)
         self.fsyncs = FsyncAtOnce(

@@ -84,7 +84,7 @@ class Session:
 async def test_everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a pyfuse3 and a kernel as they are: every part, some only once INIT was answered or requests are read."""
     session = Session(monkeypatch, Libfuse({}))
-    assert session.libfuse.changed == {"init", "fallocate", "lseek"}
+    assert session.libfuse.changed == {"init", "fallocate", "copy_file_range", "lseek"}
     assert session.lacks == UNTIL_INIT
     assert session.operations.enable_writeback_cache
     session.libfuse.answer_init(connection())
@@ -108,8 +108,12 @@ async def test_everything_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param({"flock": 1}, 0, set(), id="pyfuse3 has flock"),
         pytest.param({"poll": 1}, 0, set(), id="pyfuse3 has poll"),
         pytest.param({"link": 0}, 0, set(), id="pyfuse3 has no link"),
+        pytest.param({"copy_file_range": 1}, 0, set(), id="pyfuse3 has copy_file_range"),
         pytest.param({}, 8, {Feature.LSEEK}, id="no place for lseek"),
-        pytest.param({"readdirplus": 0}, 0, {Feature.FALLOCATE, Feature.LSEEK}, id="no readdirplus"),
+        pytest.param({}, 16, {Feature.COPY_FILE_RANGE, Feature.LSEEK}, id="no place for copy_file_range"),
+        pytest.param(
+            {"readdirplus": 0}, 0, {Feature.FALLOCATE, Feature.COPY_FILE_RANGE, Feature.LSEEK}, id="no readdirplus"
+        ),
         pytest.param({"init": 0}, 0, {Feature.TUNED_INIT, *UNTIL_INIT}, id="no init"),
     ],
 )
@@ -122,7 +126,12 @@ async def test_another_table(
         session.libfuse.answer_init(connection())
     await session.main()
     assert session.lacks == lacks
-    entries = {"init": Feature.TUNED_INIT, "fallocate": Feature.FALLOCATE, "lseek": Feature.LSEEK}
+    entries = {
+        "init": Feature.TUNED_INIT,
+        "fallocate": Feature.FALLOCATE,
+        "copy_file_range": Feature.COPY_FILE_RANGE,
+        "lseek": Feature.LSEEK,
+    }
     assert session.libfuse.changed == {name for name, feature in entries.items() if feature not in lacks}
     assert session.operations.enable_writeback_cache is (Feature.WRITEBACK_CACHE not in lacks)
 
@@ -139,6 +148,7 @@ def failing(exception: Exception) -> Callable[..., Any]:
     [
         (ExtraOperations, "lseek_callback", {Feature.LSEEK}),
         (ExtraOperations, "fallocate_callback", {Feature.FALLOCATE}),
+        (ExtraOperations, "copy_callback", {Feature.COPY_FILE_RANGE}),
         (init_reply, "InitReplyFlag", {Feature.KILLPRIV}),
         (extended_session, "divert_waits", {Feature.REQUEST_WAIT, Feature.DIRECT_REQUESTS}),
         (extended_session, "DirectRequests", {Feature.DIRECT_REQUESTS}),

@@ -165,7 +165,7 @@ def copy_of(operations: OperationsTable, n_bytes_less: int = 0) -> TableCopy:
     return TableCopy(ctypes.addressof(operations), ctypes.sizeof(operations) - n_bytes_less)
 
 
-@pytest.mark.parametrize("name", ["init", "fallocate", "lseek"])
+@pytest.mark.parametrize("name", ["init", "fallocate", "copy_file_range", "lseek"])
 @pytest.mark.parametrize("changes", [{}, {"lseek": 1}, {"fallocate": 1}, {"flock": 1}, {"poll": 0}, {"access": 0}])
 def test_an_entry_is_exchanged(name: str, changes: dict[str, int]) -> None:
     """Whatever else pyfuse3 has come to fill, or to leave empty; the entry itself too."""
@@ -181,15 +181,15 @@ def test_an_entry_is_exchanged(name: str, changes: dict[str, int]) -> None:
     ("changes", "refused"),
     [
         ({"init": 0}, {"init"}),
-        ({"read": 0}, {"fallocate", "lseek"}),
-        ({"readdirplus": 0}, {"fallocate", "lseek"}),
-        (dict.fromkeys(["getlk", "ioctl", "flock"], 1), {"fallocate", "lseek"}),
+        ({"read": 0}, {"fallocate", "copy_file_range", "lseek"}),
+        ({"readdirplus": 0}, {"fallocate", "copy_file_range", "lseek"}),
+        (dict.fromkeys(["getlk", "ioctl", "flock"], 1), {"fallocate", "copy_file_range", "lseek"}),
     ],
 )
 def test_an_odd_table_costs_what_it_puts_in_doubt(changes: dict[str, int], refused: set[str]) -> None:
     """Entries that can't be found for sure are left alone; init is the first whatever follows."""
     copy = copy_of(table(**changes))
-    for name in ("init", "fallocate", "lseek"):
+    for name in ("init", "fallocate", "copy_file_range", "lseek"):
         if name in refused:
             before = copy.entries()
             with pytest.raises(SlotError, match="unexpected table"):
@@ -199,12 +199,15 @@ def test_an_odd_table_costs_what_it_puts_in_doubt(changes: dict[str, int], refus
             copy.exchange(name, 0x77)
 
 
-@pytest.mark.parametrize(("n_bytes_less", "refused"), [(8, {"lseek"}), (24, {"fallocate", "lseek"})])
+@pytest.mark.parametrize(
+    ("n_bytes_less", "refused"),
+    [(8, {"lseek"}), (16, {"copy_file_range", "lseek"}), (24, {"fallocate", "copy_file_range", "lseek"})],
+)
 def test_a_short_table(n_bytes_less: int, refused: set[str]) -> None:
     """A libfuse whose table ends early has no place for the last entries; the others are exchanged."""
     changes = {"readdirplus": ADDRESS}
     copy = copy_of(table(**changes), n_bytes_less)
-    for name in ("init", "fallocate", "lseek"):
+    for name in ("init", "fallocate", "copy_file_range", "lseek"):
         if name in refused:
             with pytest.raises(SlotError, match=f"too old for {name}|unexpected table"):
                 copy.exchange(name, 0x77)

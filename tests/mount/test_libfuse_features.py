@@ -13,7 +13,8 @@ from tests.support.mounting import Mounted, check_image_file, create_image
 pytestmark = [pytest.mark.mount, pytest.mark.root]
 
 ALL = {
-    *("tuned_init", "writeback_cache", "fallocate", "lseek", "killpriv", "request_wait", "direct_requests"),
+    *("tuned_init", "writeback_cache", "fallocate", "lseek", "copy_file_range", "killpriv"),
+    *("request_wait", "direct_requests"),
 }
 NO_CALLBACKS = """
 import ctypes

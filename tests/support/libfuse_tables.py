@@ -12,7 +12,7 @@ from qcowfuse.fuse.libfuse.connection import ConnectionInfo
 from qcowfuse.fuse.libfuse.operations_table import ENTRIES, FREE, OperationsTable, TableCopy
 from qcowfuse.fuse.libfuse.session_hook import SessionHook
 
-EMPTY = {*FREE, "destroy", "readdir", "fallocate", "lseek"}
+EMPTY = {*FREE, "destroy", "readdir", "fallocate", "copy_file_range", "lseek"}
 """What pyfuse3 3.5 leaves empty."""
 ADDRESS = 0x1000
 """Of each of pyfuse3's functions but init."""

@@ -34,11 +34,12 @@ _COSTS = {
     Feature.TUNED_INIT: (logging.WARNING, "FUSE session not tuned, slower (no write-back cache either): %s"),
     Feature.FALLOCATE: (logging.WARNING, "FUSE session without discard: %s"),
     Feature.LSEEK: (logging.WARNING, "FUSE session that shows no holes (SEEK_DATA, SEEK_HOLE): %s"),
+    Feature.COPY_FILE_RANGE: (logging.INFO, "copies within the mount go through the kernel: %s"),
     Feature.KILLPRIV: (logging.INFO, "each write will be two requests: %s"),
     Feature.REQUEST_WAIT: (logging.INFO, "requests are waited for as pyfuse3 does, slower: %s"),
 }
 """What a user is told of :meth:`ExtendedSession.init`. The write-back cache stands on one of these."""
-_BY_TABLE = (Feature.TUNED_INIT, Feature.FALLOCATE, Feature.LSEEK, Feature.KILLPRIV)
+_BY_TABLE = (Feature.TUNED_INIT, Feature.FALLOCATE, Feature.LSEEK, Feature.COPY_FILE_RANGE, Feature.KILLPRIV)
 """What needs another table of operations than pyfuse3's."""
 _NO_INIT = "INIT has not been answered"
 _MIN_KILLPRIV_MINOR = 33
@@ -152,6 +153,8 @@ class ExtendedSession:
             table.exchange("fallocate", self._extra.fallocate_callback(library, callbacks))
         with self._costs(Feature.LSEEK):
             table.exchange("lseek", self._extra.lseek_callback(library, callbacks))
+        with self._costs(Feature.COPY_FILE_RANGE):
+            table.exchange("copy_file_range", self._extra.copy_callback(library, callbacks))
         with self._costs(Feature.KILLPRIV):
             self._prepare_killpriv(library)
         with self._costs(Feature.TUNED_INIT):

@@ -1,4 +1,4 @@
-"""fallocate and lseek, which pyfuse3 has no handlers for: between libfuse's callbacks and :class:`Operations`.
+"""What pyfuse3 has no handlers for (fallocate, lseek, copies): between libfuse's callbacks and :class:`Operations`.
 
 1. A callback only starts a task; the task answers the request, whatever happens to it. A request that is never
    answered would hang its client for good.
@@ -19,6 +19,7 @@ from typing import Protocol
 import pyfuse3
 import trio
 
+from ..copying import Copies
 from .callbacks import Callbacks
 
 _log = logging.getLogger(__name__)
@@ -32,10 +33,18 @@ _FALLOCATE = (
     ctypes.c_void_p,  # file info
 )
 _LSEEK = (ctypes.c_void_p, ctypes.c_uint64, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+_FILE_RANGE = (ctypes.c_uint64, ctypes.c_int64, ctypes.c_void_p)  # inode, offset, file info
+_COPY = (ctypes.c_void_p, *_FILE_RANGE, *_FILE_RANGE, ctypes.c_size_t, ctypes.c_int)
+
+_Handler = Callable[[], Awaitable[int | None]]
+_Reply = Callable[[int, int], int]
 
 
 class ExtraHandlers(Protocol):
     """What :class:`~qcowfuse.fuse.operations.Operations` adds to pyfuse3's. Only FUSEError leaves a handler."""
+
+    copies: Copies
+    """Takes copies into the file."""
 
     def file_of(self, inode: int) -> ExtraHandlers:
         """The handlers of one file."""
@@ -57,6 +66,7 @@ class ExtraOperations:
         self._handlers = handlers
         self._reply_error: Callable[[int, int], int] | None = None
         self._reply_lseek: Callable[[int, int], int] | None = None
+        self._reply_write: Callable[[int, int], int] | None = None
         self._is_interrupted: Callable[[int], int] | None = None
 
     def fallocate_callback(self, library: ctypes.CDLL, callbacks: Callbacks) -> int:
@@ -67,32 +77,68 @@ class ExtraOperations:
 
     def lseek_callback(self, library: ctypes.CDLL, callbacks: Callbacks) -> int:
         """The same for lseek."""
-        reply_lseek, interrupted = library.fuse_reply_lseek, library.fuse_req_interrupted
+        reply_lseek = library.fuse_reply_lseek
         reply_lseek.argtypes = (ctypes.c_void_p, ctypes.c_int64)
-        interrupted.argtypes = (ctypes.c_void_p,)
-        self._reply_error, self._reply_lseek, self._is_interrupted = _error_reply(library), reply_lseek, interrupted
+        self._reply_error, self._reply_lseek = _error_reply(library), reply_lseek
+        self._is_interrupted = _interrupted(library)
         return callbacks.address(self._on_lseek, None, *_LSEEK)
+
+    def copy_callback(self, library: ctypes.CDLL, callbacks: Callbacks) -> int:
+        """The same for copy_file_range."""
+        reply_write = library.fuse_reply_write
+        reply_write.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+        self._reply_error, self._reply_write = _error_reply(library), reply_write
+        self._is_interrupted = _interrupted(library)
+        return callbacks.address(self._on_copy, None, *_COPY)
 
     def _on_fallocate(self, request: int, inode: int, mode: int, off: int, length: int, info: int) -> None:
         self._start(request, lambda: self._handlers.file_of(inode).fallocate(mode, off, length))
 
     def _on_lseek(self, request: int, inode: int, off: int, whence: int, info: int) -> None:
+        is_interrupted = self._asks_for_signals(request)
+        self._start(
+            request, lambda: self._handlers.file_of(inode).lseek(off, whence, is_interrupted), self._reply_lseek
+        )
+
+    def _on_copy(
+        self,
+        request: int,
+        source: int,
+        source_off: int,
+        source_info: int,
+        target: int,
+        off: int,
+        info: int,
+        n_bytes: int,
+        flags: int,
+    ) -> None:
+        is_interrupted = self._asks_for_signals(request)
+
+        def copy() -> Awaitable[int]:
+            copies = self._handlers.file_of(target).copies
+            return copies.copy_from(
+                self._handlers.file_of(source).copies, source_off, off, n_bytes, flags, is_interrupted
+            )
+
+        self._start(request, copy, self._reply_write)
+
+    def _asks_for_signals(self, request: int) -> Callable[[], bool]:
         def is_interrupted() -> bool:
             assert self._is_interrupted is not None
             return bool(self._is_interrupted(request))
 
-        self._start(request, lambda: self._handlers.file_of(inode).lseek(off, whence, is_interrupted))
+        return is_interrupted
 
-    def _start(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
+    def _start(self, request: int, handler: _Handler, reply: _Reply | None = None) -> None:
         try:
             if self.nursery is None:
                 raise RuntimeError("no nursery yet")
-            self.nursery.start_soon(self._answer, request, handler)
+            self.nursery.start_soon(self._answer, request, handler, reply)
         except Exception:
             _log.exception("a request could not be started")
-            self._reply(request, None, errno.EIO)
+            self._refuse(request, errno.EIO)
 
-    async def _answer(self, request: int, handler: Callable[[], Awaitable[int | None]]) -> None:
+    async def _answer(self, request: int, handler: _Handler, reply: _Reply | None) -> None:
         value: int | None = None
         error = errno.EIO
         try:
@@ -103,18 +149,25 @@ class ExtraOperations:
         except Exception:
             _log.exception("bug in qcowfuse: a handler failed unexpectedly")
         finally:
-            self._reply(request, value, errno.EIO if error == errno.ENOSYS else error)
+            if error or value is None:
+                self._refuse(request, errno.EIO if error == errno.ENOSYS else error)
+            else:
+                assert reply is not None
+                reply(request, value)
 
-    def _reply(self, request: int, value: int | None, error: int) -> None:
+    def _refuse(self, request: int, error: int) -> None:
+        """Answer with an error; 0 is success without a value."""
         assert self._reply_error is not None
-        if error or value is None:
-            self._reply_error(request, error)
-        else:
-            assert self._reply_lseek is not None
-            self._reply_lseek(request, value)
+        self._reply_error(request, error)
 
 
 def _error_reply(library: ctypes.CDLL) -> Callable[[int, int], int]:
     reply_error = library.fuse_reply_err
     reply_error.argtypes = (ctypes.c_void_p, ctypes.c_int)
     return reply_error
+
+
+def _interrupted(library: ctypes.CDLL) -> Callable[[int], int]:
+    interrupted = library.fuse_req_interrupted
+    interrupted.argtypes = (ctypes.c_void_p,)
+    return interrupted

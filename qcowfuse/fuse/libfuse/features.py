@@ -20,6 +20,8 @@ class Feature(StrEnum):
     """Discard, write zeroes and preallocation reach the image."""
     LSEEK = "lseek"
     """The image says where data and holes are."""
+    COPY_FILE_RANGE = "copy_file_range"
+    """Copies within the mount keep holes, and need no request for each piece."""
     KILLPRIV = "killpriv"
     """The kernel does not ask for privileges to take away before each write."""
     REQUEST_WAIT = "request_wait"

@@ -23,7 +23,7 @@ ENTRIES = str.split(
 """``struct fuse_lowlevel_ops`` of libfuse 3.8; later ones have more."""
 LANDMARKS = str.split("lookup getattr open read release fsync releasedir statfs write_buf forget_multi readdirplus")
 """Entries that pyfuse3 always fills, between and around those that are exchanged."""
-FREE = str.split("getlk setlk bmap ioctl retrieve_reply flock copy_file_range")
+FREE = str.split("getlk setlk bmap ioctl retrieve_reply flock")
 """Entries that pyfuse3 leaves empty. One of them may come to be filled; several at once mean another table."""
 _MAX_NEWLY_FILLED = 2
 _MAX_BYTES = 4096
