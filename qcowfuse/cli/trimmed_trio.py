@@ -170,6 +170,6 @@ def _version(package: str) -> str:
         except OSError:
             continue
         for name in names:
-            if name.startswith(f"{package}-") and name.endswith(".dist-info"):
-                return name.removeprefix(f"{package}-").removesuffix(".dist-info")
+            if name.startswith(f"{package}-") and name.endswith((".dist-info", ".egg-info")):
+                return name.removeprefix(f"{package}-").rpartition(".")[0].partition("-")[0]
     return cast(str, real_module("importlib.metadata").version(package))

@@ -108,7 +108,7 @@ def other_trio(tmp_path: Path) -> Path:
     (folder / "_core.py").write_text("import attrs\n@attrs.define\nclass Task:\n    name: str\n")
     (tmp_path / "pyfuse3.py").write_text(
         "from importlib.metadata import PackageNotFoundError, version\n"
-        "try:\n    version('nowhere')\nexcept PackageNotFoundError:\n    found = False\n"
+        "try:\n    found = version('nowhere')\nexcept PackageNotFoundError:\n    found = False\n"
     )
     return tmp_path
 
@@ -119,6 +119,13 @@ IMPORTED = """
     print("trio._channel" in sys.modules, "attr" in sys.modules)
     print(trio._core.Task("a").name, trio.Channel().__class__.__name__)
     """
+
+
+@pytest.mark.parametrize("folder", ["nowhere-1.2.dist-info", "nowhere-1.2.egg-info", "nowhere-1.2-py3.11.egg-info"])
+def test_a_version_is_read_from_the_name_of_a_folder(folder: str, other_trio: Path) -> None:
+    """As pip and Debian name them."""
+    (other_trio / folder).mkdir()
+    assert run("import pyfuse3; print(pyfuse3.found, 'email' in sys.modules)", other_trio) == ["1.2", "False"]
 
 
 def test_another_trio_is_trimmed_as_well(other_trio: Path) -> None:
