@@ -1,7 +1,7 @@
 """The process outside of the mount: what it is asked, and answers. See :mod:`.outside` for why there is one.
 
 1. It is started before anything is imported that serves: it needs none of that, and lives as long as the mount. So it
-   takes a third of the daemon's memory, most of it shared.
+   takes half of the daemon's memory, more than half of it shared.
 2. It keeps rights that the daemon gives up, so it trusts the daemon with little: a request is the name of one of the
    few methods of a :class:`~qcowfuse.daemon.mount_client.MountClient`, with numbers. Which mount that is about is
    settled before the daemon looks at an image.

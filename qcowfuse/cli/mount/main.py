@@ -2,8 +2,8 @@
 
 With the debug option, tracebacks too.
 
-1. What serves (trio, pyfuse3, the driver: nine tenths of the time that a start takes) is imported by the process that
-   is going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
+1. What serves (trio, pyfuse3, the driver: half of the time that a start takes) is imported by the process that is
+   going to serve, after the fork. The one that waits for it stays small, and is gone the moment that it may go.
    So does the process outside of the mount, which stays: it is forked before these imports.
 2. A stop signal in that time is a failure to start like any other: it waits until there is an event loop to hear it.
 3. Before the fork there is nothing that would have to be undone: a stop signal just ends the program.
