@@ -94,9 +94,13 @@ class CallsInFlight:
         if len(self._spare) < _MAX_KEPT:
             self._spare.append(memory)
 
-    def _enter(self) -> None:
+    def refuse_if_closing(self) -> None:
+        """Raises OSError (EBADF, rule 1)."""
         if self.is_closing:
             raise OSError(errno.EBADF, "storage is closed", self._name)
+
+    def _enter(self) -> None:
+        self.refuse_if_closing()
         self.n += 1
 
     def _leave(self) -> None:

@@ -362,19 +362,21 @@ class FileStorage:
         """See Storage: where fdatasync ends within a short wait, or where nothing has changed since the last one."""
         if not self._writable:
             return True
-        if not self.durability.can_begin:
+        if not self.durability.can_begin or self._calls.is_closing:
             return False
         if self._in_memory:
             return self.durability.try_at_once(os.fdatasync, self._fd)
         return self._flushes.try_flush()
 
     async def flush(self) -> None:
-        """fdatasync, one at a time; after one failure every later call fails with the same errno. Raises OSError."""
+        """fdatasync, one at a time; after one failure every later call fails with the same errno. Raises OSError
+        (EBADF where :meth:`aclose` came first: nothing is promised then)."""
         durability = self.durability
         async with Held(durability.lock):
             durability.raise_failure()
             if not self._writable:
                 return
+            self._calls.refuse_if_closing()
             if self._in_memory:
                 durability.at_once(os.fdatasync, self._fd)
             else:
@@ -389,7 +391,8 @@ class FileStorage:
         self.try_pwritev = self._decline_pwritev
         self._calls.is_closing = True
         with trio.CancelScope(shield=True):
-            await self._flushes.abandon()
+            async with Held(self.durability.lock):  # one task at most may wait for a flush of the ring
+                await self._flushes.abandon()
             await self._calls.close()
         fd, self._fd = self._fd, -1
         if self.ring is not None:

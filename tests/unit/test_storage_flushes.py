@@ -264,6 +264,47 @@ async def test_a_descriptor_is_not_closed_below_a_flush(
     assert storage.fileno() == -1
 
 
+async def test_closing_beside_a_flush_that_somebody_waits_for(
+    fake: FakeBinding, context: FakeContext, storage: FileStorage
+) -> None:
+    """Both come to their end, and one that waits for its turn is refused: its descriptor may be another file's."""
+    context.is_held = True
+    refused: list[int | None] = []
+
+    async def flush_too_late() -> None:
+        try:
+            await storage.flush()
+        except OSError as error:
+            refused.append(error.errno)
+
+    with trio.fail_after(5):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(storage.flush)
+            await wait_all_tasks_blocked()
+            assert storage.try_pwritev(0, [b"more"])
+            nursery.start_soon(flush_too_late)
+            await wait_all_tasks_blocked()
+            nursery.start_soon(storage.aclose)
+            await wait_all_tasks_blocked()
+            assert storage.fileno() >= 0
+            context.let_go()
+    assert refused == [errno.EBADF]
+    assert len(fake.flushed) == 1
+
+
+async def test_nothing_is_flushed_once_it_is_closed(
+    fake: FakeBinding, context: FakeContext, storage: FileStorage
+) -> None:
+    """It says so as every other call does, and the ring that has gone is not asked."""
+    await storage.aclose()
+    await wait_all_tasks_blocked()
+    assert not storage.try_flush()
+    with pytest.raises(OSError, match="closed") as caught:
+        await storage.flush()
+    assert caught.value.errno == errno.EBADF
+    assert not fake.flushed
+
+
 async def test_a_cancelled_flush_is_waited_for(fake: FakeBinding, context: FakeContext, storage: FileStorage) -> None:
     """It ends, and what it says is kept."""
     context.is_held = True
