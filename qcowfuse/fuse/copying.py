@@ -6,7 +6,9 @@
    looks after each piece whether its caller got a signal, and answers with what it has copied: the caller asks again.
 3. What reaches past the end of either disk is left to the kernel's own way, by reads and writes: EOPNOTSUPP. What
    such a write does is in :mod:`.sizes`.
-4. Before it asks, the kernel has the dirty pages of both ranges written. From the target it drops the pages of what
+4. Two files may share bytes (a disk and its partitions). Where the source lies in the target, pieces are read and
+   written one after the other, as by a program that copies.
+5. Before it asks, the kernel has the dirty pages of both ranges written. From the target it drops the pages of what
    was copied. It knows nothing of a piece that failed halfway: then it is made to forget all of them.
 
 Source: fuse_copy_file_range in the kernel's fs/fuse/file.c, copy_file_range(2).
@@ -96,7 +98,7 @@ class Copies:
                 n_done += n_piece
         except BaseException as exc:
             self._on_write()
-            self._sizes.is_wrong(forgets=True)  # rule 4
+            self._sizes.is_wrong(forgets=True)  # rule 5
             if not n_done or not isinstance(exc, Exception):
                 raise
             # The caller asks again for the rest, and hears of it then.

@@ -167,7 +167,7 @@ class Ring:
             return False
         try:
             fd = os.memfd_create("qcowfuse")
-        except OSError:
+        except (OSError, AttributeError):  # a C library may lack it
             return False
         try:
             probe = self._begin(self._new_flush(fd))

@@ -77,6 +77,21 @@ def _seeks(served: Served, settings: Settings) -> float:
         os.close(descriptor)
 
 
+def _copy_within(served: Served, settings: Settings) -> float:
+    """Seconds of a copy of the first half over the second, by copy_file_range(2), until it is durable."""
+    half = settings.size_mib << 19
+    descriptor = os.open(served.file, os.O_RDWR)
+    try:
+        start = time.monotonic()
+        n_done = 0
+        while n_done < half:
+            n_done += os.copy_file_range(descriptor, descriptor, half - n_done, n_done, half + n_done)
+        os.fsync(descriptor)
+        return time.monotonic() - start
+    finally:
+        os.close(descriptor)
+
+
 def _command(name: str, scene: str, *command: str) -> Row:
     return Row(name, scene, "s", partial(_timed, command=command), is_fresh=True, needs=(command[0],))
 
@@ -92,6 +107,8 @@ COMMAND_ROWS = (
     _command("qemu-img convert to qcow2, full, buffered", "copy", *_CONVERT, "qcow2", "{}", "{out}"),
     _command("qemu-img convert to raw, empty, buffered", "copy-empty", *_CONVERT, "raw", "{}", "{out}"),
     Row("dd bs=4M into the whole file, buffered", "copy-empty", "s", _copy_in, writes=True, is_fresh=True),
+    Row("copy within the disk", "copy", "s", _copy_within, writes=True, is_fresh=True),
+    Row("copy within the disk, half is holes", "copy-half", "s", _copy_within, writes=True, is_fresh=True),
     Row("punches of 64 KiB, one by one", "copy", "per s", _punches, writes=True, is_fresh=True),
     Row("SEEK_DATA and SEEK_HOLE, half is holes", "copy-half", "per s", _seeks, is_fresh=True),
 )
