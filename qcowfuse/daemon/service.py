@@ -223,6 +223,8 @@ class _Service:
                 labels = {"image": mount.record.image, "file": mount.record.file}
                 nursery.start_soon(self._metrics, labels, self._statistics)
             nursery.start_soon(self._end, mount)
+            await trio.lowlevel.checkpoint()  # all of these have begun
+            mount.begin_rest()
             await mount.ended.wait()
             self._notices.stopping("unmounted, closing the image")
             self._note(State.CLOSING)

@@ -220,6 +220,10 @@ class MountSession:
         mode = self._final_ownership.mode
         return mode | (mode & 0o444) >> 2  # a user who may read the file may enter the folder
 
+    def begin_rest(self) -> None:
+        """From now on there is nothing to do but to answer requests."""
+        self._gate.may_rest = True
+
     async def repair_size(self) -> None:
         """Put the kernel's idea of the size right, whenever it may be wrong, and have it send data when asked."""
         self._operations.unsent.serve(self._write_back_pages)

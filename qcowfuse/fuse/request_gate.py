@@ -15,7 +15,11 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
    next event will then come through trio. Where others want the processor, yielding costs a worker its turn, while
    one that sleeps gets it back at once: after a turn that took long, it does without for a while.
 5. Parked workers are woken last in first out: the buffer used last is the one in the processor's cache.
-6. Threads that answer requests by themselves do not count as waiting: they need nothing of trio. As many of them are
+6. A worker that has spun in vain sleeps in poll(2) for a millisecond at most before it goes to trio's epoll set: from
+   there the way to the next request is three times as long, and many a client asks again soon. Other tasks have no
+   turn meanwhile. So that is done only where :attr:`may_rest` says that nothing is going on but requests, not while a
+   handler waits, and not when others had no turn for some milliseconds.
+7. Threads that answer requests by themselves do not count as waiting: they need nothing of trio. As many of them are
    useful as there are processors beside that of the event loop, up to four.
 """
 
@@ -31,6 +35,8 @@ import trio
 _MOST_HELPERS = 4
 _LONG_TURN = 200e-6
 _WITHOUT_SPIN = 200
+_REST_MS = 1
+_MOST_SECONDS_WITHOUT_OTHERS = 4e-3
 
 
 class RequestGate:
@@ -45,6 +51,8 @@ class RequestGate:
         """As long as the number of requests that other threads answer. Such a thread takes one away when it has
         answered, which is a single step for all others."""
         self.max_elsewhere = min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_HELPERS)
+        self.may_rest = False
+        self._others_had_turn = 0.0
         self._burst = burst
         self._burst_while_slow = burst_while_slow
         self._spin = spin
@@ -93,6 +101,7 @@ class RequestGate:
                 if self._n_since_checkpoint > (self._burst_while_slow if self.n_slow else self._burst):
                     self._n_since_checkpoint = 1
                     await trio.lowlevel.checkpoint()
+                    self._others_had_turn = time.perf_counter()
                 has_spun, self._has_spun = self._has_spun, False
                 if self._request_waits(fd, spin=not (woken or has_spun)):
                     return
@@ -125,7 +134,7 @@ class RequestGate:
             return False
         if self._n_without_spin:
             self._n_without_spin -= 1
-            return False
+            return self._rests(fd)
         poll, now, give_way = self._poller(fd), time.perf_counter, os.sched_yield
         turn = now()
         end = turn + self._spin
@@ -138,7 +147,13 @@ class RequestGate:
                 return bool(is_there)
             if is_there:
                 return True
-        return False
+        return self._rests(fd)
+
+    def _rests(self, fd: int) -> bool:
+        """Sleep as rule 6 says; whether there is a request now."""
+        if not self.may_rest or time.perf_counter() > self._others_had_turn + _MOST_SECONDS_WITHOUT_OTHERS:
+            return False
+        return bool(self._poller(fd)(_REST_MS))
 
     async def _watch(self, fd: int) -> None:
         self._watched = True
@@ -147,6 +162,7 @@ class RequestGate:
             await trio.lowlevel.wait_readable(fd)
         finally:
             self._watched = False
+            self._others_had_turn = time.perf_counter()
 
     async def _park(self) -> None:
         task = trio.lowlevel.current_task()

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import itertools
 import os
+import select
 import time
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import trio
 import trio.lowlevel
 import trio.testing
 
+from qcowfuse.fuse import request_gate
 from qcowfuse.fuse.request_gate import RequestGate
 
 
@@ -65,6 +68,56 @@ async def wait_for(condition: object, limit: float = 5) -> None:
     with trio.fail_after(limit):
         while not condition():  # type: ignore[operator]  # noqa: ASYNC110  # the gate has no event for a test
             await trio.sleep(0.001)
+
+
+class Polls:
+    """Stands in for select.poll; it never waits, but notes how long it was to, in milliseconds."""
+
+    def __init__(self) -> None:
+        self.waits: list[int] = []
+        self.fd = -1
+
+    def __call__(self) -> Polls:
+        return self
+
+    def register(self, fd: int, events: int) -> None:
+        """The one descriptor."""
+        self.fd = fd
+
+    def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+        """What is there."""
+        self.waits.append(milliseconds)
+        return [(fd, select.POLLIN) for fd in select.select([self.fd], [], [], 0)[0]]
+
+
+async def test_a_worker_rests_where_others_want_no_turn(pipe: Pipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A millisecond behind the spinning, once the service says so; not while a handler waits, and no longer than some
+    milliseconds after trio had its turn."""
+    polls, now = Polls(), itertools.count(100.0, 0.00001)
+    monkeypatch.setattr(select, "poll", polls)
+    monkeypatch.setattr(request_gate, "time", SimpleNamespace(perf_counter=lambda: next(now)))
+    gate = RequestGate(spin=1e-6)
+
+    async def waits(*, may_rest: bool, n_slow: int = 0, late: float = 0) -> list[int]:
+        nonlocal now
+        gate.may_rest = may_rest
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(gate.wait_readable, pipe.fd)
+            await trio.testing.wait_all_tasks_blocked()
+            pipe.send()
+        pipe.take()
+        now = itertools.count(next(now) + late, 0.00001)
+        gate.n_slow = n_slow
+        polls.waits.clear()
+        assert not gate.spin(pipe.fd)
+        gate.n_slow = 0
+        return polls.waits
+
+    assert 1 not in await waits(may_rest=False)
+    assert await waits(may_rest=True) == [0, 1]
+    assert await waits(may_rest=True, n_slow=1) == []
+    assert 1 not in await waits(may_rest=True, late=0.1)
+    assert await waits(may_rest=True) == [0, 1]
 
 
 async def test_every_request_is_taken_once(pipe: Pipe) -> None:

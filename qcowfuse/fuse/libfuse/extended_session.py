@@ -60,7 +60,7 @@ class ExtendedSession:
         self._wants_cache = writeback_cache
         self._features = Features()
         self._callbacks = Callbacks()
-        self._extra = ExtraOperations(operations)
+        self._extra = ExtraOperations(operations, gate)
         self._direct: DirectRequests | None = None
         self._while_serving = ExitStack()
         self._library: ctypes.CDLL | None = None

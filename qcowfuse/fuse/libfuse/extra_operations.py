@@ -3,9 +3,11 @@
 1. A callback only starts a task; the task answers the request, whatever happens to it. A request that is never
    answered would hang its client for good.
 2. Nothing is raised into libfuse: ctypes would swallow it.
-3. The kernel tells of signals that a caller gets, and libfuse takes note of it; the kernel waits for the answer all
+3. A task counts as waiting from its start on (rules 4 and 6 of :mod:`..request_gate`): no worker may keep it from its
+   turn.
+4. The kernel tells of signals that a caller gets, and libfuse takes note of it; the kernel waits for the answer all
    the same, of a caller that is killed, too. A handler that may take long can ask while it is at work.
-4. ENOSYS is never answered: the kernel would turn the operation off for the life of the mount.
+5. ENOSYS is never answered: the kernel would turn the operation off for the life of the mount.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import pyfuse3
 import trio
 
 from ..copying import Copies
+from ..request_gate import RequestGate
 from .callbacks import Callbacks
 
 _log = logging.getLogger(__name__)
@@ -61,9 +64,10 @@ class ExtraOperations:
     """Callbacks for libfuse's table of operations. ``nursery`` is set before the first request is read and must be
     closed before ``pyfuse3.close``."""
 
-    def __init__(self, handlers: ExtraHandlers) -> None:
+    def __init__(self, handlers: ExtraHandlers, gate: RequestGate) -> None:
         self.nursery: trio.Nursery | None = None
         self._handlers = handlers
+        self._gate = gate
         self._reply_error: Callable[[int, int], int] | None = None
         self._reply_lseek: Callable[[int, int], int] | None = None
         self._reply_write: Callable[[int, int], int] | None = None
@@ -134,6 +138,7 @@ class ExtraOperations:
             if self.nursery is None:
                 raise RuntimeError("no nursery yet")
             self.nursery.start_soon(self._answer, request, handler, reply)
+            self._gate.n_slow += 1
         except Exception:
             _log.exception("a request could not be started")
             self._refuse(request, errno.EIO)
@@ -149,6 +154,7 @@ class ExtraOperations:
         except Exception:
             _log.exception("bug in qcowfuse: a handler failed unexpectedly")
         finally:
+            self._gate.n_slow -= 1
             if error or value is None:
                 self._refuse(request, errno.EIO if error == errno.ENOSYS else error)
             else:
