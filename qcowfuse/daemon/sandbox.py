@@ -28,7 +28,7 @@ from ..system import landlock, privileges, seccomp
 from ..system.every_thread import PATIENCE_SECONDS, run_in_every_thread
 
 _READABLE: Final = "/proc"
-_KERNEL_WORKERS: Final = ("iou-wrk-", "iou-sqp-")
+_KERNEL_WORKERS: Final = (b"iou-wrk-", b"iou-sqp-")
 
 
 class Sandbox(NamedTuple):
@@ -111,7 +111,11 @@ def _threads() -> set[int]:
     """The threads of this process, but for those of the kernel's."""
     found = set()
     for number in os.listdir("/proc/self/task"):
-        with suppress(OSError), open(f"/proc/self/task/{number}/comm") as comm:
-            if not comm.read().startswith(_KERNEL_WORKERS):
-                found.add(int(number))
+        with suppress(OSError):
+            fd = os.open(f"/proc/self/task/{number}/comm", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if not os.read(fd, 64).startswith(_KERNEL_WORKERS):
+                    found.add(int(number))
+            finally:
+                os.close(fd)
     return found

@@ -57,7 +57,7 @@ async def run_in_every_thread(function: Callable[[], object], threads: Callable[
                 in_groups.update(await group(run_once))
             await _run_in_threads_of_trio(run_once, len(threads() - in_groups))
             if wanted <= reached:
-                break
+                return set()
             await trio.sleep(_PAUSE_SECONDS)
     is_over = True
     return (wanted & threads()) - reached
