@@ -30,7 +30,11 @@ class OneLine(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:  # noqa: N802
         """See Formatter."""
-        return "\n".join("  " + printable(line) for line in super().formatException(ei).splitlines())
+        try:
+            text = super().formatException(ei)
+        except Exception:  # the record is worth more than its traceback, and would be lost with it
+            text = f"{ei[0].__name__}: {ei[1]}"
+        return "\n".join("  " + printable(line) for line in text.splitlines())
 
 
 def warn_to_stderr(program: str) -> None:

@@ -19,6 +19,7 @@ it only reads and flushes (:mod:`~qcowfuse.storage.restricted_ring`).
 from __future__ import annotations
 
 import ctypes
+import linecache
 import os
 from contextlib import suppress
 from functools import partial
@@ -64,9 +65,7 @@ async def enter_sandbox() -> Sandbox:
 
     Raises nothing that ends the service: what can't be had is in :attr:`Sandbox.lacks`.
     """
-    # The C library loads this when a thread ends, by then too late.
-    with suppress(OSError):
-        ctypes.CDLL("libgcc_s.so.1")
+    load_what_comes_late()
     lacks: list[str] = []
     n_threads = len(_threads())
     ruleset, abi = -1, landlock.abi_version()
@@ -98,6 +97,15 @@ async def enter_sandbox() -> Sandbox:
         has_no_capabilities=not missed,
         lacks=tuple(lacks),
     )
+
+
+def load_what_comes_late() -> None:
+    """What is loaded when it is needed, by then too late (rule 5)."""
+    # By the C library, when a thread ends.
+    with suppress(OSError):
+        ctypes.CDLL("libgcc_s.so.1")
+    # By Python 3.13 and later, when it looks for a line of a traceback, here of no file.
+    linecache.getline("<sandbox>", 1)
 
 
 def _give_up(ruleset: int) -> None:

@@ -112,3 +112,40 @@ def test_no_thread_reaches_anything(tmp_path: Path) -> None:
         assert set(result.values()) <= {0, errno.EPERM, errno.EACCES}
     assert file.stat().st_size == 1 << 16
     assert not (tmp_path / "new").exists()
+
+
+TRACEBACK = """
+import linecache, sys, traceback
+from qcowfuse.cli.trimmed_trio import import_trio
+import_trio()
+import trio
+from qcowfuse.daemon.sandbox import enter_sandbox
+
+update = linecache.updatecache
+
+def update_late(*arguments):
+    import tokenize  # as Python 3.13 does
+    return update(*arguments)
+
+linecache.updatecache = update_late
+sys.modules.pop("tokenize", None)
+
+async def main():
+    await enter_sandbox()
+    try:
+        {}["bug"]
+    except KeyError as exc:
+        print("".join(traceback.format_exception(exc)))
+
+trio.run(main)
+"""
+
+
+@needs_filter
+def test_a_traceback_can_be_shown() -> None:
+    """Nothing that it takes is imported only then."""
+    need_landlock()
+    done = subprocess.run(
+        [sys.executable, "-c", TRACEBACK], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+    )
+    assert "KeyError: 'bug'" in done.stdout, done.stderr

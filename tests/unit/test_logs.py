@@ -44,3 +44,15 @@ def test_nobody_listens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     """Without a syslog there is a log that goes nowhere."""
     monkeypatch.setattr(logs, "SYSLOG", str(tmp_path / "log"))
     logs.open_syslog().emit(record(logging.INFO, "unheard"))
+
+
+def test_a_traceback_that_cannot_be_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The record is shown all the same."""
+
+    def refuse(*arguments: object, **named: object) -> None:
+        raise ImportError("in a sandbox")
+
+    monkeypatch.setattr("traceback.print_exception", refuse)
+    error = KeyError("a name \x1b")
+    failed = logging.LogRecord("qcowfuse", logging.ERROR, __file__, 1, "bug", None, (KeyError, error, None))
+    assert logs.OneLine("%(message)s").format(failed) == "bug\n  KeyError: 'a name \\x1b'"
