@@ -134,7 +134,8 @@ async def test_cancelled_at_every_step(spec: str, victim: str) -> None:
         while not await cancel_once(built, victim, number, n_tables=n_tables):
             number += 1
             assert number < 400
-        assert number >= {"write": 3, "flush": 3}.get(victim, 0)
+        # So many steps wait at least: a free lock is no step, and a raw data file makes little to flush.
+        assert number >= {"write": 3, "flush": 2}.get(victim, 0)
 
 
 @pytest.mark.parametrize("spec", ["empty", "backing", "snapshot", "zeroes", "extended", "v1", "data-file"])
