@@ -104,8 +104,10 @@ def load_what_comes_late() -> None:
     # By the C library, when a thread ends.
     with suppress(OSError):
         ctypes.CDLL("libgcc_s.so.1")
-    # By Python 3.13 and later, when it looks for a line of a traceback, here of no file.
+    # By Python 3.13 and later, when it looks for a line of a traceback, here of no file. A line that it knows already
+    # has it import more: the parser.
     linecache.getline("<sandbox>", 1)
+    linecache.clearcache()
 
 
 def _give_up(ruleset: int) -> None:

@@ -130,22 +130,34 @@ def update_late(*arguments):
 linecache.updatecache = update_late
 sys.modules.pop("tokenize", None)
 
-async def main():
-    await enter_sandbox()
+def show():
     try:
         {}["bug"]
     except KeyError as exc:
-        print("".join(traceback.format_exception(exc)))
+        return "".join(traceback.format_exception(exc))
 
+async def main():
+    await enter_sandbox()
+    print(show())
+
+show()
+sys.modules.pop("ast", None)
 trio.run(main)
 """
 
 
 @needs_filter
-def test_a_traceback_can_be_shown() -> None:
-    """Nothing that it takes is imported only then."""
+def test_a_traceback_can_be_shown(tmp_path: Path) -> None:
+    """Nothing that it takes is imported only then, also where one was shown before."""
     need_landlock()
+    script = tmp_path / "script.py"
+    script.write_text(TRACEBACK)
     done = subprocess.run(
-        [sys.executable, "-c", TRACEBACK], cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, script],
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     assert "KeyError: 'bug'" in done.stdout, done.stderr
