@@ -21,7 +21,10 @@ class MountClient:
     MountError. ``removes_place``: the mount point goes with the mount."""
 
     VERBS = frozenset(
-        str.split("adopt check_served mend_served sync_served write_back_served sync_everything users unmount")
+        str.split(
+            "adopt check_served mend_served look_at_served sync_served write_back_served "
+            "sync_everything users unmount"
+        )
     )
     """The methods that may be asked for by name."""
     ONLY_OUTSIDE = frozenset(("write_back_served",))
@@ -51,6 +54,10 @@ class MountClient:
     def mend_served(self, n_bytes: int, lowers: bool, syncs: bool, forgets: bool) -> None:
         """See :func:`.served_file.mend_served`."""
         served_file.mend_served(self._file, n_bytes, lowers, syncs, forgets)
+
+    def look_at_served(self) -> None:
+        """See :func:`.served_file.look_at_served`."""
+        served_file.look_at_served(self._file)
 
     def sync_served(self) -> None:
         """See :func:`.served_file.sync_served`."""

@@ -71,6 +71,12 @@ def mend_served(file: ServedFile, n_bytes: int, lowers: bool, syncs: bool, forge
                 raise
 
 
+def look_at_served(file: ServedFile) -> None:
+    """Have the kernel ask for the attributes, if it does not know them. Raises OSError."""
+    with _named(file) as (fd, _):
+        os.fstat(fd)
+
+
 def check_served(file: ServedFile, n_bytes: int, tells_size: bool) -> bool:
     """See that the mount answers with a file of ``n_bytes``; first, where asked, tell the kernel that size.
 

@@ -233,6 +233,10 @@ class MountSession:
         if self._looks_keep_busy and (lowers or forgets):
             # A user who has seen a copy fail unmounts now, or not so soon.
             await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
+        if not (self._operations.enable_writeback_cache or forgets):
+            # The kernel believes attributes then, but not during a truncation: reads would end too early meanwhile.
+            await self._outside.run(MountClient.look_at_served)
+            return
         await self._outside.run(MountClient.mend_served, n_bytes, lowers, syncs, forgets)
 
     async def _write_back_pages(self) -> bool:

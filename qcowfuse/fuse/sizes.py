@@ -20,7 +20,8 @@
    that truncated asks for something, or when another truncation comes, since each holds the lock of the inode up to
    its end. Other askers wait for that, but not long: they may hold this lock themselves.
 6. So a process outside of the mount truncates as well, to the present size, after each such case, and does not look
-   before. This puts right what is wrong all the same (:meth:`Sizes.watch`), and changes nothing of the disk.
+   before. This puts right what is wrong all the same (:meth:`Sizes.watch`), and changes nothing of the disk. Without
+   the write-back cache it only looks: the kernel takes in no size from attributes while a truncation is on its way.
 7. A growable disk has failed to grow: the kernel may hold more of what lies past the end, of which some may still
    fit. So the kernel is first made to write all of it, and only then told the size.
 """
