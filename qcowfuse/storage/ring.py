@@ -255,7 +255,7 @@ _is_refused: trio.lowlevel.RunVar[bool] = trio.lowlevel.RunVar("qcowfuse without
 
 
 def retain_ring() -> Ring | None:
-    """The ring of this trio run with one more user; give it back with :meth:`ReadRing.release`.
+    """The ring of this trio run with one more user; give it back with :meth:`Ring.release`.
 
     None where io_uring can't be used; then the log says why, once.
     """

@@ -15,6 +15,7 @@ import pytest
 from qcowfuse.system import landlock
 from qcowfuse.system.syscall_numbers import MACHINES
 from tests.support.container import need_landlock
+from tests.support.scripts import run_python
 
 REPOSITORY = Path(__file__).parents[2]
 ATTACKS = """
@@ -83,16 +84,8 @@ def test_no_thread_reaches_anything(tmp_path: Path) -> None:
     need_landlock()
     file = tmp_path / "image"
     file.write_bytes(b"image")
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(ATTACKS), str(file)],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    n_threads, text, statistics, results = json.loads(done.stdout)
+    printed = run_python("-c", textwrap.dedent(ATTACKS), str(file))
+    n_threads, text, statistics, results = json.loads(printed)
     assert n_threads == 6
     assert text == f"Landlock {landlock.abi_version()}, seccomp, no capabilities"
     assert statistics == {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import struct
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.tools.peek import may_need_passphrase
+from tests.support.scripts import run_python
 
 REPOSITORY = Path(__file__).parents[2]
 NEEDLESS_FOR_A_PLAIN_IMAGE = {
@@ -48,16 +48,7 @@ def run(script: str, *arguments: str) -> str:
     """The output of a script in a process of its own, in which nothing is imported yet: neither of ours, nor by the
     ``.pth`` files of an installation."""
     path = f"import sys\nsys.path[1:] = {sys.path!r}\n"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", path + textwrap.dedent(script), *arguments],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    return run_python("-S", "-c", path + textwrap.dedent(script), *arguments)
 
 
 def test_the_starter_imports_nothing_that_serves() -> None:

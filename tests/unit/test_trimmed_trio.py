@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from tests.support.scripts import run_python
 
 REPOSITORY = Path(__file__).parents[2]
 IMPORT = "from qcowfuse.cli.trimmed_trio import import_pyfuse3; import sys; import_pyfuse3()\n"
@@ -16,16 +17,7 @@ IMPORT = "from qcowfuse.cli.trimmed_trio import import_pyfuse3; import sys; impo
 def run(script: str, *search: Path) -> list[str]:
     """The words that a script prints in a process of its own, which looks for modules in ``search`` first."""
     path = "".join(f"sys.path.insert(0, {str(folder)!r})\n" for folder in search)
-    done = subprocess.run(
-        [sys.executable, "-c", f"import sys\n{path}{IMPORT}{textwrap.dedent(script)}"],
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return run_python("-c", f"import sys\n{path}{IMPORT}{textwrap.dedent(script)}").split()
 
 
 def test_trio_runs_without_what_is_left_out() -> None:
