@@ -242,3 +242,36 @@ async def test_each_operation_fails_once_among_new_tables(code: int) -> None:
     for number in range(n_operations):
         outcome = await run_scenario(Scenario(spec, steps, fault=Fault(number, code)), n_states=0)
         assert not outcome.problems, number
+
+
+class KeepingStorage(MemoryStorage):
+    """Keeps what was in a hole, as a storage may."""
+
+    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        """Nothing."""
+
+
+async def test_a_table_takes_a_cluster_with_old_bytes() -> None:
+    """What was in a cluster that was given back is no entry of the table that takes it, on disk either: all of the
+    table is written, not only the entries that change."""
+    spec = SPECS["clusters of 4 KiB"]  # a table has eight sectors, which are written as they change
+    built = build_image(spec)
+    memory = KeepingStorage(built.top)
+    image = await open_memory_image({**built.files, TOP: memory})
+    await image.write(0, b"\xff" * 128 * KIB)
+    await image.flush()
+    await image.write_zeroes(0, 128 * KIB, unmap=True)
+    await image.flush()
+    await image.flush()
+    n_before = len(memory.data)
+    for place in range(table_bytes(spec), spec.size, table_bytes(spec)):
+        await image.write(place, b"x" * 512)
+    assert len(memory.data) == n_before, "clusters that were given back are taken"
+    expected = b"".join(
+        b"x" * 512 + bytes(table_bytes(spec) - 512) for _ in range(spec.size // table_bytes(spec) - 1)
+    )
+    await image.flush()
+    assert qemu_read({TOP: memory.data})[table_bytes(spec) :] == expected, "after an fsync"
+    await image.aclose()
+    assert check_image_bytes(memory.data).exit_code == 0
+    assert qemu_read({TOP: memory.data})[table_bytes(spec) :] == expected
