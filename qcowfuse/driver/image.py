@@ -103,8 +103,9 @@ class Image(Protocol):
         others have their turn. ``keep``: the caller comes back to this place, so that tables are worth keeping.
         Raises OutOfRangeError, CorruptImageError, OSError."""
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
-        """:meth:`find_extent` where that need not wait, else None. Raises OutOfRangeError, CorruptImageError."""
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
+        """:meth:`find_extent` where that need not wait, else None; and whether a hole is known to follow the data, or
+        data the hole, within ``n_bytes``: that saves the next look. Raises OutOfRangeError, CorruptImageError."""
 
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
         """:meth:`write_zeroes` where that need not wait, and is little work; False where nothing was done but for a

@@ -90,7 +90,7 @@ class PartitionWindow:
         """See Image."""
         return await self._image.find_extent(self._moved(guest_offset, n_bytes), n_bytes, keep=keep)
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
         """See Image."""
         return self._image.try_find_extent(self._moved(guest_offset, n_bytes), n_bytes)
 

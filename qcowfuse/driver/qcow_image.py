@@ -122,7 +122,7 @@ class QcowImage:
         async with self.life.look():
             return await self._holes.find(guest_offset, n_bytes, keep=keep)
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
         """See Image."""
         if not 0 <= guest_offset <= self._mapping.guest_size - n_bytes:
             check_range(self._mapping, guest_offset, n_bytes)

@@ -27,17 +27,23 @@ _ZERO_WITHOUT_PLACE = (COPIED | READS_ZERO).to_bytes(8, "little")
 
 def presence_run(
     entries: array[int], entry_format: EntryFormat, index: int, in_cluster: int, n_bytes: int
-) -> tuple[ClusterKind, int]:
-    """The kind of the bytes from byte ``in_cluster`` of the cluster of entry ``index`` on, and how many, 1 to
-    ``n_bytes``, are of that kind. Raises CorruptImageError."""
+) -> tuple[ClusterKind, int, bool]:
+    """The kind of the bytes from byte ``in_cluster`` of the cluster of entry ``index`` on; how many of ``n_bytes``,
+    at least one, are of that kind; and whether it is known that data follows a hole, or a hole (zeroes, or not
+    allocated) data. Raises CorruptImageError."""
     cluster_bits = entry_format.cluster_bits
     end = in_cluster + n_bytes
-    n_wanted = min(end + (1 << cluster_bits) - 1 >> cluster_bits, len(entries) // entry_format.words - index)
+    n_wanted = end + (1 << cluster_bits) - 1 >> cluster_bits
+    n_there = len(entries) // entry_format.words - index
+    if n_wanted > n_there:
+        n_wanted = n_there
     short = short_run(entries, entry_format, index, n_wanted)
     if short is not None:
-        return short[0], min(short[1] << cluster_bits, end) - in_cluster
+        kind, n_alike, is_followed = short
+        covered = n_alike << cluster_bits
+        return kind, (end if covered > end else covered) - in_cluster, is_followed
     if entry_format.is_extended:
-        return _extended_run(entries, entry_format, index, in_cluster, n_bytes)
+        return *_extended_run(entries, entry_format, index, in_cluster, n_bytes), False
     entry = entries[index]
     kind = entry_format.classify(entry)
     is_compressed = kind is ClusterKind.COMPRESSED
@@ -53,7 +59,7 @@ def presence_run(
         if n_found < len(part):
             break
         look = n_wanted
-    return kind, min(n_alike << cluster_bits, end) - in_cluster
+    return kind, min(n_alike << cluster_bits, end) - in_cluster, False
 
 
 def n_without(entries: array[int], entry_format: EntryFormat, bits: int, index: int, n_clusters: int) -> int:

@@ -5,6 +5,8 @@
 2. To compile the expression takes 1 ms, so that this comes after some looks: few short commands have as many.
 3. Only entries that are valid for sure, and of one kind as a whole, are matched, without bits that should be 0. All
    others are left to be judged by themselves.
+4. The same match tells whether data ends where a hole (zeroes, or not allocated) begins, and the other way round, by
+   the same rule for the entry that follows. So a search for the end of a run takes one look.
 """
 
 from __future__ import annotations
@@ -20,14 +22,23 @@ MAX_SHORT = 64
 COMPILED_AFTER = 32
 """Looks, at images of one format."""
 _RESERVED = 0xFE
-_KINDS = (ClusterKind.UNALLOCATED, ClusterKind.DATA, ClusterKind.ZERO, ClusterKind.UNALLOCATED)
+_KINDS = (
+    (ClusterKind.DATA, False),
+    (ClusterKind.DATA, True),
+    (ClusterKind.ZERO, False),
+    (ClusterKind.ZERO, True),
+    (ClusterKind.UNALLOCATED, False),
+    (ClusterKind.UNALLOCATED, True),
+)
+"""By the number of the last group that matched."""
 
 
 def short_run(
     entries: array[int], entry_format: EntryFormat, index: int, n_wanted: int
-) -> tuple[ClusterKind, int] | None:
-    """Kind and length of the run of whole clusters at ``index``, at most ``n_wanted``. None where it may be longer
-    than that is found here, or where the first entry is no plain case; compressed clusters are DATA."""
+) -> tuple[ClusterKind, int, bool] | None:
+    """Kind and length of the run of whole clusters at ``index``, at most ``n_wanted``, and whether those wanted go on
+    with a hole behind data, or with data behind a hole, for sure. None where the run may be longer than that,
+    or where the first entry is no plain case; compressed clusters are DATA."""
     expression = _expression(entry_format)
     runs, shift = expression.runs, expression.shift
     if runs is None:
@@ -39,7 +50,8 @@ def short_run(
     n_found = (found.end() >> shift) - index
     if n_found == MAX_SHORT and n_found < n_wanted:
         return None
-    return _KINDS[found.lastindex or 0], n_found
+    kind, is_followed = _KINDS[(found.lastindex or 1) - 1]
+    return kind, n_found, is_followed
 
 
 class _Expression:
@@ -66,7 +78,7 @@ def _expression(entry_format: EntryFormat) -> _Expression:
 
 
 def _runs(entry_format: EntryFormat) -> re.Pattern[bytes]:
-    """An expression with one group for each of :data:`_KINDS`."""
+    """An expression with one group for each of :data:`_KINDS`; those of what is followed are empty."""
     stop = entry_format.compressed | entry_format.misaligned | _RESERVED
     place = b"(?!" + _word(0, entry_format.cluster_mask) + b")"
     data = place + _word(0, stop | READS_ZERO)
@@ -82,8 +94,10 @@ def _runs(entry_format: EntryFormat) -> re.Pattern[bytes]:
         unallocated = rb"\x00{8}"
     if not entry_format.has_data_file:
         data = b"(?:" + data + b"|" + compressed + b")"
-    groups = (b"((?:%b){1,%d})" % (entry, MAX_SHORT) for entry in (data, zero, unallocated))
-    return re.compile(b"|".join(groups), re.DOTALL)
+    hole = zero + b"|" + unallocated
+    kinds = ((data, hole), (zero, data), (unallocated, data))
+    runs = (b"((?:%b){1,%d})(?:(?=%b)())?" % (entry, MAX_SHORT, following) for entry, following in kinds)
+    return re.compile(b"|".join(runs), re.DOTALL)
 
 
 def _word(must_be_set: int, must_be_clear: int) -> bytes:

@@ -91,9 +91,12 @@ class Seeker:
             found = self._image.try_find_extent(off, end - off)
             if found is None:
                 return None
-            if found[0] is is_wanted_data:
+            is_data, n_bytes, is_followed = found
+            if is_data is is_wanted_data:
                 return off
-            off += found[1]
+            off += n_bytes
+            if is_followed:
+                return off
         if off >= end:
             return NO_DATA if is_wanted_data else end
         return None

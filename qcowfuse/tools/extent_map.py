@@ -224,7 +224,7 @@ async def _run_at(layer: Layer, position: int, n_bytes: int, pins: ExitStack) ->
             slice_ = await layer.load(position)
             pins.callback(layer.cache.unpin, slice_)
         if slice_ is not None and layer.presence(slice_.entries, position, 1)[0] is not ClusterKind.DATA:
-            kind, n_bytes = layer.presence(slice_.entries, position, n_bytes)
+            kind, n_bytes, _ = layer.presence(slice_.entries, position, n_bytes)
             return Run(kind, 0, n_bytes)
     return layer.lookup(position, n_bytes)
 

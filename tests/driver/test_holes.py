@@ -51,7 +51,10 @@ async def by_extents(image: QcowImage, chooser: random.Random) -> list[bool]:
         n_wanted = min(chooser.choice([SECTOR, 40 * KIB, image.size]), image.size - place)
         at_once = image.try_find_extent(place, n_wanted)
         is_data, n_bytes = await image.find_extent(place, n_wanted, keep=chooser.random() < 0.5)
-        assert at_once in (None, (is_data, n_bytes))
+        assert at_once is None or at_once[:2] == (is_data, n_bytes)
+        if at_once is not None and at_once[2]:
+            assert n_bytes < n_wanted
+            assert (await image.find_extent(place + n_bytes, 1))[0] is not is_data
         assert 0 < n_bytes <= n_wanted
         place += n_bytes
         found += [is_data] * (-(-place // SECTOR) - len(found))

@@ -202,7 +202,9 @@ def _counting_looks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     looks: list[int] = []
     presence = Mapping.presence
 
-    def counting(mapping: Mapping, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
+    def counting(
+        mapping: Mapping, entries: array[int], guest_offset: int, n_bytes: int
+    ) -> tuple[ClusterKind, int, bool]:
         looks.append(guest_offset)
         return presence(mapping, entries, guest_offset, n_bytes)
 

@@ -161,11 +161,11 @@ def test_a_write_is_answered(kernel: Kernel, image: MemoryImage) -> None:
 class HoleyImage(MemoryImage):
     """Knows at once where its data is, and zeroes at once."""
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
         """Up to the end of the cluster."""
         assert 0 < n_bytes <= self.size - guest_offset
         end = min(guest_offset // self.cluster_size * self.cluster_size + self.cluster_size, guest_offset + n_bytes)
-        return any(self.data[guest_offset:end]), end - guest_offset
+        return any(self.data[guest_offset:end]), end - guest_offset, False
 
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:
         """Whole clusters."""

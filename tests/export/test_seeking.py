@@ -40,6 +40,7 @@ class Clusters:
         self.size = len(data) * CLUSTER
         self.n_looks = 0
         self.kept: list[int] = []
+        self.tells_more = True
         self._clock = clock
 
     async def find_extent(self, guest_offset: int, n_bytes: int, *, keep: bool = True) -> tuple[bool, int]:
@@ -52,7 +53,7 @@ class Clusters:
         number = guest_offset // CLUSTER
         return bool(self.data[number]), (number + 1) * CLUSTER - guest_offset
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
         """One cluster at a time; 2 stands for one that has to be read."""
         assert 0 < n_bytes <= self.size - guest_offset
         self.n_looks += 1
@@ -60,7 +61,10 @@ class Clusters:
         number = guest_offset // CLUSTER
         if self.data[number] == 2:
             return None
-        return bool(self.data[number]), (number + 1) * CLUSTER - guest_offset
+        n_bytes = (number + 1) * CLUSTER - guest_offset
+        following = self.data[number + 1 : number + 2]
+        is_followed = self.tells_more and following in (b"\0", b"\1") and following[0] != self.data[number]
+        return bool(self.data[number]), n_bytes, is_followed and guest_offset + n_bytes < self.size
 
 
 def seeker_on(data: bytes, step: float) -> tuple[Seeker, Clusters]:
@@ -183,6 +187,7 @@ async def test_a_few_looks_in_memory_tell_the_same() -> None:
             n_told += told is not None
             found = await seeker.seek(off, clusters.size, whence)
             assert told in (None, NO_DATA if found is None else found)
+            clusters.tells_more = not clusters.tells_more
     assert n_told > clusters.size // CLUSTER
     assert seeker.try_seek(6 * CLUSTER, clusters.size, os.SEEK_DATA) is None
     assert seeker.try_seek(clusters.size - CLUSTER, clusters.size, os.SEEK_DATA) == NO_DATA
@@ -211,3 +216,14 @@ def test_a_search_at_once_ends_where_looks_are_slow() -> None:
     assert clusters.n_looks == 2
     assert seeker.try_seek(4 * CLUSTER, clusters.size, os.SEEK_DATA) == 5 * CLUSTER
     assert seeker.try_seek(0, clusters.size, os.SEEK_HOLE) == 0
+
+
+def test_a_walk_takes_one_look_for_each_place_where_data_begins_or_ends() -> None:
+    """Where the image knows what follows, no look is made to see it."""
+    seeker, clusters = seeker_on(bytes([0, 1] * 20), 0)
+    place = 0
+    for turn in range(39):
+        found = seeker.try_seek(place, clusters.size, (os.SEEK_DATA, os.SEEK_HOLE)[turn % 2])
+        assert found == (turn + 1) * CLUSTER
+        place = found
+    assert clusters.n_looks == 39

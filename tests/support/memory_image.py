@@ -107,7 +107,7 @@ class MemoryImage:
         end = min(guest_offset // self.cluster_size * self.cluster_size + self.cluster_size, guest_offset + n_bytes)
         return any(self.data[guest_offset // self.cluster_size * self.cluster_size : end]), end - guest_offset
 
-    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
+    def try_find_extent(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
         return None
 
     def try_write_zeroes(self, guest_offset: int, n_bytes: int, *, unmap: bool) -> bool:

@@ -91,8 +91,13 @@ def test_runs_are_of_one_kind_and_as_long_as_that(form: EntryFormat, seed: int, 
                 presence_run(entries, form, place // CLUSTER, place % CLUSTER, end - place)
             place += step
             continue
-        found, n_bytes = presence_run(entries, form, place // CLUSTER, place % CLUSTER, end - place)
+        found, n_bytes, is_followed = presence_run(entries, form, place // CLUSTER, place % CLUSTER, end - place)
         assert found is kind
+        if is_followed:
+            next_kind = kind_of(entries, form, (place + n_bytes) // CLUSTER, (place + n_bytes) % CLUSTER)
+            assert next_kind is not None
+            assert (next_kind is ClusterKind.DATA) is not (kind is ClusterKind.DATA)
+            assert place + n_bytes < end
         assert 1 <= n_bytes <= end - place
         last = place + n_bytes - 1
         for byte in {*range(place, last + 1, step), last}:
@@ -177,6 +182,9 @@ def test_short_runs_are_found_with_one_match(name: str) -> None:
         for n_alike in (length, 1):
             found = presence_run(entries, form, index, 0, (n_entries - index) * CLUSTER)
             assert found[1] == n_alike * CLUSTER
-            assert short_run(entries, form, index, n_entries - index) == ((found[0], n_alike) if is_matched else None)
-            assert presence_run(entries, form, index, 7, 9) == (found[0], 9)
+            is_followed = index + n_alike < n_entries
+            matched = (found[0], n_alike, is_followed) if is_matched else None
+            assert short_run(entries, form, index, n_entries - index) == matched
+            assert found[2] is (is_matched and is_followed)
+            assert presence_run(entries, form, index, 7, 9) == (found[0], 9, False)
             index += n_alike

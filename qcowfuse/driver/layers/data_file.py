@@ -134,12 +134,13 @@ class DataFileMapping(Mapping):
             self._check_places(slice_.entries, guest_offset, run.n_bytes)
         return run
 
-    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
+    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int, bool]:
         """See Mapping. Of data that is not in its place, reading says so."""
-        kind, n_bytes = super().presence(entries, guest_offset, n_bytes)
-        if kind is not ClusterKind.DATA:
-            self._check_places(entries, guest_offset, n_bytes)
-        return kind, n_bytes
+        kind, n_bytes, is_followed = super().presence(entries, guest_offset, n_bytes)
+        if kind is ClusterKind.DATA:
+            return kind, n_bytes, False  # the places of what follows were not checked
+        self._check_places(entries, guest_offset, n_bytes)
+        return kind, n_bytes, is_followed
 
     def _check_places(self, entries: array[int], guest_offset: int, n_bytes: int) -> None:
         """Clusters that are there but hold no data must be in their places too, as QEMU wants it."""

@@ -51,32 +51,42 @@ class HoleFinder:
                 n_bytes = empty_until - guest_offset
                 continue
             entries = await slice_entries(layer, guest_offset, keep=keep)
-            kind, n_bytes = layer.presence(entries, guest_offset, n_bytes)
+            kind, n_bytes, _ = layer.presence(entries, guest_offset, n_bytes)
             if kind is not ClusterKind.UNALLOCATED:
                 return kind is ClusterKind.DATA, n_bytes
         return False, n_bytes
 
-    def try_find(self, guest_offset: int, n_bytes: int) -> tuple[bool, int] | None:
-        """:meth:`find` where all tables are in memory, else None. Raises CorruptImageError."""
+    def try_find(self, guest_offset: int, n_bytes: int) -> tuple[bool, int, bool] | None:
+        """:meth:`find` where all tables are in memory, else None; and whether a hole follows the data, or data the
+        hole, for sure. Raises CorruptImageError."""
+        is_followed = False
         for layer in self._layers:
             if guest_offset >= layer.size:
                 break
             if guest_offset + n_bytes > layer.size:
                 n_bytes = layer.size - guest_offset
+                is_followed = False
             if not isinstance(layer, Mapping):
-                return True, n_bytes
+                return True, n_bytes, False
             slice_ = layer.cache.slices.get(guest_offset >> layer.slice_shift << LAYER_BITS | layer.layer)
             if slice_ is None:
                 # Where the L1 entry is not in memory, neither is the slice.
                 empty_until = layer.empty_until(guest_offset, guest_offset + n_bytes)
                 if empty_until == guest_offset:
                     return None
-                n_bytes = empty_until - guest_offset
+                if empty_until < guest_offset + n_bytes:
+                    n_bytes = empty_until - guest_offset
+                    is_followed = False
                 continue
-            kind, n_bytes = layer.presence(slice_.entries, guest_offset, n_bytes)
+            kind, n_alike, ends = layer.presence(slice_.entries, guest_offset, n_bytes)
+            if kind is ClusterKind.DATA:
+                # Behind it, too: what a layer does not have, one below may have.
+                return True, n_alike, ends and layer is self._layers[-1]
+            if n_alike < n_bytes:
+                n_bytes, is_followed = n_alike, ends
             if kind is not ClusterKind.UNALLOCATED:
-                return kind is ClusterKind.DATA, n_bytes
-        return False, n_bytes
+                return False, n_bytes, is_followed
+        return False, n_bytes, is_followed
 
 
 async def slice_entries(layer: Mapping, guest_offset: int, *, keep: bool = False) -> array[int]:

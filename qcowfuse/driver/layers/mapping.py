@@ -222,9 +222,9 @@ class Mapping:
             n_bytes,
         )
 
-    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int]:
-        """What the slice with these entries says of ``guest_offset``, and for how many of ``n_bytes``: see
-        :func:`~qcowfuse.format.presence.presence_run`. Raises CorruptImageError."""
+    def presence(self, entries: array[int], guest_offset: int, n_bytes: int) -> tuple[ClusterKind, int, bool]:
+        """What the slice with these entries says of ``guest_offset``, for how many of ``n_bytes``, and whether it is
+        known to be different behind: see :func:`~qcowfuse.format.presence.presence_run`. Raises CorruptImageError."""
         index = guest_offset >> self._cluster_bits & self.slice_mask
         return presence_run(entries, self.entry_format, index, guest_offset & self._cluster_mask, n_bytes)
 

@@ -122,7 +122,7 @@ class Usage:
                 if n_runs % _RUNS_AT_ONCE == 0:
                     await trio.lowlevel.checkpoint()
                 in_cluster = position & (layer.geometry.cluster_size - 1)
-                kind, n_bytes = presence_run(
+                kind, n_bytes, _ = presence_run(
                     entries, layer.entry_format, layer.index(position), in_cluster, slice_end - position
                 )
                 if kind is ClusterKind.UNALLOCATED:

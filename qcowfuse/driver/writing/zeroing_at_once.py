@@ -137,11 +137,13 @@ class ZeroerAtOnce:
         if plan.n_left <= 0:
             return None
         found = self._find(position, end - position)
-        if found is not None:
-            bits, most = self._cluster_bits, self._mapping.slice_mask
-            plan.n_left -= _LOOK + min(found[1] >> bits, most)
-            plan.n_left -= self._n_below * (_LOOK + min(end - position >> bits, most))
-        return found
+        if found is None:
+            return None
+        is_data, n_bytes, _ = found
+        bits, most = self._cluster_bits, self._mapping.slice_mask
+        plan.n_left -= _LOOK + min(n_bytes >> bits, most)
+        plan.n_left -= self._n_below * (_LOOK + min(end - position >> bits, most))
+        return is_data, n_bytes
 
     def _take(self, plan: Plan, start: int, stop: int, n_data: int) -> bool:
         """Zero whole clusters by their entries, all in one slice; whether that is possible."""
