@@ -219,6 +219,48 @@ async def test_every_operation_may_fail(spec: str, for_ever: bool, inline: bool)
         await check_left_behind(run)
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC])
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if "data-file" in spec])
+async def test_each_operation_may_fail_among_new_clusters_of_a_data_file(spec: str, code: int) -> None:
+    """Whichever operation on either file fails, once, while all is done at once: a disk that has grown, because QEMU
+    links all clusters of one with a raw data file."""
+    built = build_image(SPECS[spec])
+    number, kinds = 0, set()
+    while True:
+        run = await start(built, None, inline=True)
+        size = run.image.size
+        grown = run.record.begin_grow(2 * size)
+        await run.image.grow(2 * size)
+        run.record.end_grow(grown)
+        await run.write(size, b"b" * 512)
+        run.faulty.operations.clear()
+        run.set_check(fail_at(number, code=code))
+        chooser = random.Random(5)
+        for step in range(8):
+            n_bytes = chooser.randint(1, 8) * 512
+            await run.write(size + chooser.randrange(size // 512 - 8) * 512, chooser.randbytes(n_bytes))
+            if step % 4 == 3:
+                await run.flush()
+        n_operations = len(run.faulty.operations)
+        if n_operations <= number:
+            break
+        kinds.add(run.faulty.operations[number].kind)
+        if not run.flush_failure:
+            found = await read_undisturbed(run)
+            assert not run.record.expected_now().mismatches(found), f"operation {number}"
+        await close(run)
+        assert all(
+            isinstance(error, ReadOnlyImageError) or getattr(error, "errno", None) == code for error in run.errors
+        )
+        failed = run.faulty.operations[number]
+        assert run.errors or failed.kind == "punch", f"nobody heard that operation {number} failed: {failed}"
+        await check_left_behind(run)
+        number += 1
+    assert number > 12
+    assert kinds >= {"write", "flush"}
+    assert not run.errors
+
+
 @pytest.mark.parametrize("spec", SPECS)
 async def test_an_image_goes_on_after_the_disk_was_full_for_a_moment(spec: str) -> None:
     """ENOSPC of any write, once: a second try succeeds, and in the end everything is there and clean."""

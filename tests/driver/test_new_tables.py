@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import random
+import sys
 from dataclasses import replace
 
 import pytest
@@ -142,11 +143,11 @@ async def test_others_are_made_while_one_is_waited_for() -> None:
     disk.storage.gate = hold
     assert disk.image.changes is not None
     writer = disk.image.changes.writer
-    writer.allocates_at_once = disk.storage.inline = False
+    disk.storage.inline, writer.too_long = False, 0
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disk.image.write, 100 * KIB, b"first")
         await wait_all_tasks_blocked()
-        writer.allocates_at_once = disk.storage.inline = True
+        disk.storage.inline, writer.too_long = True, sys.maxsize
         assert disk.write(200 * KIB, b"second")
         assert not disk.write(100 * KIB + 512, b"third")
         hold.release()

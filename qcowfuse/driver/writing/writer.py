@@ -12,12 +12,14 @@ The way of a write that is not in place:
 4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
    and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim. So is a write
    in place to an encrypted layer; to others the image does that by itself.
-5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`).
+5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`). What a
+   failed write has left in a raw one is linked, on either way.
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -95,8 +97,8 @@ class Writer:
         self._words = mapping.entry_format.words
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
-        # Clusters of a data file take the other way; so does a storage that writes in threads.
-        self.allocates_at_once = data_clusters is None
+        self.too_long = sys.maxsize
+        """Bytes that the storage of plain data did not write at once: it is not asked for so many again."""
 
     async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
@@ -145,7 +147,7 @@ class Writer:
         Raises OSError, CorruptImageError.
         """
         mapping = self._mapping
-        if not self.allocates_at_once or self._metadata.shared:
+        if len(view) >= self.too_long or self._metadata.shared:
             return 0
         slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
         if slice_ is None or not self._owns_table(guest_offset >> self._l1_shift):
@@ -198,9 +200,10 @@ class Writer:
         n_written = plan.head + plan.n_bytes + plan.tail
         if self._encrypted is not None and not self._encrypted.may_write_at_once(n_written):
             return 0
-        run = self._allocator.try_allocate(plan.n_clusters)
+        run = self._take_at_once(guest_offset, plan.n_clusters)
         if run is None:
             return 0
+        is_written = False
         try:
             plan = shortened(plan, run.n_clusters, in_cluster, self._cluster_bits)
             parts: list[Buffer] = [view[: plan.n_bytes]]
@@ -209,21 +212,33 @@ class Writer:
                 host_offset += plan.head
             else:
                 parts = [part for part in (ZEROES[: plan.head], *parts, ZEROES[: plan.tail]) if len(part)]
-            if self._encrypted is None:
-                is_written = self._try_pwritev(host_offset, parts)
-            else:
+            if self._encrypted is not None:
                 is_written = self._encrypted.try_write(parts, host_offset=host_offset, guest_offset=start)
-        except BaseException:
-            self._allocator.give_back(run)
+            elif (n_parts := sum(map(len, parts))) < self.too_long:
+                is_written = self._try_pwritev(host_offset, parts)
+                if not is_written:
+                    self.too_long = n_parts
+        except OSError:
+            if self.has_raw_data_file:
+                self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
             raise
+        finally:
+            if not is_written and self._data_clusters is None:
+                self._allocator.give_back(run)
         if not is_written:
-            self.allocates_at_once = self._encrypted is not None
-            self._allocator.give_back(run)
             return 0
         self._cache.use(slice_)
         self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
         self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start))
         return plan.n_bytes
+
+    def _take_at_once(self, guest_offset: int, n_clusters: int) -> HostRun | None:
+        """Clusters for the data at ``guest_offset``, if that takes no waiting."""
+        if self._data_clusters is None:
+            return self._allocator.try_allocate(n_clusters)
+        if not self._space.is_ready or self._space.has_reserve:
+            return None
+        return self._data_clusters.take(guest_offset & ~self._cluster_mask, n_clusters)
 
     def _try_in_place(self, encrypted: EncryptedData, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
         """What :meth:`write_some` does with clusters that are written in place."""
@@ -308,6 +323,8 @@ class Writer:
             if self._data_clusters is None:
                 run = await self._allocator.allocate(plan.n_clusters)
             else:
+                if not self._space.is_ready:
+                    await self._space.prepare()
                 run = self._data_clusters.take(guest_offset & ~self._cluster_mask, plan.n_clusters)
             host_offset = run.host_offset
             if run.n_clusters < plan.n_clusters:
