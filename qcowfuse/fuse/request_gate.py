@@ -10,7 +10,8 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
    another one is watching, or on its way to.
 3. After ``burst`` requests in a row there is a checkpoint (after ``burst_while_slow`` when a handler waits for
    something): timers, threads, signals and cancellation get their turn.
-4. Before it waits, a worker spins for ``spin`` seconds: waking a process costs the client more than that. It
+4. Before it waits, a worker spins for ``spin`` seconds: waking a process costs the client more than that. Where the
+   last request came soon after that (a client that copies what it read), it spins for three times as long. It
    yields the processor at every turn, and does not spin at all while a handler waits for something, because the
    next event will then come through trio. Where others want the processor, yielding costs a worker its turn, while
    one that sleeps gets it back at once: after a turn that took long, it does without for a while.
@@ -35,6 +36,9 @@ import trio
 _MOST_HELPERS = 4
 _LONG_TURN = 200e-6
 _WITHOUT_SPIN = 200
+_LONGER = 3
+_SOON = 4
+"""Times ``spin``: a wait of this much, in which the process was woken, would have taken :data:`_LONGER` spinning."""
 _REST_MS = 1
 _MOST_SECONDS_WITHOUT_OTHERS = 4e-3
 
@@ -55,7 +59,7 @@ class RequestGate:
         self._others_had_turn = 0.0
         self._burst = burst
         self._burst_while_slow = burst_while_slow
-        self._spin = spin
+        self._least_spin = self._spin = spin
         self._n_since_checkpoint = 0
         self._n_without_spin = 0
         self._has_spun = False
@@ -136,7 +140,7 @@ class RequestGate:
             self._n_without_spin -= 1
             return self._rests(fd)
         poll, now, give_way = self._poller(fd), time.perf_counter, os.sched_yield
-        turn = now()
+        start = turn = now()
         end = turn + self._spin
         while turn < end:
             give_way()
@@ -147,7 +151,10 @@ class RequestGate:
                 return bool(is_there)
             if is_there:
                 return True
-        return self._rests(fd)
+        came = self._rests(fd)
+        is_soon = came and now() < start + _SOON * self._least_spin
+        self._spin = self._least_spin * _LONGER if is_soon else self._least_spin
+        return came
 
     def _rests(self, fd: int) -> bool:
         """Sleep as rule 6 says; whether there is a request now."""

@@ -120,6 +120,46 @@ async def test_a_worker_rests_where_others_want_no_turn(pipe: Pipe, monkeypatch:
     assert await waits(may_rest=True) == [0, 1]
 
 
+def test_a_worker_spins_for_longer_where_requests_come_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three times as long while they come soon after the spinning, and as before when one did not."""
+    now = arrival = 0.0
+    n_yields = 0
+
+    def give_way() -> None:
+        nonlocal now, n_yields
+        n_yields += 1
+        now += 10e-6
+
+    class Arrivals:
+        def register(self, fd: int, events: int) -> None:
+            pass
+
+        def poll(self, milliseconds: int) -> list[tuple[int, int]]:
+            nonlocal now
+            now = max(now, min(arrival, now + milliseconds / 1000))
+            return [(7, select.POLLIN)] if now >= arrival else []
+
+    monkeypatch.setattr(select, "poll", Arrivals)
+    monkeypatch.setattr(request_gate, "time", SimpleNamespace(perf_counter=lambda: now))
+    monkeypatch.setattr(os, "sched_yield", give_way)
+    gate = RequestGate(spin=30e-6)
+    gate.may_rest = True
+    for microseconds, expected in (
+        (80, 3),
+        (80, 8),
+        (85, 9),
+        (500, 9),
+        (80, 3),
+        (500, 9),
+        (20, 2),
+        (500, 3),
+        (80, 3),
+    ):
+        n_yields, arrival = 0, now + microseconds * 1e-6 - 1e-9
+        assert gate.spin(7)
+        assert n_yields == expected, microseconds
+
+
 async def test_every_request_is_taken_once(pipe: Pipe) -> None:
     """Many requests and many workers: each request is read by exactly one worker."""
     workers = Workers(RequestGate(), pipe)
