@@ -13,6 +13,7 @@ import pytest
 
 from qcowfuse.cli.exit_codes import EXPLANATIONS
 from qcowfuse.cli.img.main import MAX_LEAKS
+from qcowfuse.cli.near_misses import IMG_COMMANDS, QEMU_IMG_COMMANDS
 from tests.support.mounting import REPOSITORY, environment, run_qcowfuse
 
 QEMU_FORMATS = {
@@ -123,6 +124,58 @@ def test_near_misses(folder: Path, arguments: list[str], meant: str) -> None:
     assert code == 2
     assert f"did you mean {meant}?" in line
     assert "did you mean" not in refusal(folder, "--zzz", "a.qcow2", "mnt")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["unmount", "mnt"], "did you mean umount?"),
+        (["stauts", "mnt"], "did you mean status?"),
+        (["info", "a.qcow2"], "did you mean qcowfuse-img info?"),
+        (["mount", "mnt"], "qcowfuse IMAGE MOUNTPOINT"),
+    ],
+)
+def test_a_word_that_is_no_verb(folder: Path, words: list[str], meant: str) -> None:
+    """It is taken for an image, and there is none: what was meant is said. A name of a file is only a name."""
+    code, line = refusal(folder, *words)
+    assert code == 6
+    assert meant in line
+    assert refusal(folder, "./unmount", "mnt")[1] == "qcowfuse: ./unmount: No such file or directory\n"
+    assert refusal(folder, "disk", "mnt")[1] == "qcowfuse: disk: No such file or directory\n"
+
+
+def test_three_words(folder: Path) -> None:
+    assert "too many arguments: mnt (qcowfuse --help" in refusal(folder, "mount", "a.qcow2", "mnt")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["convert", "-O", "raw", "a", "b"], "has no command convert: use qemu-img convert, while"),
+        (["commit", "a"], "has no command commit: use qemu-img commit, while"),
+        (["chekc", "a"], "unknown command chekc (did you mean check?)"),
+        (["zzz", "a"], "unknown command zzz (there are info, map, check, create, resize, snapshot, partitions)"),
+    ],
+)
+def test_commands_that_there_are_not(words: list[str], answer: str) -> None:
+    done = run_img(*words)
+    assert (done.returncode, done.stderr.count("\n")) == (1, 1)
+    assert done.stderr.startswith(f"qcowfuse-img: {answer}")
+
+
+def test_the_commands_that_may_be_meant() -> None:
+    """Those that the help lists; and of qemu-img's, those that are missing there."""
+    commands = re.search(r"\n  COMMAND\n(.*?)\n\n", run_img("--help").stdout, re.DOTALL)
+    assert commands is not None
+    assert tuple(line.split()[0] for line in commands[1].splitlines()) == IMG_COMMANDS
+    assert not set(QEMU_IMG_COMMANDS) & set(IMG_COMMANDS)
+
+
+def test_a_name_that_is_taken(folder: Path) -> None:
+    """What overwrites it is said."""
+    assert run_img("create", folder / "a.qcow2", "1M").stderr.endswith(
+        "a.qcow2: File exists (--force overwrites it)\n"
+    )
 
 
 def test_options_before_the_command(folder: Path) -> None:

@@ -29,6 +29,10 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         text = describe_known(exc, arguments.image)
         if isinstance(exc, OSError) and exc.errno == errno.EROFS and not _is_only_read(arguments):
             text += " (-r serves the image read-only)"
+        if isinstance(exc, FileNotFoundError) and exc.filename == arguments.image:
+            from ..near_misses import verb_meant
+
+            text += verb_meant(arguments.image)
         if _look_swapped(arguments.image, arguments.mount_point):
             text += " (IMAGE comes first: qcowfuse IMAGE MOUNTPOINT)"
     else:
