@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import os
 import random
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 import trio
 
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.driver.reading.reader import ChainReader
 from qcowfuse.driver.writing import allocation, write_back, zeroing
+from qcowfuse.format.extents import Extent
 from qcowfuse.storage.base import Storage
 from tests.driver.test_holes import Turns
 from tests.support.checker import check_image_bytes
-from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
+from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, run_tool, scratch_folder
 from tests.support.memory_storage import MemoryStorage
 from tests.support.recording import ForwardingStorage
 
@@ -73,6 +77,35 @@ async def test_others_get_a_turn_after_each_step(unmap: bool, monkeypatch: pytes
     assert not any(await image.read(0, image.size))
     await image.aclose()
     assert is_clean(memory.data)
+
+
+@pytest.mark.parametrize("depth", [1, 4])
+async def test_steps_are_shorter_over_a_deep_chain(depth: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step looks every cluster up in every layer: as many look-ups as there are clusters without a backing file."""
+    files: dict[str, bytes] = {}
+    with scratch_folder() as folder:
+        for number in range(depth):
+            name = "top.img" if number == depth - 1 else f"{number}.img"
+            backing = ["-b", f"{number - 1}.img", "-F", "qcow2"] if number else []
+            options = ["-f", "qcow2", "-o", f"cluster_size={CLUSTER}", *backing, name, "64K"]
+            run_tool("qemu-img", "create", "-q", *options, cwd=folder)
+            if not number:
+                run_tool("qemu-io", "-c", "write -q -P 1 0 64K", name, cwd=folder)
+            files[os.path.join(os.path.dirname(TOP), name)] = Path(folder, name).read_bytes()
+    n_looked_up: list[int] = []
+    real = ChainReader.lookup
+
+    async def lookup(reader: ChainReader, guest_offset: int, n_bytes: int, **options: int) -> list[Extent]:
+        n_looked_up.append(n_bytes // CLUSTER)
+        return await real(reader, guest_offset, n_bytes, **options)
+
+    monkeypatch.setattr(ChainReader, "lookup", lookup)
+    monkeypatch.setattr(zeroing, "MAX_ZEROED_AT_ONCE", 32)
+    image = await open_memory_image(files)
+    await image.write_zeroes(0, 64 * KIB, unmap=False)
+    assert n_looked_up == [32 // depth] * (4 * depth)
+    assert not any(await image.read(0, 64 * KIB))
+    await image.aclose()
 
 
 async def test_a_disk_without_tables_is_one_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -320,6 +320,10 @@ class ChainLookup:
         in the call after. Raises CorruptImageError."""
         extents, layers, n_layers = self.extents, self._layers, len(self._layers)
         number, position, remaining, end = self._number, self.position, self._remaining, self._end
+        # Up to where each layer above ``number`` is known to hold nothing. So a run of one layer is counted once,
+        # however many pieces of it the layers below have.
+        first_layer = self._first_layer
+        empty_until = [position + remaining] * (number - first_layer)
         while position < end:
             while True:
                 layer = layers[number]
@@ -338,6 +342,7 @@ class ChainLookup:
                 remaining = run.n_bytes
                 if kind != ClusterKind.UNALLOCATED:
                     break
+                empty_until.append(position + remaining)
                 number += 1
                 if number == n_layers:
                     kind = int(ClusterKind.ZERO)
@@ -355,7 +360,10 @@ class ChainLookup:
             else:
                 extents.append(Extent(kind, number, value, position, remaining))
             position += remaining
-            number, remaining = self._first_layer, end - position
+            while empty_until and empty_until[-1] <= position:
+                empty_until.pop()
+            number = first_layer + len(empty_until)
+            remaining = (empty_until[-1] if empty_until else end) - position
         return None
 
 
