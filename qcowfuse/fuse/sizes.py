@@ -110,7 +110,8 @@ class Sizes:
         """What rule 1 says, for the process ``pid``; gives the size to answer with. Raises FUSEError, and what the
         image raises."""
         if n_bytes == self._told:
-            await self._give_back()
+            with self._slow():
+                await self._give_back()
             self._processed.set()
             return self.n_bytes
         if self._image.read_only:
@@ -229,5 +230,5 @@ class Sizes:
         """Wait a moment for :meth:`watch` after a truncation, so that an unmount after a close does not meet that
         process."""
         if not self._mended.is_set():
-            with trio.move_on_after(_UNTIL_MENDED):
+            with self._slow(), trio.move_on_after(_UNTIL_MENDED):
                 await self._mended.wait()

@@ -14,6 +14,7 @@ import pyfuse3
 import pytest
 import trio
 from pyfuse3 import EntryAttributes, FUSEError, RequestContext, SetattrFields
+from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.fuse import sizes
@@ -307,6 +308,33 @@ async def test_a_truncation_from_outside_says_the_size_and_changes_nothing() -> 
 
         await operations.sizes.watch(mend)
     assert image.data == b"x" * 2048
+
+
+async def test_what_waits_for_a_size_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A close after a truncation waits for the process outside of the mount, whose own truncation waits for the
+    kernel: the gate knows of both, and lets trio have its turn at once."""
+    operations = serve(MemoryImage(4096))
+    operations.enable_writeback_cache = True
+    file = (await operations.open(FILE, os.O_RDWR, CTX)).fh
+    n_waiting: list[int] = []
+
+    def store(*_: object) -> None:
+        n_waiting.append(trio.from_thread.run_sync(lambda: operations.gate.n_slow))
+
+    monkeypatch.setattr(sizes, "store_in_kernel", store)
+
+    async def mend(n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
+        await wait_all_tasks_blocked()
+        n_waiting.append(operations.gate.n_slow)
+        await operations.setattr(FILE, *change(size=n_bytes), FILE, CTX)
+
+    await operations.setattr(FILE, *change(size=100), FILE, CTX)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(operations.sizes.watch, mend)
+        await operations.flush(file)
+        nursery.cancel_scope.cancel()
+    assert n_waiting == [1, 2]
+    assert operations.gate.n_slow == 0
 
 
 async def test_a_truncation_that_fails_is_an_error() -> None:
