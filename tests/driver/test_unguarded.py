@@ -294,6 +294,25 @@ async def test_a_sound_image_is_as_compact_as_ever(way: str, caplog: pytest.LogC
     assert not caplog.records
 
 
+async def test_of_the_counts_only_those_of_the_file_are_read() -> None:
+    """A block counts 32,768 clusters; the image has few, and its first write waits for the look at them."""
+    built = build_image(ImageSpec(size=256 * KIB, cluster_size=64 * KIB, fill=0.5))
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> FaultyStorage:
+        made.append(FaultyStorage(inner))
+        return made[0]
+
+    image = await open_memory_image({TOP: MemoryStorage(built.top)}, wrap=wrap)
+    opened = Image(built.top)
+    block = opened.word(opened.word(48))
+    made[0].operations.clear()
+    await image.write(0, b"x" * 64 * KIB)
+    look = next(operation for operation in made[0].operations if operation.kind == "read")
+    assert (look.host_offset, look.n_bytes) == (block, 2 * (len(built.top) // opened.size))
+    await image.aclose()
+
+
 async def test_until_it_is_known_the_file_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the look goes on, nothing inside the file is taken; it is given up when the image is closed."""
     monkeypatch.setattr(unguarded, "INLINE_BYTES", 0)

@@ -184,7 +184,8 @@ class UnguardedClusters:
             entry = self._refcount_table[number] if number < len(self._refcount_table) else 0
             host_offset = entry & REFCOUNT_TABLE_OFFSET_MASK
             if host_offset:
-                data = await pread(self._storage, host_offset, 1 << self._bits)
+                # Of the last block only what counts clusters of the file: most of it, where the file is small.
+                data = await pread(self._storage, host_offset, (stop - block_start << order) + 7 >> 3)
                 free = _free_in(data, order)[start - block_start : stop - block_start]
                 await self._pause(per_block // 16)
             else:
