@@ -82,8 +82,8 @@ class Storage(Protocol):
 
     @property
     def is_fixed(self) -> bool:
-        """Whether the length never changes: a block device. There is no room behind its end (ENOSPC), and what was
-        not written yet may be anything."""
+        """Whether writes never change the length: a block device. There is no room behind its end (ENOSPC), and what
+        was not written yet may be anything. Others may enlarge it: see :meth:`refresh_size`."""
 
     @property
     def counters(self) -> StorageCounters:
@@ -91,6 +91,9 @@ class Storage(Protocol):
 
     def size(self) -> int:
         """The present length, kept in memory (the image is held alone); grows with writes past the end."""
+
+    def refresh_size(self) -> None:
+        """Ask for the length again, which others may have changed (``lvextend``); at once. Raises OSError."""
 
     def allocated_bytes(self) -> int:
         """Bytes of host disk space in use (``st_blocks * 512``)."""

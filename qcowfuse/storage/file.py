@@ -146,7 +146,7 @@ class FileStorage:
         return self._size
 
     def refresh_size(self) -> None:
-        """Ask for the length again: the process that held the lock before may have changed it. Raises OSError."""
+        """See Storage. The process that held the lock before may have changed it, too. Raises OSError."""
         self._size = length_of(self._fd)
 
     def allocated_bytes(self) -> int:

@@ -100,3 +100,62 @@ async def test_writes_and_discards_until_it_is_full(
     code, said = qemu_check(files)
     assert code == 0, said
     assert not first_difference(qemu_read(files), model.data)
+
+
+class GrowingDevice(Device):
+    """Its length is what it was when it was asked for last."""
+
+    def __init__(self, image: bytes, n_bytes: int, *, suspend: bool) -> None:
+        super().__init__(image, n_bytes, suspend=suspend)
+        self.n_known = n_bytes
+
+    def size(self) -> int:
+        """See Storage."""
+        return self.n_known
+
+    def refresh_size(self) -> None:
+        """See Storage."""
+        self.n_known = len(self.data)
+
+    def enlarge(self, n_bytes: int) -> None:
+        self.data += random.Random(n_bytes).randbytes(n_bytes)
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+@pytest.mark.parametrize(("cluster_size", "refcount_bits"), [(512, 64), (4096, 16), (65536, 16)])
+async def test_a_device_that_is_enlarged(cluster_size: int, refcount_bits: int, suspend: bool) -> None:
+    """While it is in use and full: writing goes on, each time as far as there is room, also behind an odd end."""
+    built = build_image(ImageSpec(size=SIZE, cluster_size=cluster_size, refcount_bits=refcount_bits))
+    device = GrowingDevice(bytes(built.top), 9 * 65536, suspend=suspend)
+    image = await open_memory_image({TOP: device})
+    model = DiskModel(bytes(SIZE))
+    data = random.Random(cluster_size).randbytes(SIZE)
+
+    async def fill() -> int:
+        """Write from the beginning of the disk on; how many clusters could be written."""
+        for place in range(0, SIZE, cluster_size):
+            piece = data[place : place + cluster_size]
+            try:
+                await image.write(place, piece)
+            except OSError as error:
+                if error.errno != errno.ENOSPC:
+                    raise
+                return place // cluster_size
+            model.write(place, piece)
+        return SIZE // cluster_size
+
+    n_before = await fill()
+    device.enlarge(cluster_size - 1)
+    assert await fill() == n_before  # there is no whole cluster more
+    device.enlarge(1 + 2 * 65536)
+    n_then = await fill()
+    assert n_before < n_then < SIZE // cluster_size
+    await image.flush()
+    device.enlarge(64 * 65536)
+    assert await fill() == SIZE // cluster_size
+    assert not first_difference(bytes(await image.read(0, SIZE)), model.data)
+    await image.aclose()
+    files = {TOP: bytes(device.data)}
+    code, said = qemu_check(files)
+    assert code == 0, said
+    assert not first_difference(qemu_read(files), model.data)

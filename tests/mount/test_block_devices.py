@@ -167,6 +167,23 @@ def test_a_device_that_is_full(tmp_path: Path) -> None:
         qemu.io(device, [f"read -P 121 {5 << 29} 4k", "read -P 0 0 4k"])
 
 
+def test_a_full_device_that_is_enlarged(tmp_path: Path) -> None:
+    """As by lvextend, while it is mounted: the next write finds the room, from inside the sandbox."""
+    raw = backing(tmp_path, 2 * MIB)
+    with loop_device(raw) as device:
+        qemu.create(device, "qcow2", "64M")
+        with served(device) as mount:
+            fd = os.open(mount.file, os.O_RDWR | os.O_DSYNC)
+            with pytest.raises(OSError, match="No space left"):
+                os.pwrite(fd, b"x" * 4 * MIB, 0)
+            os.truncate(raw, 16 * MIB)
+            qemu.must_run("losetup", "-c", device)
+            os.pwrite(fd, b"y" * 4 * MIB, 0)
+            os.close(fd)
+        assert qemu.check(device).clean
+        qemu.io(device, [f"read -P 121 0 {4 * MIB}"])
+
+
 def test_a_discard_reaches_the_device(tmp_path: Path) -> None:
     """The file below a loop device gets its space back; one that cannot discard is not written to for that."""
     raw = backing(tmp_path, 32 * MIB)

@@ -33,6 +33,9 @@ class MemoryStorage:
         """The length in bytes."""
         return len(self.data)
 
+    def refresh_size(self) -> None:
+        """It is known."""
+
     def allocated_bytes(self) -> int:
         """The length, in whole blocks of 512 bytes."""
         return -(-len(self.data) // 512) * 512

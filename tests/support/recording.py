@@ -55,6 +55,10 @@ class ForwardingStorage:
         """The inner one's."""
         return self.inner.size()
 
+    def refresh_size(self) -> None:
+        """The inner one's."""
+        self.inner.refresh_size()
+
     def allocated_bytes(self) -> int:
         """The inner one's."""
         return self.inner.allocated_bytes()

@@ -1,7 +1,7 @@
 """Host clusters of QCOW2: which are free by their refcounts, taking them, giving them back.
 
 1. A run is fresh when it lies behind the file's end at open and behind everything taken since; on a block device none
-   is.
+   is. Where a device is full, its length is asked for again: it may have been made larger since.
 2. The search starts at the lowest cluster that may be free and never looks at what lies below.
 3. Behind a limit that :meth:`RefcountAllocator.hold_back` sets, and :meth:`RefcountAllocator.let_in` takes away,
    clusters are taken only once it is known which are in use although their counts are 0 (:mod:`.unguarded`); those
@@ -65,7 +65,7 @@ class RefcountAllocator:
             space=self.space,
             high_water=0 if storage.is_fixed else storage.size(),
         )
-        self._end = (storage.size() if storage.is_fixed else MAX_HOST_OFFSET) >> cluster_bits
+        self._end = self._end_now()
         self._first_maybe_free = self._held_back = 0
         self._in_use: frozenset[int] = frozenset()
 
@@ -207,7 +207,8 @@ class RefcountAllocator:
         cluster = self._first_maybe_free
         while True:
             if cluster >= self._end:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
+                self._look_behind_end()
+                continue
             block_index, index = divmod(cluster, self._per_block)
             if block_index >= len(self._blocks.table):
                 self._growth.grow_table(block_index)
@@ -225,7 +226,8 @@ class RefcountAllocator:
                 continue
             first = block_index * self._per_block + start
             if first >= self._end:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
+                self._look_behind_end()
+                continue
             if not block.has_space:
                 self._growth.require_space((self._blocks.place(block_index), 1 << self._cluster_bits))
                 block.has_space = True
@@ -246,6 +248,20 @@ class RefcountAllocator:
             is_fresh = host_offset >= self._growth.high_water and not self._storage.is_fixed
             self._growth.high_water = max(self._growth.high_water, host_offset + (end - start << self._cluster_bits))
             return HostRun(host_offset, end - start, is_fresh)
+
+    def _end_now(self) -> int:
+        """The first cluster that can't be taken."""
+        n_bytes = self._storage.size() if self._storage.is_fixed else MAX_HOST_OFFSET
+        return n_bytes >> self._cluster_bits
+
+    def _look_behind_end(self) -> None:
+        """Go on where a device has been made larger. Raises OSError (ENOSPC) where it has not."""
+        if self._storage.is_fixed:
+            self._storage.refresh_size()
+            before, self._end = self._end, self._end_now()
+            if self._end > before:
+                return
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
 
     def _decrement(self, cluster: int) -> None:
         block_index, index = divmod(cluster, self._per_block)

@@ -81,6 +81,10 @@ class LatencyStorage:
         """The length in bytes."""
         return self._inner.size()
 
+    def refresh_size(self) -> None:
+        """The inner one's."""
+        self._inner.refresh_size()
+
     def allocated_bytes(self) -> int:
         """Bytes of disk space in use."""
         return self._inner.allocated_bytes()

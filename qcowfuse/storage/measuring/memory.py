@@ -117,6 +117,9 @@ class ResidentStorage:
         """The length in bytes."""
         return self._inner.size()
 
+    def refresh_size(self) -> None:
+        """It stays: what is in memory does not grow by what others do."""
+
     def allocated_bytes(self) -> int:
         """Bytes of disk space in use."""
         return self._inner.allocated_bytes()
