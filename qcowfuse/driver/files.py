@@ -31,6 +31,7 @@ import trio
 from ..errors import BackingChainError, ImageUsageError
 from ..storage.base import Storage
 from ..storage.file import FileStorage, open_file_storage
+from ..storage.file_systems import NETWORK_FILE_SYSTEMS
 from ..storage.locks import wait_image_lock, warn_of_no_lock
 from .options import OpenOptions
 
@@ -64,6 +65,10 @@ async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOpti
         elif writable or not options.force_share:
             await wait_image_lock(file.fileno(), path, writable=writable, timeout=options.lock_wait)
             file.refresh_size()
+            if writable and file.file_system in NETWORK_FILE_SYSTEMS:
+                from ..storage.lock_reach import warn_of_reach
+
+                warn_of_reach(file.fileno(), path)
         return _measured(file, options)
     except BaseException:
         await file.aclose()

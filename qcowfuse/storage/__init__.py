@@ -10,6 +10,6 @@ below), ``flushes`` how it is made durable (``durability``: what is known of tha
 regular files and block devices differ in, ``beneath`` files found by names from strangers, ``workers`` its threads,
 ``calls_in_flight`` what goes on in them, ``ring`` reads and flushes by io_uring (``restricted_ring``: it does nothing
 else), ``space`` room set aside, ``reserve`` room kept free, ``throw_away`` a file that need not be durable,
-``syscalls`` what the standard library lacks, ``locks`` the image locks that QEMU understands. The package
-``measuring`` has storages that wrap another one.
+``syscalls`` what the standard library lacks, ``locks`` the image locks that QEMU understands, ``lock_reach`` who sees
+them over a network. The package ``measuring`` has storages that wrap another one.
 """

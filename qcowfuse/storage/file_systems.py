@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from ..system.mountinfo import mount_table
+from ..system.mountinfo import MountEntry, mount_table
 from .blocking import NOT_SUPPORTED
 from .opened import is_block_device
 
@@ -17,17 +17,27 @@ COPY_ON_WRITE_FILE_SYSTEMS = frozenset({"btrfs", "bcachefs"})
 LOCAL_FILE_SYSTEMS = PLAIN_WRITE_FILE_SYSTEMS | COPY_ON_WRITE_FILE_SYSTEMS | {"f2fs"}
 """On disks of this machine: the errors of a flush are those of a disk."""
 
+CIFS = frozenset({"cifs", "smb3"})
+NETWORK_FILE_SYSTEMS = CIFS | {"nfs", "nfs4"}
+"""Whose locks may not reach all who can open a file: see :mod:`.lock_reach`."""
+
 
 def type_of(fd: int) -> str:
     """The type of the file system below ``fd`` ("" when it can't be found; block devices have none)."""
+    mount = mount_of(fd)
+    return "" if mount is None else mount.file_system
+
+
+def mount_of(fd: int) -> MountEntry | None:
+    """The mount that ``fd`` was opened in (None when it can't be found, and for block devices)."""
     try:
         if is_block_device(fd):
-            return ""
+            return None
         with open(f"/proc/self/fdinfo/{fd}") as fdinfo:
             mount_id = next(line.split()[1] for line in fdinfo if line.startswith("mnt_id:"))
-        return next(mount.file_system for mount in mount_table() if mount.mount_id == int(mount_id))
+        return next(mount for mount in mount_table() if mount.mount_id == int(mount_id))
     except (OSError, StopIteration, IndexError, ValueError):
-        return ""
+        return None
 
 
 def takes_nowait(fd: int) -> bool:

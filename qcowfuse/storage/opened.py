@@ -3,6 +3,9 @@
 1. Every length of what may be a device comes from :func:`length_of` or :func:`length_of_path`: the status of a device
    has a size of 0.
 2. The kernel opens a read-only device for writing and refuses the writes later, one by one: it is asked at open.
+3. A file server on this machine (NFS 4, Samba) may have lent a file to a client (a lease, F_SETLEASE). An open that
+   must not wait fails then, and has the kernel ask for the file back. A client gives it back in milliseconds, so the
+   open is tried again.
 """
 
 from __future__ import annotations
@@ -12,9 +15,13 @@ import fcntl
 import os
 import stat
 import struct
+import time
 
 _BLKROGET = 0x125E
 """linux/fs.h: whether a block device is read-only, as an int."""
+LEASE_SECONDS = 5.0
+"""How long an open waits for a file that is lent; the kernel takes it back after 45 s (``fs.lease-break-time``)."""
+_LEASE_POLL = 0.02
 
 
 def is_block_device(fd: int) -> bool:
@@ -51,8 +58,8 @@ def open_descriptor(path: str, *, writable: bool, flags: int = 0) -> int:
     written.
     """
     flags |= os.O_RDWR if writable else os.O_RDONLY
-    # O_NONBLOCK: opening a fifo must not wait for its other end; it means nothing to files and devices.
-    fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, 0o644)
+    # O_NONBLOCK: opening a fifo must not wait for its other end; to files it only means rule 3, to devices nothing.
+    fd = _open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
@@ -66,6 +73,19 @@ def open_descriptor(path: str, *, writable: bool, flags: int = 0) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def _open(path: str, flags: int) -> int:
+    """Rule 3."""
+    end = time.monotonic() + LEASE_SECONDS
+    while True:
+        try:
+            return os.open(path, flags, 0o644)
+        except BlockingIOError as error:
+            if time.monotonic() >= end:
+                text = "lent to a client of a file server on this machine, which does not give it back; try again"
+                raise OSError(error.errno, text, path) from error
+            time.sleep(_LEASE_POLL)
 
 
 def _is_read_only_device(fd: int) -> bool:

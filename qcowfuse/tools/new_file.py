@@ -25,6 +25,7 @@ import trio
 
 from ..errors import ImageUsageError
 from ..storage.blocking import zero_range
+from ..storage.lock_reach import refusal
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
 from ..storage.syscalls import FALLOC_ZERO_RANGE
@@ -169,7 +170,7 @@ class NewFile:
         try:
             await trio.to_thread.run_sync(partial(function, self.fd, *args))
         except OSError as error:
-            raise OSError(error.errno, error.strerror, self.path) from error
+            raise OSError(error.errno, refusal(self.fd, error), self.path) from error
 
 
 def open_new_file(path: str, *, overwrite: bool, mode: int | None = None) -> NewFile:

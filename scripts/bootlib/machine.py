@@ -65,7 +65,16 @@ DISK_SIZE = 3 << 30
 SECOND_DISK_SIZE = 512 << 20
 MIB_OF_MEMORY = 768
 TIMEOUT = 600.0
-MASKED = ("serial-getty@ttyS0", "getty@tty1", "nfs-blkmap", "e2scrub_reap", "systemd-timesyncd", "smbd", "nmbd")
+MASKED = (
+    "serial-getty@ttyS0",
+    "getty@tty1",
+    "nfs-blkmap",
+    "e2scrub_reap",
+    "systemd-timesyncd",
+    "smbd",
+    "nmbd",
+    "samba-ad-dc",
+)
 """What would take time or the serial line."""
 SWITCH_ROOT = "mount -t ext4 /dev/vda /mnt && exec switch_root /mnt /sbin/init"
 
