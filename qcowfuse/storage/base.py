@@ -129,9 +129,10 @@ class Storage(Protocol):
         """Make the range read as zeroes, keeping its space allocated where the file system can; may grow. ``unmap``:
         giving its space back where the file system can, and never growing."""
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Give the range's space back where the file system or the device can. What is read there afterwards may be
-        what it was, or zeroes: this is for what nothing refers to any more."""
+        anything: this is for what nothing refers to any more. ``in_use``: something still does, and it may be what it
+        was, or zeroes, nothing else; where that can't be promised, the range keeps its space."""
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Set space aside for the range, so that later writes there need none, and keep what it holds; grows the

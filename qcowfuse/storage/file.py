@@ -314,14 +314,17 @@ class FileStorage:
             self._zero_mode = 0
         self._grow_to(host_offset + n_bytes)
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Give the space of the range back, as far as it lies within the file: a device is told to discard it.
-        Raises OSError."""
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
+        """Give the space of the range back, as far as it lies within the file: a device is told to discard it, and
+        one that cannot promise zeroes then is not where the range is ``in_use``. Raises OSError."""
         self._must_be_writable()
         n_bytes = min(n_bytes, self._size - host_offset)
         if n_bytes <= 0 or not self._can_give_back:
             return
         self.counters.writes += 1
+        if in_use and self.is_fixed:
+            await self._run(give_back, host_offset, n_bytes, True)  # what it can't do here, it may elsewhere
+            return
         self._can_give_back = await self._run(give_back, host_offset, n_bytes, False)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:

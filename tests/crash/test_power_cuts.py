@@ -16,7 +16,8 @@ from qcowfuse.driver.writing import write_back
 from qcowfuse.driver.writing.allocation import DirtyRefcounts, MetadataWrite
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.storage.base import Storage
-from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
+from tests.support.images import TOP, BuiltImage, ImageSpec, StorageKind, build_image, open_memory_image
+from tests.support.old_bytes import KINDS, build_over_old_bytes
 from tests.support.powercut import Guest, Recorded, check_cuts, record_workload
 from tests.support.recording import cuts, moments_of
 
@@ -65,6 +66,20 @@ async def discarding(guest: Guest) -> None:
         else:
             await guest.write_random(0, size, 9 * KIB)
         if number % 6 == 5:
+            await guest.flush()
+
+
+async def tables(guest: Guest) -> None:
+    """The first clusters of each L2 table: tables are made while clusters are given back."""
+    cluster_size = guest.image.cluster_size
+    starts = range(0, guest.image.size, cluster_size // 8 * cluster_size)
+    for number in range(30):
+        start = guest.chooser.choice(starts)
+        if number % 6 == 4:
+            await guest.zero(start, 6 * cluster_size, unmap=number % 12 == 4)
+        else:
+            await guest.write_random(start, start + 6 * cluster_size, guest.chooser.choice([600, 3000, 9 * KIB]))
+        if number % 5 == 3:
             await guest.flush()
 
 
@@ -123,7 +138,16 @@ SPECS = {
     ),
     "zlib": ImageSpec(cluster_size=4096, fill=0.8, compression="zlib"),
     "zstd-snapshot": ImageSpec(cluster_size=4096, fill=0.8, compression="zstd", snapshot=True),
+    "1k-64": ImageSpec(cluster_size=1024, refcount_bits=64, size=512 * KIB),
 }
+TABLES_SPECS = {
+    "4k": ImageSpec(cluster_size=4096, size=5 << 20),
+    "4k-snapshot": ImageSpec(cluster_size=4096, size=5 << 20, fill=0.02, snapshot=True),
+    "4k-v2": ImageSpec(version=2, cluster_size=4096, size=5 << 20),
+    "2k-backing": ImageSpec(cluster_size=2048, size=1 << 20, backing="raw", backing_size=600 * KIB),
+    "2k-data-file": ImageSpec(cluster_size=2048, size=1 << 20, data_file="plain"),
+}
+"""With several L2 tables, each of four or eight sectors, one of which may be there without the others."""
 WORKLOADS = {
     "scattered": scattered,
     "sequential": sequential,
@@ -132,57 +156,86 @@ WORKLOADS = {
 }
 
 
+CASES = [
+    (spec, workload, KINDS[(number + shift) % len(KINDS)])
+    for number, spec in enumerate(SPECS)
+    for shift, workload in enumerate(WORKLOADS)
+]
+"""Each image with each workload, and all kinds of storage in turn."""
+
+
+def in_turn(*specs: str) -> list[tuple[str, StorageKind]]:
+    """Images on all kinds of storage in turn."""
+    return [(spec, KINDS[number % len(KINDS)]) for number, spec in enumerate(specs)]
+
+
 def summarise(problems: list[str]) -> str:
     """The first few problems, for an assertion."""
     return "\n".join(problems[:5])
 
 
-@pytest.mark.parametrize("workload", WORKLOADS)
-@pytest.mark.parametrize("spec", SPECS)
-async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str) -> None:
+@pytest.mark.parametrize(("spec", "workload", "storage"), CASES)
+async def test_a_power_cut_costs_leaks_at_most(spec: str, workload: str, storage: StorageKind) -> None:
     """Whatever a power cut leaves of the volatile writes: consistent, and what fsync promised is there.
 
     Crash points: round-not-begun, counts-partly-written, blocks-without-pointers, tables-without-entries,
     links-partly-written, counts-not-lowered, data-file-flushed-first,
     zeroes-partly-linked, holes-partly-punched, closing, version-1-unlinked.
     """
-    recorded = await record_workload(build_image(SPECS[spec]), WORKLOADS[workload], seed=len(spec))
-    summary = await check_cuts(recorded, n_states=80, n_qemu=8)
+    built = build_over_old_bytes(SPECS[spec], storage)
+    recorded = await record_workload(built, WORKLOADS[workload], seed=len(spec))
+    summary = await check_cuts(recorded, n_states=80, n_qemu=7)
     assert not summary.problems, summarise(summary.problems)
     assert summary.n_states >= 70
+
+
+@pytest.mark.parametrize("storage", KINDS)
+@pytest.mark.parametrize("spec", TABLES_SPECS)
+async def test_a_power_cut_tears_tables(spec: str, storage: StorageKind) -> None:
+    """A new table that takes a cluster with old bytes is whole before it is linked, whichever sector comes last.
+
+    Crash points: tables-without-entries, links-partly-written.
+    """
+    recorded = await record_workload(build_over_old_bytes(TABLES_SPECS[spec], storage), tables, seed=len(spec))
+    summary = await check_cuts(recorded, n_states=60, n_qemu=2)
+    assert not summary.problems, summarise(summary.problems)
 
 
 @pytest.mark.parametrize("workload", ["scattered", "discarding"])
 async def test_a_power_cut_of_an_encrypted_image(workload: str) -> None:
     """LUKS, opened with its key after every cut: an fsynced write of part of a sector is there, as is the rest."""
     spec = ImageSpec(cluster_size=4096, encryption="luks", fill=0.3, zeroes=True)
-    recorded = await record_workload(build_image(spec), WORKLOADS[workload], seed=3)
+    storage: StorageKind = "device" if workload == "scattered" else "used"
+    recorded = await record_workload(build_over_old_bytes(spec, storage), WORKLOADS[workload], seed=3)
     summary = await check_cuts(recorded, n_states=60, n_qemu=4)
     assert not summary.problems, summarise(summary.problems)
 
 
 @pytest.mark.parametrize(
-    "spec",
-    [
+    ("spec", "storage"),
+    in_turn(
         *("v3", "v1", "refcount-64", "backing-raw", "snapshot", "zeroes", "zlib", "extended-backing"),
         *("data-file", "data-file-raw", "extended-data-file"),
-    ],
+    ),
 )
-async def test_a_power_cut_under_concurrent_writers(spec: str) -> None:
+async def test_a_power_cut_under_concurrent_writers(spec: str, storage: StorageKind) -> None:
     """Writers that share clusters, and fsyncs that overlap them, don't break the order."""
-    recorded = await record_workload(build_image(SPECS[spec]), concurrent, seed=7, suspend=True)
+    recorded = await record_workload(build_over_old_bytes(SPECS[spec], storage), concurrent, seed=7, suspend=True)
     summary = await check_cuts(recorded, n_states=200, n_qemu=8)
     assert not summary.problems, summarise(summary.problems)
 
 
-@pytest.mark.parametrize("spec", ["v3", "v1", "backing-raw", "snapshot", "refcount-64"])
-async def test_a_power_cut_with_a_tiny_cache(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("spec", "storage"), in_turn("v3", "v1", "backing-raw", "snapshot", "1k-64"))
+async def test_a_power_cut_with_a_tiny_cache(
+    spec: str, storage: StorageKind, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Slices that are written back for want of room keep the order as well.
 
     Crash point: links-for-eviction.
     """
     monkeypatch.setattr(table_cache, "MIN_DIRTY_BYTES", 1024)
-    recorded = await record_workload(build_image(SPECS[spec]), scattered, cache=L2CacheSize(n_tables=1))
+    built = build_over_old_bytes(SPECS[spec], storage)
+    recorded = await record_workload(built, scattered, cache=L2CacheSize(n_tables=1))
     assert len(recorded.storage.flushes) > 12, "there were no write-backs for want of room"
     summary = await check_cuts(recorded, n_states=200, n_qemu=8)
     assert not summary.problems, summarise(summary.problems)
@@ -194,7 +247,8 @@ async def test_a_power_cut_while_the_refcount_table_grows(suspend: bool) -> None
 
     Crash points: blocks-without-pointers, refcount-table-moved.
     """
-    built = build_image(ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86))
+    spec = ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86)
+    built = build_over_old_bytes(spec, "device" if suspend else "file")
     before = built.top[48:60]
 
     async def fill_the_rest(guest: Guest) -> None:

@@ -48,7 +48,8 @@ from qcowfuse.driver.writing.writer import Writer
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image
 from tests.support.mutation import break_line
 from tests.support.powercut import Guest, check_cuts, record_workload
-from tests.support.scenarios import KIB, Fault, Scenario, random_scenario, run_scenario
+from tests.support.random_scenarios import random_scenario
+from tests.support.scenarios import KIB, Fault, Scenario, run_scenario
 
 PLAIN = ImageSpec(size=64 * KIB, fill=0.5)
 SHARED = ImageSpec(size=64 * KIB, fill=1.0, snapshot=True, cluster_size=4096)

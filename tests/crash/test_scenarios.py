@@ -15,13 +15,12 @@ from qcowfuse.driver.writing.write_back import WriteBack
 from tests.support.images import ImageSpec
 from tests.support.mounting import REPOSITORY, environment
 from tests.support.mutation import break_line
+from tests.support.random_scenarios import random_scenario, random_spec
 from tests.support.scenarios import (
     KIB,
     Fault,
     Scenario,
     check_scenario,
-    random_scenario,
-    random_spec,
     shrink_scenario,
 )
 from tests.support.shrink import shrink

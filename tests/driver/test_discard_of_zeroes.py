@@ -12,9 +12,9 @@ from qcowfuse.format.subclusters import ALL_ZERO
 from qcowfuse.format.zero_plan import clusters_to_give_back
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
+from tests.support.forwarding import ForwardingStorage
 from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import ForwardingStorage
 
 KIB = 1 << 10
 CLUSTER = 16 * KIB
@@ -39,10 +39,16 @@ class NotedPunches(ForwardingStorage):
         super().__init__(inner)
         self.punched: list[tuple[int, int]] = []
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Note it."""
         self.punched.append((host_offset, n_bytes))
-        await super().punch_hole(host_offset, n_bytes)
+        await super().punch_hole(host_offset, n_bytes, in_use=in_use)
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
+        """Note it, where space is given back."""
+        if unmap:
+            self.punched.append((host_offset, n_bytes))
+        await super().write_zeroes(host_offset, n_bytes, unmap=unmap)
 
 
 def n_set(data: bytes | bytearray) -> int:

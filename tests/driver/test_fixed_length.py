@@ -3,52 +3,20 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
-from collections.abc import Sequence
 
 import pytest
 
-from qcowfuse.buffer import Buffer
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
-from tests.support.memory_storage import MemoryStorage
+from tests.support.old_bytes import Device
 from tests.support.oracle import DiskModel, first_difference
 
 SIZE = 2 << 20
 
 
-class Device(MemoryStorage):
-    """Nothing behind the end, noise where nothing was written, and a discard leaves what it likes."""
-
-    def __init__(self, image: bytes, n_bytes: int, *, suspend: bool) -> None:
-        noise = random.Random(n_bytes).randbytes(n_bytes - len(image))
-        super().__init__(image + noise, suspend=suspend)
-        self.is_fixed = True
-        self.n_discarded = 0
-
-    def _must_fit(self, host_offset: int, n_bytes: int) -> None:
-        if host_offset + n_bytes > len(self.data):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
-        """See Storage."""
-        self._must_fit(host_offset, sum(map(len, buffers)))
-        return super().try_pwritev(host_offset, buffers)
-
-    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
-        """See Storage."""
-        self._must_fit(host_offset, sum(map(len, buffers)))
-        await super().pwritev(host_offset, buffers)
-
-    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
-        """See Storage."""
-        self._must_fit(host_offset, n_bytes)
-        return True
-
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """See Storage."""
-        self.n_discarded += n_bytes
-        self.data[host_offset : host_offset + n_bytes] = b"\xdd" * n_bytes
+def with_noise(image: bytes, n_bytes: int) -> bytes:
+    """The contents of a device of that length."""
+    return image + random.Random(n_bytes).randbytes(n_bytes - len(image))
 
 
 @pytest.mark.parametrize("suspend", [False, True])
@@ -61,7 +29,7 @@ async def test_writes_and_discards_until_it_is_full(
 ) -> None:
     """Whatever finds no room says so and changes nothing; all else is read, and a discard makes room again."""
     built = build_image(ImageSpec(size=SIZE, cluster_size=cluster_size, refcount_bits=refcount_bits))
-    device = Device(bytes(built.top), n_bytes, suspend=suspend)
+    device = Device(with_noise(built.top, n_bytes), suspend=suspend)
     image = await open_memory_image({TOP: device})
     model = DiskModel(bytes(SIZE))
     chooser = random.Random(cluster_size + refcount_bits)
@@ -105,9 +73,9 @@ async def test_writes_and_discards_until_it_is_full(
 class GrowingDevice(Device):
     """Its length is what it was when it was asked for last."""
 
-    def __init__(self, image: bytes, n_bytes: int, *, suspend: bool) -> None:
-        super().__init__(image, n_bytes, suspend=suspend)
-        self.n_known = n_bytes
+    def __init__(self, data: bytes, *, suspend: bool) -> None:
+        super().__init__(data, suspend=suspend)
+        self.n_known = len(data)
 
     def size(self) -> int:
         """See Storage."""
@@ -126,7 +94,7 @@ class GrowingDevice(Device):
 async def test_a_device_that_is_enlarged(cluster_size: int, refcount_bits: int, suspend: bool) -> None:
     """While it is in use and full: writing goes on, each time as far as there is room, also behind an odd end."""
     built = build_image(ImageSpec(size=SIZE, cluster_size=cluster_size, refcount_bits=refcount_bits))
-    device = GrowingDevice(bytes(built.top), 9 * 65536, suspend=suspend)
+    device = GrowingDevice(with_noise(built.top, 9 * 65536), suspend=suspend)
     image = await open_memory_image({TOP: device})
     model = DiskModel(bytes(SIZE))
     data = random.Random(cluster_size).randbytes(SIZE)

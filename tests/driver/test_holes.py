@@ -16,9 +16,9 @@ from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import CorruptImageError
 from qcowfuse.format.entries import READS_ZERO, ClusterKind
 from tests.driver.test_random_operations import SPECS as MANY
+from tests.support.forwarding import ForwardingStorage
 from tests.support.images import BASE, FOLDER, TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import ForwardingStorage
 
 KIB = 1 << 10
 MIB = 1 << 20

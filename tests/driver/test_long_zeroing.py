@@ -19,9 +19,9 @@ from qcowfuse.format.extents import Extent
 from qcowfuse.storage.base import Storage
 from tests.driver.test_holes import Turns
 from tests.support.checker import check_image_bytes
+from tests.support.forwarding import ForwardingStorage
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, run_tool, scratch_folder
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import ForwardingStorage
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -245,9 +245,9 @@ async def released(built: BuiltImage, chosen: list[int]) -> tuple[int, list[tupl
     punched: list[tuple[int, int]] = []
 
     class Noting(ForwardingStorage):
-        async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
             punched.append((host_offset, n_bytes))
-            await super().punch_hole(host_offset, n_bytes)
+            await super().punch_hole(host_offset, n_bytes, in_use=in_use)
 
     def wrap(inner: Storage) -> Storage:
         return Noting(inner)

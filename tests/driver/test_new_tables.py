@@ -18,6 +18,7 @@ from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, Hold, Operation
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_storage import MemoryStorage
+from tests.support.old_bytes import UsedFile
 from tests.support.scenarios import Fault, Scenario, run_scenario
 
 KIB = 1 << 10
@@ -245,19 +246,12 @@ async def test_each_operation_fails_once_among_new_tables(code: int) -> None:
         assert not outcome.problems, number
 
 
-class KeepingStorage(MemoryStorage):
-    """Keeps what was in a hole, as a storage may."""
-
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Nothing."""
-
-
 async def test_a_table_takes_a_cluster_with_old_bytes() -> None:
     """What was in a cluster that was given back is no entry of the table that takes it, on disk either: all of the
     table is written, not only the entries that change."""
     spec = SPECS["clusters of 4 KiB"]  # a table has eight sectors, which are written as they change
     built = build_image(spec)
-    memory = KeepingStorage(built.top)
+    memory = UsedFile(built.top)
     image = await open_memory_image({**built.files, TOP: memory})
     await image.write(0, b"\xff" * 128 * KIB)
     await image.flush()

@@ -6,9 +6,9 @@ import trio
 
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
+from tests.support.forwarding import ForwardingStorage
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import ForwardingStorage
 
 KIB = 1 << 10
 CLUSTER = 4096
@@ -23,12 +23,12 @@ class HeldPunches(ForwardingStorage):
         self.reached = trio.Event()
         self.may_punch = trio.Event()
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Wait first."""
         self.events.append(("punch begins", host_offset, n_bytes))
         self.reached.set()
         await self.may_punch.wait()
-        await super().punch_hole(host_offset, n_bytes)
+        await super().punch_hole(host_offset, n_bytes, in_use=in_use)
         self.events.append(("punched", host_offset, n_bytes))
 
     async def flush(self) -> None:
@@ -88,9 +88,9 @@ async def test_a_reader_in_flight_holds_the_punch_back() -> None:
                 await may_read.wait()
             return bytes(await super().pread(host_offset, n_bytes))
 
-        async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
             punched.append(host_offset)
-            await super().punch_hole(host_offset, n_bytes)
+            await super().punch_hole(host_offset, n_bytes, in_use=in_use)
 
     image = await open_memory_image({**built.files, TOP: memory}, wrap=SlowReads)
     found: list[bytes] = []
@@ -120,9 +120,9 @@ async def test_a_cluster_with_another_reference_is_not_punched() -> None:
     punched: list[int] = []
 
     class Noting(ForwardingStorage):
-        async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+        async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
             punched.append(host_offset)
-            await super().punch_hole(host_offset, n_bytes)
+            await super().punch_hole(host_offset, n_bytes, in_use=in_use)
 
     image = await open_memory_image({**built.files, TOP: memory}, wrap=Noting)
     await image.write_zeroes(0, 128 * KIB, unmap=True)

@@ -44,6 +44,26 @@ def check_image_bytes(data: bytes | bytearray) -> CheckReport:
     return _check_v1(data) if version == 1 else _Qcow2Check(data).run()
 
 
+def free_clusters(data: bytes | bytearray) -> list[int]:
+    """The host clusters of a QCOW2 image that lie in the file and have a count of 0."""
+    image = _Qcow2Check(data)
+    counts = image.counts()
+    return [cluster for cluster in range(image.n_clusters) if cluster not in counts]
+
+
+def linked_guest_clusters(data: bytes | bytearray) -> set[int]:
+    """The guest clusters of a QCOW2 image whose L2 entries are not 0."""
+    image = _Qcow2Check(data)
+    words_per_entry = 2 if image.is_extended else 1
+    n_per_table = image.cluster_size // 8 // words_per_entry
+    linked = set()
+    for l1_index, l1_entry in enumerate(_table(data, image.l1_offset, image.l1_size)):
+        if l2_offset := l1_entry & _OFFSET:
+            words = _table(data, l2_offset, image.cluster_size // 8)[::words_per_entry]
+            linked |= {l1_index * n_per_table + number for number, word in enumerate(words) if word}
+    return linked
+
+
 def _table(data: bytes | bytearray, offset: int, n_entries: int) -> tuple[int, ...]:
     part = bytes(data[offset : offset + 8 * n_entries]).ljust(8 * n_entries, b"\0")
     return struct.unpack(f">{n_entries}Q", part)
@@ -99,6 +119,12 @@ class _Qcow2Check:
         if struct.unpack_from(">I", self.data, 32) == (2,):
             self._refer_metadata(*_luks_area(self.data), "LUKS area")
         self._refer_metadata(self.table_offset, self.table_clusters * size, "refcount table")
+        self._compare(self.counts())
+        return self.report
+
+    def counts(self) -> dict[int, int]:
+        """The stored counts that are not 0, by host cluster."""
+        size = self.cluster_size
         table = _table(self.data, self.table_offset, self.table_clusters * size // 8)
         counts: dict[int, int] = {}
         per_block = size * 8 >> self.order
@@ -112,8 +138,7 @@ class _Qcow2Check:
             for number, count in enumerate(self._block(entry)):
                 if count:
                     counts[index * per_block + number] = count
-        self._compare(counts)
-        return self.report
+        return counts
 
     def _error(self, text: str) -> None:
         self.report.errors.append(text)

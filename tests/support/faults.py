@@ -17,7 +17,8 @@ import trio
 from qcowfuse.buffer import Buffer
 from qcowfuse.storage.base import Deliver, OnDelivered, Storage
 
-from .recording import SECTOR, ForwardingStorage
+from .forwarding import ForwardingStorage
+from .recording import SECTOR
 
 Kind = Literal["read", "write", "punch", "allocate", "flush"]
 
@@ -110,16 +111,17 @@ class FaultyStorage(ForwardingStorage):
         await self.inner.pwritev(host_offset, buffers)
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
-        """A write like any other."""
+        """A write like any other; with ``unmap`` like a hole."""
         if unmap:
-            await self.punch_hole(host_offset, n_bytes)
+            await self._pass(self._note("punch", host_offset, n_bytes))
+            await self.inner.write_zeroes(host_offset, n_bytes, unmap=True)
             return
         await self.pwritev(host_offset, [bytes(n_bytes)])
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Ask first."""
         await self._pass(self._note("punch", host_offset, n_bytes))
-        await self.inner.punch_hole(host_offset, n_bytes)
+        await self.inner.punch_hole(host_offset, n_bytes, in_use=in_use)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Ask first."""

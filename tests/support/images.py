@@ -35,6 +35,8 @@ PASSPHRASE = b"correct horse"
 """Of every encrypted image here."""
 
 Backing = Literal["raw", "qcow", "qcow2"]
+StorageKind = Literal["file", "used", "device"]
+"""What the image and its data file lie on; see :mod:`.old_bytes`."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,7 @@ class BuiltImage:
     contents: bytes
     snapshot_contents: bytes | None = None
     zero_ranges: tuple[tuple[int, int], ...] = field(default=())
+    storage: StorageKind = "file"
 
     @property
     def top(self) -> bytes:
@@ -353,6 +356,7 @@ __all__ = [
     "TOP",
     "BuiltImage",
     "ImageSpec",
+    "StorageKind",
     "build_image",
     "image_arguments",
     "open_memory_image",

@@ -66,14 +66,21 @@ class LimitedStorage(MemoryStorage):
         self._fresh: set[int] = set()
         self.n_kept = 0
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Zero, and give whole blocks back."""
-        await super().punch_hole(host_offset, n_bytes)
+        await super().punch_hole(host_offset, n_bytes, in_use=in_use)
         first, end = -(-host_offset // self.block_size), (host_offset + n_bytes) // self.block_size
         freed = self._blocks.intersection(range(first, end))
         self._blocks -= freed
         self._fresh -= freed
         self.room.give_back(len(freed))
+
+    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
+        """Zeroes, or with ``unmap`` a hole."""
+        if unmap:
+            await self.punch_hole(host_offset, n_bytes)
+        else:
+            await super().write_zeroes(host_offset, n_bytes)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Take what the range lacks."""

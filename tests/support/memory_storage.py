@@ -88,15 +88,12 @@ class MemoryStorage:
         self._write(host_offset, b"".join(buffers))
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
-        """Write zeroes."""
-        if unmap:
-            await self.punch_hole(host_offset, n_bytes)
-            return
+        """Write zeroes; within the length with ``unmap``."""
         self._must_be_writable()
         await self._checkpoint()
-        self._write(host_offset, bytes(n_bytes))
+        self._write(host_offset, bytes(min(n_bytes, max(0, len(self.data) - host_offset)) if unmap else n_bytes))
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Zero what lies within the length."""
         self._must_be_writable()
         await self._checkpoint()

@@ -24,6 +24,7 @@ from .checker import check_image_bytes
 from .flushing import flush_image
 from .images import DATA, TOP, BuiltImage, open_memory_image, qemu_check, qemu_read
 from .memory_storage import MemoryStorage
+from .old_bytes import storage_of
 from .recording import Cut, Expectation, GuestRecord, RecordingStorage, cuts, moments_of
 
 
@@ -77,8 +78,8 @@ async def read_image(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes
 
 
 async def read_whole(image: QcowImage) -> bytes:
-    """The whole disk in the portions that a kernel asks for: one look-up of it all would be slow."""
-    step = 64 << 10
+    """The whole disk in portions: one look-up of it all would be slow."""
+    step = 128 * image.cluster_size
     parts = [await read_image(image, start, min(step, image.size - start)) for start in range(0, image.size, step)]
     return b"".join(parts)
 
@@ -118,20 +119,21 @@ async def record_workload(
     close: bool = True,
 ) -> Recorded:
     """Run ``workload`` on a fresh copy of an image, logging what reaches its storage."""
-    memory = MemoryStorage(built.top, suspend=suspend)
+    memory = storage_of(built, TOP, suspend=suspend)
     recording = RecordingStorage(memory)
 
     def wrap(_: MemoryStorage) -> Storage:
         return recording
 
     files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
+    if DATA in files:
+        files[DATA] = storage_of(built, DATA, suspend=suspend)
     behind = built.files[DATA] if built.spec.data_file == "raw" else b""
     record = GuestRecord(built.contents, recording.clock, behind=behind)
     data: RecordingStorage | None = None
 
     def wrap_data(inner: MemoryStorage) -> Storage:
         nonlocal data
-        inner.suspend = suspend
         data = RecordingStorage(inner, recording.clock)
         return data
 
@@ -154,10 +156,11 @@ async def check_cuts(recorded: Recorded, *, n_states: int = 200, n_qemu: int = 2
     moments = moments_of(*recordings)
     per_cut = max(3, n_states // len(moments))
     every = max(1, n_states // max(n_qemu, 1))
-    image_cuts = cuts(recorded.built.top, recorded.storage, moments)
+    cluster_size = recorded.built.spec.cluster_size
+    image_cuts = cuts(recorded.built.top, recorded.storage, moments, cluster_size=cluster_size)
     data_cuts: Iterable[Cut | None] = [None] * len(moments)
     if recorded.data is not None:
-        data_cuts = cuts(recorded.built.files[DATA], recorded.data, moments)
+        data_cuts = cuts(recorded.built.files[DATA], recorded.data, moments, cluster_size=cluster_size)
     for cut, data_cut in zip(image_cuts, data_cuts, strict=True):
         expected = recorded.record.expected_at(cut.moment)
         summary.n_cuts += 1
@@ -237,7 +240,7 @@ async def _write_on(
     built: BuiltImage, changed: dict[str, bytearray], found: bytes, where: str, summary: CutSummary
 ) -> None:
     """The image of a state takes writes, and QEMU reads them."""
-    memories = {path: MemoryStorage(state, name=path) for path, state in changed.items()}
+    memories = {path: storage_of(built, path, state) for path, state in changed.items()}
     memory = memories[TOP]
     files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, **memories}
     image = await open_memory_image(files)

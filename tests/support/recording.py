@@ -6,6 +6,9 @@ power cut may leave.
    A sector is never a mixture: where several writes met in it, it holds what it held after one of them.
 3. Cuts are taken just before the end of each flush and at the end of the log: the states of any earlier moment
    are among those, with the later writes not applied.
+4. Behind the old end of a file that has grown, a sector that is not there reads as zeroes, or as what lay on the
+   disk: some file systems have their tables durable before the data. (But for the rest of the cluster in which the
+   file ended: a guest that writes there on such a file system may see old bytes, as it does in a raw file.)
 """
 
 from __future__ import annotations
@@ -15,120 +18,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Deliver, OnDelivered, Storage, StorageCounters
+from qcowfuse.storage.base import Storage
 
+from .forwarding import ForwardingStorage
 from .memory_storage import MemoryStorage
 
 SECTOR = 512
 _COMPARED_BYTES = 16 * SECTOR
 """At once: most of what is compared is equal."""
 NEVER = 1 << 62
-
-
-class ForwardingStorage:
-    """Hands everything through to ``inner``: a base for storages that add something."""
-
-    def __init__(self, inner: Storage) -> None:
-        self.inner = inner
-
-    @property
-    def name(self) -> str:
-        """The inner one's."""
-        return self.inner.name
-
-    @property
-    def is_fixed(self) -> bool:
-        """The inner one's."""
-        return self.inner.is_fixed
-
-    @property
-    def writable(self) -> bool:
-        """The inner one's."""
-        return self.inner.writable
-
-    @property
-    def counters(self) -> StorageCounters:
-        """The inner one's."""
-        return self.inner.counters
-
-    def size(self) -> int:
-        """The inner one's."""
-        return self.inner.size()
-
-    def refresh_size(self) -> None:
-        """The inner one's."""
-        self.inner.refresh_size()
-
-    def allocated_bytes(self) -> int:
-        """The inner one's."""
-        return self.inner.allocated_bytes()
-
-    def free_bytes(self) -> int:
-        """The inner one's."""
-        return self.inner.free_bytes()
-
-    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        """As the inner one."""
-        return self.inner.try_pread(host_offset, n_bytes)
-
-    def try_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
-        """As the inner one."""
-        return self.inner.try_pread_into(host_offset, buffer)
-
-    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
-        """As the inner one."""
-        return await self.inner.pread(host_offset, n_bytes)
-
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
-        """As the inner one."""
-        return self.inner.start_delivery(host_offset, n_bytes, deliver, on_end)
-
-    async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
-        """As the inner one."""
-        await self.inner.pread_into(host_offset, buffer)
-
-    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
-        """As the inner one."""
-        return self.inner.try_pwritev(host_offset, buffers)
-
-    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
-        """As the inner one."""
-        await self.inner.pwritev(host_offset, buffers)
-
-    async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
-        """As the inner one."""
-        if unmap:
-            await self.punch_hole(host_offset, n_bytes)
-            return
-        await self.inner.write_zeroes(host_offset, n_bytes)
-
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """As the inner one."""
-        await self.inner.punch_hole(host_offset, n_bytes)
-
-    async def allocate(self, host_offset: int, n_bytes: int) -> bool:
-        """As the inner one."""
-        return await self.inner.allocate(host_offset, n_bytes)
-
-    async def keep_free(self, n_bytes: int) -> bool:
-        """As the inner one."""
-        return await self.inner.keep_free(n_bytes)
-
-    async def truncate(self, n_bytes: int) -> None:
-        """As the inner one."""
-        await self.inner.truncate(n_bytes)
-
-    def try_flush(self) -> bool:
-        """As the inner one."""
-        return self.inner.try_flush()
-
-    async def flush(self) -> None:
-        """As the inner one."""
-        await self.inner.flush()
-
-    async def aclose(self) -> None:
-        """As the inner one."""
-        await self.inner.aclose()
+_NOISE_BYTES = 64 << 10
+_NOISE = random.Random(0).randbytes(_NOISE_BYTES)
 
 
 class Clock:
@@ -145,12 +45,14 @@ class Clock:
 
 @dataclass(slots=True)
 class RecordedWrite:
-    """``data`` at ``host_offset``; ``ended`` is NEVER for one that was cancelled or failed."""
+    """``data`` at ``host_offset``; ``ended`` is NEVER for one that was cancelled or failed. ``shows_old_bytes``: see
+    rule 4 of the module; space that is only set aside reads as zeroes everywhere."""
 
     host_offset: int
     data: bytes
     begun: int
     ended: int = NEVER
+    shows_old_bytes: bool = True
 
 
 @dataclass(slots=True)
@@ -194,28 +96,35 @@ class RecordingStorage(ForwardingStorage):
         write.ended = self.clock.tick()
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
-        """Logged as a write of zeroes."""
+        """Logged as a write of zeroes, within the length with ``unmap``."""
         if unmap:
-            await self.punch_hole(host_offset, n_bytes)
-            return
-        write = self._begin(host_offset, bytes(n_bytes))
+            n_bytes = max(0, min(n_bytes, self.inner.size() - host_offset))
+        write = self._begin(host_offset, bytes(n_bytes), shows_old_bytes=False)
         try:
-            await self.inner.write_zeroes(host_offset, n_bytes)
+            await self.inner.write_zeroes(host_offset, n_bytes, unmap=unmap)
         except OSError:
             self._failed(write)
             raise
         write.ended = self.clock.tick()
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
-        """Logged as a write of zeroes."""
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
+        """Logged as a write of what is there afterwards; of nothing where that is what was there."""
+        n_bytes = max(0, min(n_bytes, self.inner.size() - host_offset))
+        before = self._contents(host_offset, n_bytes)
         write = self._begin(host_offset, bytes(n_bytes))
-        await self.inner.punch_hole(host_offset, n_bytes)
+        await self.inner.punch_hole(host_offset, n_bytes, in_use=in_use)
+        after = self._contents(host_offset, n_bytes)
+        write.data = b"" if after == before else after
         write.ended = self.clock.tick()
+
+    def _contents(self, host_offset: int, n_bytes: int) -> bytes:
+        assert isinstance(self.inner, MemoryStorage)
+        return bytes(self.inner.data[host_offset : host_offset + n_bytes])
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Logged as a write of the last zero, where the file grows."""
         end = host_offset + n_bytes
-        write = self._begin(end - 1, b"\0") if end > self.inner.size() else None
+        write = self._begin(end - 1, b"\0", shows_old_bytes=False) if end > self.inner.size() else None
         try:
             return await self.inner.allocate(host_offset, n_bytes)
         finally:
@@ -225,7 +134,7 @@ class RecordingStorage(ForwardingStorage):
     async def truncate(self, n_bytes: int) -> None:
         """Logged as a write of the last zero, for a file that grows. Nothing that runs shortens a file."""
         assert n_bytes > self.inner.size(), "a running image shortens its file"
-        write = self._begin(n_bytes - 1, b"\0")
+        write = self._begin(n_bytes - 1, b"\0", shows_old_bytes=False)
         await self.inner.truncate(n_bytes)
         write.ended = self.clock.tick()
 
@@ -243,34 +152,38 @@ class RecordingStorage(ForwardingStorage):
         await self.inner.flush()
         self.flushes.append(RecordedFlush(begun, self.clock.tick()))
 
-    def _begin(self, host_offset: int, data: bytes) -> RecordedWrite:
-        write = RecordedWrite(host_offset, data, self.clock.tick())
+    def _begin(self, host_offset: int, data: bytes, *, shows_old_bytes: bool = True) -> RecordedWrite:
+        write = RecordedWrite(host_offset, data, self.clock.tick(), shows_old_bytes=shows_old_bytes)
         self.writes.append(write)
         return write
 
     def _failed(self, write: RecordedWrite) -> None:
         """A write that the file system refused is over: what is there now is what was written of it."""
         if isinstance(self.inner, MemoryStorage):
-            write.data = bytes(self.inner.data[write.host_offset : write.host_offset + len(write.data)])
+            write.data = self._contents(write.host_offset, len(write.data))
             write.ended = self.clock.tick()
 
 
 class _Piece:
-    __slots__ = ("data", "host_offset")
+    __slots__ = ("data", "host_offset", "shows_old_bytes")
 
-    def __init__(self, host_offset: int, data: bytes) -> None:
+    def __init__(self, host_offset: int, data: bytes, shows_old_bytes: bool) -> None:
         self.host_offset = host_offset
         self.data = data
+        self.shows_old_bytes = shows_old_bytes
 
 
 def _pieces(write: RecordedWrite, now: bytes | bytearray) -> list[_Piece]:
     """The sectors of a write, whole, as they were after it: earlier writes to the rest of a sector are with it."""
     start = write.host_offset // SECTOR * SECTOR
     end = min(-(-(write.host_offset + len(write.data)) // SECTOR) * SECTOR, len(now))
-    return [_Piece(position, bytes(now[position : position + SECTOR])) for position in range(start, end, SECTOR)]
+    shown = write.shows_old_bytes
+    return [_Piece(place, bytes(now[place : place + SECTOR]), shown) for place in range(start, end, SECTOR)]
 
 
 def _apply(image: bytearray, host_offset: int, data: bytes) -> None:
+    if not data:
+        return
     if host_offset > len(image):
         image.extend(bytes(host_offset - len(image)))
     image[host_offset : host_offset + len(data)] = data
@@ -279,8 +192,9 @@ def _apply(image: bytearray, host_offset: int, data: bytes) -> None:
 class Cut:
     """A moment of the power cut: what is durable for sure, and the writes that are volatile then."""
 
-    def __init__(self, moment: int, durable: bytes, volatile: list[list[_Piece]]) -> None:
+    def __init__(self, moment: int, durable: bytes, volatile: list[list[_Piece]], cluster_size: int) -> None:
         self.moment = moment
+        self._cluster_size = cluster_size
         self.durable = durable
         self._writes = volatile
         self.n_pieces = sum(len(pieces) for pieces in self._writes)
@@ -316,15 +230,27 @@ class Cut:
                     taken += [piece for piece in pieces if chooser.random() < 0.5]
                 elif chooser.random() < density:
                     taken += pieces
+            if number % 4 == 2:  # so it is when the file system has its tables on disk, but not the data
+                yield self._state(taken, under=self._old_bytes(flat))
+                continue
             state = self._state(taken)
             if number % 4 == 0:  # the new length became durable, the bytes did not
                 longest = max(piece.host_offset + len(piece.data) for piece in flat)
                 state.extend(bytes(max(0, longest - len(state))))
             yield state
 
-    def _state(self, taken: Sequence[_Piece]) -> bytearray:
+    def _old_bytes(self, pieces: Sequence[_Piece]) -> list[_Piece]:
+        """What lies below new sectors of a file that has grown: see rule 4 of the module."""
+        end = -(-len(self.durable) // self._cluster_size) * self._cluster_size
+        return [
+            _Piece(piece.host_offset, _NOISE[piece.host_offset % _NOISE_BYTES :][: len(piece.data)], True)
+            for piece in pieces
+            if piece.shows_old_bytes and piece.host_offset >= end
+        ]
+
+    def _state(self, taken: Sequence[_Piece], *, under: Sequence[_Piece] = ()) -> bytearray:
         image = bytearray(self.durable)
-        for piece in taken:
+        for piece in (*under, *taken) if under else taken:
             _apply(image, piece.host_offset, piece.data)
         return image
 
@@ -335,8 +261,14 @@ def moments_of(*recordings: RecordingStorage) -> list[int]:
     return sorted(ended | {recordings[0].clock.now + 1})
 
 
-def cuts(initial: bytes, recording: RecordingStorage, moments: Sequence[int] | None = None) -> Iterator[Cut]:
-    """The cuts at ``moments``, by default all that there are for the one file."""
+def cuts(
+    initial: bytes,
+    recording: RecordingStorage,
+    moments: Sequence[int] | None = None,
+    *,
+    cluster_size: int = 64 << 10,
+) -> Iterator[Cut]:
+    """The cuts at ``moments``, by default all that there are for the one file. ``cluster_size``: its own, or more."""
     for moment in moments_of(recording) if moments is None else moments:
         safe_from = max((flush.begun for flush in recording.flushes if flush.ended < moment), default=0)
         durable, now = bytearray(initial), bytearray(initial)
@@ -349,7 +281,7 @@ def cuts(initial: bytes, recording: RecordingStorage, moments: Sequence[int] | N
                 _apply(durable, write.host_offset, write.data)
             else:
                 volatile.append(_pieces(write, now))
-        yield Cut(moment, bytes(durable), volatile)
+        yield Cut(moment, bytes(durable), volatile, cluster_size)
 
 
 @dataclass(slots=True)

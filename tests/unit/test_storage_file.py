@@ -692,5 +692,10 @@ async def test_space_of_a_block_device(loop_device: str, monkeypatch: pytest.Mon
         monkeypatch.setattr(space, "BLKDISCARD", 0x1234)  # no such request: as if the device could not
         await storage.punch_hole(65536, 65536)
         assert bytes(await storage.pread(65536, 65536)) == found
+        await storage.punch_hole(66048, 512, in_use=True)  # not by BLKDISCARD, after which anything may be there
+        assert bytes(await storage.pread(65536, 65536)) == bytes(1024) + found[1024:]
+        await storage.punch_hole(67001, 100, in_use=True)  # which a device refuses
+        await storage.punch_hole(67072, 512, in_use=True)
+        assert bytes(await storage.pread(65536, 2048)) == bytes(1024) + found[1024:1536] + bytes(512)
     finally:
         await storage.aclose()

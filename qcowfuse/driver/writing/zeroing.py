@@ -137,9 +137,10 @@ class Zeroer:
         return extent.n_bytes
 
     async def _punch(self, guest_offset: int, n_bytes: int) -> None:
-        """Give back space in the data file, before entries let go of it. Places that no entry has hold nothing."""
+        """Give back space in the data file, before entries let go of it: the place is in use until that is durable,
+        in a raw data file for ever."""
         with suppress(OSError):  # space that is not given back is no loss
-            await self._data.punch_hole(guest_offset, n_bytes)
+            await self._data.punch_hole(guest_offset, n_bytes, in_use=True)
 
     async def _zeroes_at(self, guest_offset: int, n_bytes: int) -> int:
         """How many bytes from there on read as zeroes; a whole cluster of them is enough to know."""

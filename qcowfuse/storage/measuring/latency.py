@@ -132,10 +132,10 @@ class LatencyStorage:
         async with self._access(host_offset, 0 if unmap else n_bytes):
             await self._inner.write_zeroes(host_offset, n_bytes, unmap=unmap)
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """The inner call, later: the disk moves nothing."""
         async with self._access(host_offset, 0):
-            await self._inner.punch_hole(host_offset, n_bytes)
+            await self._inner.punch_hole(host_offset, n_bytes, in_use=in_use)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """The inner call, later: the disk moves nothing."""

@@ -182,9 +182,9 @@ class ResidentStorage:
         await self._inner.write_zeroes(host_offset, n_bytes, unmap=unmap)
         self._follow_growth()
 
-    async def punch_hole(self, host_offset: int, n_bytes: int) -> None:
+    async def punch_hole(self, host_offset: int, n_bytes: int, *, in_use: bool = False) -> None:
         """Give the range's space back; it may be zeroes then. Raises OSError."""
-        await self._inner.punch_hole(host_offset, n_bytes)
+        await self._inner.punch_hole(host_offset, n_bytes, in_use=in_use)
 
     async def allocate(self, host_offset: int, n_bytes: int) -> bool:
         """Set space aside; may grow. Raises OSError."""
