@@ -16,7 +16,7 @@ R2: linked before the bytes are written
 R3: a count falls before the unlink is durable
     a reference with a count of 0 (counts-not-lowered)
 R3: freed clusters are used while a read is in flight
-    the reader's bytes (tests/driver/test_concurrency.py)
+    the reader's bytes (tests/driver/test_concurrency.py; where a thread reads, test_reads_in_flight)
 R4: the L1 entry goes out with the counts
     an L2 table that is no table yet (tables-without-entries)
 R4: a refcount block and its pointer go out together

@@ -32,7 +32,7 @@ from .memory_storage import MemoryStorage
 
 KINDS: tuple[StorageKind, ...] = ("file", "used", "device")
 _BEHIND = 64 << 10
-_MOST_WRITTEN = 3 << 19
+_MOST_WRITTEN = 3 << 20
 
 
 class UsedFile(MemoryStorage):

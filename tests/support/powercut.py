@@ -117,13 +117,15 @@ async def record_workload(
     suspend: bool = False,
     cache: L2CacheSize | None = None,
     close: bool = True,
+    around: Callable[[Storage], Storage] = lambda storage: storage,
 ) -> Recorded:
-    """Run ``workload`` on a fresh copy of an image, logging what reaches its storage."""
+    """Run ``workload`` on a fresh copy of an image, logging what reaches its storage; the driver gets what ``around``
+    puts around that."""
     memory = storage_of(built, TOP, suspend=suspend)
     recording = RecordingStorage(memory)
 
     def wrap(_: MemoryStorage) -> Storage:
-        return recording
+        return around(recording)
 
     files: dict[str, bytes | bytearray | MemoryStorage] = {**built.files, TOP: memory}
     if DATA in files:
