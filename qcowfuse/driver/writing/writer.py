@@ -245,10 +245,17 @@ class Writer:
         plan = self._plan(slice_, guest_offset, len(view))
         if plan.action is not Action.IN_PLACE or not encrypted.may_write_at_once(plan.n_bytes):
             return 0
-        self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+        self._check_place(plan, guest_offset)
         host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
         part = view[: plan.n_bytes]
         return plan.n_bytes if encrypted.try_write([part], host_offset=host_offset, guest_offset=guest_offset) else 0
+
+    def _check_place(self, plan: CowPlan, guest_offset: int) -> None:
+        """Raises CorruptImageError where the clusters of a plan that allocates none are not for guest data."""
+        if self._data_clusters is None:
+            self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
+        else:
+            self._data_clusters.check(guest_offset=guest_offset & ~self._cluster_mask, host_offset=plan.host_offset)
 
     async def write_some(self, guest_offset: int, view: memoryview) -> int:
         """Write what one plan covers; returns how many bytes that was, 0 after having waited for a claim."""
@@ -261,12 +268,7 @@ class Writer:
                 await self.secure(slice_, guest_offset, n_clusters)
                 plan = self._plan(slice_, guest_offset, len(view))
             if plan.action is not Action.ALLOCATE:
-                if self._data_clusters is None:
-                    self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
-                else:
-                    self._data_clusters.check(
-                        guest_offset=guest_offset & ~self._cluster_mask, host_offset=plan.host_offset
-                    )
+                self._check_place(plan, guest_offset)
             if plan.action is Action.IN_PLACE:
                 host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
                 await self._write_data([view[: plan.n_bytes]], host_offset=host_offset, guest_offset=guest_offset)
