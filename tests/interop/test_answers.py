@@ -174,7 +174,7 @@ def test_the_commands_that_may_be_meant() -> None:
 def test_a_name_that_is_taken(folder: Path) -> None:
     """What overwrites it is said."""
     assert run_img("create", folder / "a.qcow2", "1M").stderr.endswith(
-        "a.qcow2: File exists (--force overwrites it)\n"
+        "a.qcow2: File exists (qcowfuse-img create --force overwrites it)\n"
     )
 
 

@@ -49,7 +49,7 @@ def test_a_verb_or_an_image_of_that_name(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     assert qcowfuse(tmp_path, "list", "m")[::2] == (
         2,
-        "qcowfuse list: unrecognized arguments: m (qcowfuse list --help says more)\n",
+        "qcowfuse list: too many arguments: m (qcowfuse list --help says more)\n",
     )
     for name in ("list", "status"):
         (tmp_path / name).write_bytes(b"")

@@ -242,7 +242,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(exc: QcowFuseError | OSError, image: str) -> int:
-    hint = " (--force overwrites it)" if isinstance(exc, FileExistsError) else ""
+    hint = " (qcowfuse-img create --force overwrites it)" if isinstance(exc, FileExistsError) else ""
     print(f"qcowfuse-img: {printable(describe_known(exc, image) + hint)}", file=sys.stderr)
     return ImgExit.FAILED
 
