@@ -130,18 +130,22 @@ async def test_the_end_waits(kernel: Kernel, image: ApartImage) -> None:
     source = image.source
     deliveries = kernel.at_once.deliveries
     await deliveries.wait_until_ended()
+    kernel.gate.max_elsewhere = 2
     kernel.receive(read_request(0, 4096, unique=1), read_request(0, 4096, unique=2))
+    assert len(source.held) == 2
     has_ended = False
+    scope = trio.CancelScope()
 
     async def wait() -> None:
         nonlocal has_ended
-        await deliveries.wait_until_ended()
-        has_ended = True
+        with scope:
+            await deliveries.wait_until_ended()
+            has_ended = True
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(wait)
         await trio.testing.wait_all_tasks_blocked()
-        nursery.cancel_scope.cancel()
+        scope.cancel()
         source.release()
         await trio.testing.wait_all_tasks_blocked()
         assert not has_ended
