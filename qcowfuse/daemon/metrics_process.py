@@ -6,6 +6,8 @@
 3. The process trusts nobody who connects: a request has a time limit as a whole, one is served at a time, and
    counters that are just out are given again. It gives up what it can, and ends with the daemon.
 4. What is imported from ``prometheus_client`` is imported here alone, and only when metrics are wanted.
+5. The process can import nothing once it has given up the file system, and its standard error leads nowhere. So no
+   traceback is made, which may need a module: an error is answered in a sentence.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ _REQUEST_SECONDS = 5
 _ANSWER_SECONDS = 2.0
 _FRESH_SECONDS = 0.2
 _MAX_ANSWER = 1 << 17
+_NO_COUNTERS = b"qcowfuse: the process that serves the disk does not answer\n"
 _IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 _GAUGES = frozenset(
     str.split(
@@ -116,7 +119,7 @@ class _Server:
 
     def __init__(self, channel: socket.socket, listener: socket.socket) -> None:
         import importlib
-        from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
+        from wsgiref import simple_server
 
         self._channel = channel
         self._seen: tuple[float, Any] = (-_FRESH_SECONDS, None)
@@ -126,24 +129,35 @@ class _Server:
         self._counter, self._gauge = core.CounterMetricFamily, core.GaugeMetricFamily
         registry = self._client.CollectorRegistry(auto_describe=False)
         registry.register(self)
+        serve_metrics = self._client.make_wsgi_app(registry)
 
-        class Handler(WSGIRequestHandler):
+        def serve(environ: Any, start_response: Any) -> Any:
+            try:
+                return serve_metrics(environ, start_response)
+            except _TimeIsUp:
+                raise
+            except Exception:
+                start_response("503 Service Unavailable", [("Content-Type", "text/plain")])
+                return [_NO_COUNTERS]
+
+        class Handler(simple_server.WSGIRequestHandler):
             def log_message(self, *_: object) -> None:
                 pass
 
-        class Server(WSGIServer):
+        class Server(simple_server.WSGIServer):
             # Its own socket is thrown away at once, and qcowfuse@.service has none of the network's.
             address_family = socket.AF_UNIX
 
             def handle_error(self, *_: object) -> None:
                 pass
 
+        simple_server.ServerHandler.log_exception = lambda *_: None  # type: ignore[method-assign]
         self._http = Server(("", 0), Handler, bind_and_activate=False)
         self._http.socket.close()
         self._http.socket = listener
         self._http.server_name, self._http.server_port = "localhost", 0
         self._http.setup_environ()
-        self._http.set_app(self._client.make_wsgi_app(registry))
+        self._http.set_app(serve)
         # What it imports late, it imports now.
         self._client.generate_latest(self._client.CollectorRegistry())
         signal.signal(signal.SIGALRM, _time_is_up)
@@ -153,7 +167,7 @@ class _Server:
         signal.alarm(_REQUEST_SECONDS)
         try:
             self._http.handle_request()
-        except TimeoutError:
+        except _TimeIsUp:
             pass
         finally:
             signal.alarm(0)
@@ -187,5 +201,9 @@ class _Server:
         return said
 
 
+class _TimeIsUp(Exception):  # noqa: N818 - not an error of ours
+    """The client took too long."""
+
+
 def _time_is_up(_number: int, _frame: FrameType | None) -> None:
-    raise TimeoutError
+    raise _TimeIsUp
