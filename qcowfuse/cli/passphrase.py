@@ -3,8 +3,9 @@
 1. A file is taken as a whole, a newline at its end included, as QEMU takes the file of a secret.
 2. The prompt comes before the process goes into the background, and only when the image is seen to need it.
 3. The caller overwrites the passphrase; nothing is kept here, printed or logged.
-4. What is typed is typed into a process of its own, which ends, and waits in a pipe for the process that opens the
-   image. No other process ever has it in its memory: neither the starter nor the process outside of the mount.
+4. What is typed is typed into a process of its own, which ends, and waits in a pipe for the process that opens or
+   makes the image. No other process ever has it in its memory: neither the starter nor the process outside of the
+   mount. The one that waits for it passes stop signals on, for as long as it takes: one process alone can miss them.
 5. A process that has a passphrase leaves no core dump.
 """
 
@@ -132,6 +133,16 @@ def _read_secret(fd: int, n_bytes_max: int) -> bytearray:
     return secret
 
 
+def ask_for_new(image: str) -> bytearray:
+    """A new passphrase for ``image``, typed twice. Raises ImageUsageError."""
+    typed = _ask_elsewhere(image, twice=True)
+    forbid_core_dumps()
+    try:
+        return _read_secret(typed, _PIPE_BYTES)
+    finally:
+        os.close(typed)
+
+
 def ask(image: str, *, twice: bool = False) -> bytearray:
     """The passphrase for ``image``, as it was typed; ``twice``: it is a new one. Raises ImageUsageError."""
     try:
@@ -157,7 +168,7 @@ def ask(image: str, *, twice: bool = False) -> bytearray:
     return bytearray(os.fsencode(typed))
 
 
-def _ask_elsewhere(image: str) -> int:
+def _ask_elsewhere(image: str, *, twice: bool = False) -> int:
     """:func:`ask` in a child process; the read end of the pipe into which it has written the passphrase.
 
     Raises ImageUsageError.
@@ -169,7 +180,7 @@ def _ask_elsewhere(image: str) -> int:
         with _stop_signals_to(early.append):
             pid = os.fork()
             if pid == 0:
-                _ask_into(write_end, image, early)
+                _ask_into(write_end, image, early, twice=twice)
             os.close(write_end)
             code = _wait_for_child(pid, early)
         if early or code == _INTERRUPTED or code < 0:
@@ -200,7 +211,7 @@ def _wait_for_child(pid: int, stop_signals: list[int]) -> int:
         time.sleep(_LOOK_SECONDS)
 
 
-def _ask_into(pipe: int, image: str, early: list[int]) -> NoReturn:
+def _ask_into(pipe: int, image: str, early: list[int], *, twice: bool) -> NoReturn:
     """``early``: gets the stop signals that come before the prompt and after it."""
     code = _NOT_ASKED
     try:
@@ -209,7 +220,7 @@ def _ask_into(pipe: int, image: str, early: list[int]) -> NoReturn:
             with _stop_signals_to(_interrupt):
                 if early:
                     raise KeyboardInterrupt
-                answer, code = bytes(ask(image)), _ASKED
+                answer, code = bytes(ask(image, twice=twice)), _ASKED
         except ImageUsageError as exc:
             answer = os.fsencode(str(exc))
         except KeyboardInterrupt:

@@ -187,6 +187,10 @@ class Terminal:
         """Whether what is typed is seen."""
         return bool(termios.tcgetattr(self._fd)[3] & termios.ECHO)
 
+    def type(self, keys: bytes) -> None:
+        """As the user does."""
+        os.write(self._fd, keys)
+
     def read_until(self, end: bytes) -> bytes:
         """What the command prints, up to ``end``."""
         said = b""
@@ -222,6 +226,63 @@ def test_a_stop_signal_at_the_prompt(
         assert terminal.exit_code() == 130
         assert terminal.echoes
         assert terminal.read_until(END) == b"\r\n" + END
+
+
+LOST_SIGNAL = """
+import qcowfuse.cli.passphrase as passphrase
+usual, lost = passphrase._interrupt, []
+def interrupt(number):
+    if lost:
+        usual(number)
+    lost.append(number)
+passphrase._interrupt = interrupt
+"""
+"""Python runs no handler of a signal that comes right before a system call that blocks."""
+
+
+@pytest.mark.parametrize("patch", ["", LOST_SIGNAL], ids=["at once", "lost"])
+@pytest.mark.parametrize(("n_typed", "number"), [(0, signal.SIGTERM), (1, signal.SIGINT)])
+def test_a_stop_signal_at_the_prompt_for_a_new_passphrase(
+    tmp_path: Path, n_typed: int, number: signal.Signals, patch: str
+) -> None:
+    """At either question: the terminal echoes again, nothing is printed but the end of the line, nothing is made."""
+    path = tmp_path / "new.qcow2"
+    program = f"{patch}\nimport sys\nfrom qcowfuse.cli.img.main import main\nsys.exit(main())"
+    words = [sys.executable, "-c", program, "create", "-q", "-o", "encrypt.format=luks", str(path), "1M"]
+    with closing(Terminal(words)) as terminal:
+        assert b"Passphrase" in terminal.read_until(b": ")
+        wait_until(lambda: not terminal.echoes, "the prompt")
+        for _ in range(n_typed):
+            terminal.type(b"sesame\n")
+            assert b"Once more" in terminal.read_until(b": ")
+            wait_until(lambda: not terminal.echoes, "the prompt")
+        os.kill(terminal.pid, number)
+        assert terminal.exit_code() == 130
+        assert terminal.echoes
+        assert terminal.read_until(END) == b"\r\n" + END
+    assert not path.exists()
+
+
+def test_a_new_passphrase_is_typed_twice(tmp_path: Path) -> None:
+    """The same, and it opens the image; or another one, and nothing is made."""
+    program = "import sys; from qcowfuse.cli.img.main import main; sys.exit(main())"
+    for second, code in ((b"sesame", 0), (b"Sesame", 1)):
+        path = tmp_path / f"{code}.qcow2"
+        words = ["create", "-q", "-o", "encrypt.format=luks,encrypt.iter-time=1", str(path), "1M"]
+        with closing(Terminal([sys.executable, "-c", program, *words])) as new:
+            for typed in (b"sesame", second):
+                new.read_until(b": ")
+                wait_until(lambda: not new.echoes, "the prompt")
+                new.type(typed + b"\n")
+            assert new.exit_code() == code
+            said = new.read_until(END)
+        assert (b"the passphrases differ" in said) == bool(code)
+        assert path.exists() != bool(code)
+    (tmp_path / "key").write_bytes(b"sesame")
+    assert qemu.must_run(
+        *("qemu-io", "--object", f"secret,id=s,file={tmp_path / 'key'}", "-c", "read -P 0 0 1M"),
+        *("--image-opts", f"driver=qcow2,encrypt.key-secret=s,file.filename={tmp_path / '0.qcow2'}"),
+    )
 
 
 def test_a_daemon_keeps_no_descriptor_of_its_starter(image: Path, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ def test_a_stop_signal_behind_the_answer_counts(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(passphrase, "forbid_core_dumps", lambda: None)  # it would be for all tests
     monkeypatch.setattr(passphrase, "may_need_passphrase", lambda image: True)
     monkeypatch.setattr(chain, "first_encrypted_layer", _layer)
-    monkeypatch.setattr(passphrase, "ask", lambda image: bytearray(b"typed"))
+    monkeypatch.setattr(passphrase, "ask", lambda image, twice: bytearray(b"typed"))
     key = KeySource(None, {})
     key.prepare("image", OpenOptions())
     assert key("image") == b"typed"

@@ -32,7 +32,7 @@ from ..image_names import NAME_OPTIONS, options_of_names
 from ..json_text import write_json
 from ..near_misses import with_near_misses
 from ..option_table import add_options
-from ..passphrase import KeySource, ask, read_key_file
+from ..passphrase import KeySource, ask_for_new, read_key_file
 from ..size_text import size_text
 from ..stopping import StoppedError, run_until_stopped
 from . import output
@@ -412,7 +412,7 @@ def _create(given: argparse.Namespace) -> int:
     )
     passphrase: bytearray | None = None
     if options.encryption is not None:
-        passphrase = ask(given.image, twice=True) if given.key_file is None else read_key_file(given.key_file)
+        passphrase = ask_for_new(given.image) if given.key_file is None else read_key_file(given.key_file)
     try:
         with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
             created = run_until_stopped(
