@@ -19,8 +19,9 @@ from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
-from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image
+from tests.support.images import DATA, TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
+from tests.support.old_bytes import build_in_turn, build_over_old_bytes
 from tests.support.powercut import Guest, check_cuts, record_workload
 
 KIB = 1 << 10
@@ -41,6 +42,11 @@ SPECS = {
         size=100 * KIB, cluster_size=16384, extended_l2=True, fill=0.3, data_file="raw", data_behind=400 * KIB
     ),
 }
+
+
+def on_device(spec: str) -> BuiltImage:
+    """An image, on a block device where the version can be."""
+    return build_over_old_bytes(SPECS[spec], "device")
 
 
 async def growing_guest(guest: Guest) -> None:
@@ -85,7 +91,7 @@ async def growing_among_writers(guest: Guest) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 async def test_a_power_cut_while_the_disk_grows(spec: str) -> None:
     """Old size or new, never between; nothing promised is lost; the new part is zeroes or what was written there."""
-    recorded = await record_workload(build_image(SPECS[spec]), growing_guest, seed=len(spec))
+    recorded = await record_workload(build_in_turn(SPECS, spec, ("file", "used")), growing_guest, seed=len(spec))
     summary = await check_cuts(recorded, n_states=200, n_qemu=6)
     assert not summary.problems, "\n".join(summary.problems[:5])
 
@@ -93,7 +99,7 @@ async def test_a_power_cut_while_the_disk_grows(spec: str) -> None:
 @pytest.mark.parametrize("spec", ["v3", "v1", "snapshot", "v3-long-backing"])
 async def test_a_power_cut_while_the_disk_grows_among_writers(spec: str) -> None:
     """The same with writers and fsyncs between the steps of growing."""
-    recorded = await record_workload(build_image(SPECS[spec]), growing_among_writers, suspend=True)
+    recorded = await record_workload(on_device(spec), growing_among_writers, suspend=True)
     summary = await check_cuts(recorded, n_states=150, n_qemu=4)
     assert not summary.problems, "\n".join(summary.problems[:5])
 
@@ -102,7 +108,7 @@ async def test_a_power_cut_while_the_disk_grows_among_writers(spec: str) -> None
 async def test_a_power_cut_while_the_disk_grows_with_a_tiny_cache(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slices that are written back for want of room do not link tables that the L1 table on disk has no place for."""
     monkeypatch.setattr(table_cache, "MIN_DIRTY_BYTES", 1024)
-    recorded = await record_workload(build_image(SPECS[spec]), growing_guest, cache=L2CacheSize(n_tables=1))
+    recorded = await record_workload(on_device(spec), growing_guest, cache=L2CacheSize(n_tables=1))
     summary = await check_cuts(recorded, n_states=150, n_qemu=4)
     assert not summary.problems, "\n".join(summary.problems[:5])
 

@@ -17,9 +17,10 @@ from tests.support import damage
 from tests.support.checker import check_image_bytes
 from tests.support.damage import Damage
 from tests.support.faults import FaultyStorage, fail_at
-from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.images import TOP, BuiltImage, ImageSpec, open_memory_image, qemu_check, qemu_read
 from tests.support.memory_storage import MemoryStorage
-from tests.support.recording import RecordingStorage, cuts
+from tests.support.old_bytes import build_over_old_bytes
+from tests.support.recording import SECTOR, RecordingStorage, cuts
 
 PLAIN = ImageSpec(fill=0.3, size=128 << 10)
 SNAPSHOT = ImageSpec(fill=0.3, size=128 << 10, snapshot=True, zeroes=True)
@@ -42,7 +43,7 @@ N_QEMU = 5
 
 def damaged(spec: ImageSpec, kind: Damage) -> tuple[BuiltImage, bytearray]:
     """A built image and its bytes with the damage done."""
-    built = build_image(spec)
+    built = build_over_old_bytes(spec, "used" if spec.cluster_size > SECTOR else "file")
     data = bytearray(built.top)
     kind(data)
     return built, data

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 
 from tests.crash.test_power_cuts import SPECS
-from tests.support.images import build_image
+from tests.support.old_bytes import build_in_turn
 from tests.support.powercut import Guest, check_cuts, record_workload
 
 KIB = 1 << 10
@@ -40,6 +40,6 @@ async def reserving(guest: Guest) -> None:
 @pytest.mark.parametrize("spec", CUT_SPECS)
 async def test_a_power_cut_while_space_is_set_aside(spec: str) -> None:
     """Whatever a power cut leaves: consistent, and what fsync promised is there."""
-    recorded = await record_workload(build_image(SPECS[spec]), reserving, seed=len(spec))
+    recorded = await record_workload(build_in_turn(SPECS, spec), reserving, seed=len(spec))
     summary = await check_cuts(recorded, n_states=100, n_qemu=4)
     assert not summary.problems, "\n".join(summary.problems[:5])

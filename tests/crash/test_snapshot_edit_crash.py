@@ -21,8 +21,9 @@ from qcowfuse.tools import shadow_refcounts
 from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
-from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image, qemu_check
+from tests.support.images import TOP, BuiltImage, ImageSpec, open_memory_image, qemu_check
 from tests.support.memory_storage import MemoryStorage
+from tests.support.old_bytes import build_in_turn
 from tests.support.recording import RecordedFlush, RecordingStorage, cuts
 
 KIB = 1 << 10
@@ -72,7 +73,7 @@ def opener_of(built: BuiltImage, top: Storage) -> StorageOpener:
 
 async def prepared(spec: str) -> tuple[BuiltImage, bytes, State]:
     """An image whose disk has changed since its snapshot was made, and what it holds."""
-    built = build_image(SPECS[spec])
+    built = build_in_turn(SPECS, spec, ("used", "file"))
     memory = MemoryStorage(built.top)
     image = await open_memory_image({**built.files, TOP: memory})
     chooser = random.Random(3)

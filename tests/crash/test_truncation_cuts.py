@@ -16,6 +16,7 @@ from tests.crash.test_error_sweep import Run, check_left_behind, close, read_und
 from tests.crash.test_power_cuts import SPECS
 from tests.support.faults import fail_at
 from tests.support.images import build_image
+from tests.support.old_bytes import build_in_turn
 from tests.support.powercut import Guest, check_cuts, record_workload
 
 KIB = 1 << 10
@@ -52,7 +53,7 @@ async def test_a_power_cut_while_a_disk_is_truncated(spec: str) -> None:
 
     Crash points: zeroes-partly-linked, holes-partly-punched.
     """
-    recorded = await record_workload(build_image(SPECS[spec]), truncating, seed=len(spec))
+    recorded = await record_workload(build_in_turn(SPECS, spec), truncating, seed=len(spec))
     summary = await check_cuts(recorded, n_states=100, n_qemu=4)
     assert not summary.problems, "\n".join(summary.problems[:5])
 

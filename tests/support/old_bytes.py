@@ -20,7 +20,7 @@ from __future__ import annotations
 import errno
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
@@ -103,6 +103,11 @@ def storage_of(built: BuiltImage, path: str, data: Buffer | None = None, *, susp
 def build_over_old_bytes(spec: ImageSpec, kind: StorageKind) -> BuiltImage:
     """The image that ``spec`` describes, on a storage of a kind."""
     return over_old_bytes(build_image(spec), kind)
+
+
+def build_in_turn(specs: Mapping[str, ImageSpec], name: str, kinds: Sequence[StorageKind] = KINDS) -> BuiltImage:
+    """One of several images, each of which lies on another kind of storage than the one before it."""
+    return build_over_old_bytes(specs[name], kinds[list(specs).index(name) % len(kinds)])
 
 
 def over_old_bytes(built: BuiltImage, kind: StorageKind) -> BuiltImage:

@@ -150,9 +150,15 @@ async def record_workload(
     return Recorded(built, recording, record, bytes(memory.data), data)
 
 
-async def check_cuts(recorded: Recorded, *, n_states: int = 200, n_qemu: int = 20, seed: int = 0) -> CutSummary:
-    """Check ``n_states`` states (a few more) spread over all moments, ``n_qemu`` of them with QEMU as well."""
+async def check_cuts(
+    recorded: Recorded, *, n_states: int = 200, n_qemu: int = 20, seed: int = 0, may_leak: bool = False
+) -> CutSummary:
+    """Check ``n_states`` states (a few more) spread over all moments, ``n_qemu`` of them with QEMU as well; and what
+    the end has left, which has no leaks unless it ``may_leak``."""
     summary = CutSummary()
+    report = check_image_bytes(recorded.final)
+    if report.errors or (report.leaks and not may_leak):
+        summary.problems.append(f"at the end: {report.leaks} leaks; {'; '.join(report.errors[:3])}")
     chooser = random.Random(seed)
     recordings = [recorded.storage] if recorded.data is None else [recorded.storage, recorded.data]
     moments = moments_of(*recordings)

@@ -248,7 +248,7 @@ async def run_scenario(scenario: Scenario, *, n_states: int = 60, n_qemu: int = 
     await _check_left_behind(scenario, left, recorded, run)
     outcome = Outcome(len(faulty.operations), 0, len(run.errors), run.n_leaks, run.problems)
     if not run.problems and n_states:
-        cut = await check_cuts(recorded, n_states=n_states, n_qemu=n_qemu, seed=scenario.seed)
+        cut = await check_cuts(recorded, n_states=n_states, n_qemu=n_qemu, seed=scenario.seed, may_leak=True)
         outcome.n_states = cut.n_states
         outcome.problems = cut.problems
     return outcome
