@@ -171,6 +171,15 @@ def test_the_commands_that_may_be_meant() -> None:
     assert not set(QEMU_IMG_COMMANDS) & set(IMG_COMMANDS)
 
 
+def test_options_of_create(folder: Path) -> None:
+    """A near miss, and qemu-img's way to ask for all."""
+    done = run_img("create", "-o", "clustersize=4k", folder / "new", "1M")
+    assert "unknown option clustersize for format qcow2 (did you mean cluster_size?)\n" in done.stderr
+    done = run_img("create", "-o", "help", folder / "new")
+    assert re.search(r": options for format qcow2: .*, cluster_size, .*, preallocation, ", done.stderr)
+    assert not (folder / "new").exists()
+
+
 def test_a_name_that_is_taken(folder: Path) -> None:
     """What overwrites it is said."""
     assert run_img("create", folder / "a.qcow2", "1M").stderr.endswith(

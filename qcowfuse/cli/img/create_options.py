@@ -27,6 +27,7 @@ from ...tools.create_encryption import (
     Encryption,
     require_possible,
 )
+from ..near_misses import did_you_mean
 
 _SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate(("", "k", "m", "g", "t", "p", "e"))}
 _QCOW2_OPTIONS = frozenset(
@@ -66,6 +67,13 @@ def _switch(name: str, text: str) -> bool:
     return text == "on"
 
 
+def _unknown(name: str, format_name: str, known: Iterable[str]) -> str:
+    names = [text.rstrip("=") for text in known]
+    if name in ("help", "?"):  # qemu-img's way to ask
+        return f"options for format {format_name}: {', '.join(names)} (qcowfuse-img create --help says more)"
+    return f"unknown option {name} for format {format_name}{did_you_mean(name, names)}"
+
+
 def parse_create_options(
     format_name: str,
     lists: Iterable[str],
@@ -81,7 +89,8 @@ def parse_create_options(
     for text in lists:
         for part in re.split(r"(?<!,),(?!,)", text):
             name, _, value = part.replace(",,", ",").partition("=")
-            _require(f"{name}=" in known, f"unknown option {name} for format {format_name}")
+            if f"{name}=" not in known:
+                raise CreateError(_unknown(name, format_name, known))
             given[name] = value
     size = size if size is not None else given.get("size")
     cluster_size = parse_size(given.get("cluster_size", "64k"))
