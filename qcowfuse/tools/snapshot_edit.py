@@ -57,6 +57,7 @@ from ..format.header_fields import (
     SWITCH_FIELDS,
 )
 from ..format.snapshots import MAX_SNAPSHOT_TABLE_SIZE, Snapshot, serialise_snapshots
+from ..format.table_runs import clear_copied, n_back_to_back
 from ..storage.base import Storage, pread
 from ..tables.header import read_header
 from ..tables.refcount_table import read_refcount_table
@@ -301,7 +302,10 @@ class _Editor:
         block_bits, block_mask = shadow.block_bits, shadow.block_mask
         known, counts = -1, array("Q")
         clusters: list[int] = []
-        for entry in words[::2] if self._is_extended else words:
+        entries = words[::2] if self._is_extended else words
+        index, n_alike = 0, 0
+        while (index := index + n_alike) < len(entries):
+            entry, n_alike = entries[index], 1
             if entry & COMPRESSED:
                 place = parse_compressed_entry(entry, cluster_bits)
                 clusters.append(place.host_offset >> cluster_bits)
@@ -313,12 +317,18 @@ class _Editor:
                 continue
             if host_offset & in_cluster:
                 raise CorruptImageError("L2 entry", None, f"{entry:#018x}: host offset is not cluster aligned")
+            n_alike = n_back_to_back(entries, index, self._cluster_size)
+            if n_alike > 1:
+                await shadow.add(host_offset, n_alike << cluster_bits, delta)
+                self._metadata.check(host_offset, n_alike << cluster_bits, "data")
+                known = -1
+                continue
             cluster = host_offset >> cluster_bits
             if cluster >> block_bits != known:
                 known = cluster >> block_bits
                 counts = await (shadow.block(known) if delta else shadow.peek(known))
-            index = cluster & block_mask
-            counts[index] = shadow.changed(counts[index], delta, cluster)
+            in_block = cluster & block_mask
+            counts[in_block] = shadow.changed(counts[in_block], delta, cluster)
             clusters.append(cluster)
         self._metadata.check_each(clusters, "data")
 
@@ -332,7 +342,7 @@ class _Editor:
             if not table_offset:
                 continue
             words = await self._read_table(table_offset)
-            if self._clear_copied(words):
+            if clear_copied(words, 2 if self._is_extended else 1):
                 result[number] = await self._write_new(_serialised(words), "an L2 table")
                 await self._shadow.add(result[number], self._cluster_size, 1, is_new=True)
                 await self._shadow.add(table_offset, self._cluster_size, -2)
@@ -340,14 +350,6 @@ class _Editor:
                 result[number] = entry & ~COPIED
             await self._step()
         return result
-
-    def _clear_copied(self, words: array[int]) -> bool:
-        """Whether there was anything to clear."""
-        stride = 2 if self._is_extended else 1
-        copied = [index for index in range(0, len(words), stride) if words[index] & COPIED]
-        for index in copied:
-            words[index] &= ~COPIED
-        return bool(copied)
 
     async def _with_true_flags(self, l1_table: array[int]) -> array[int]:
         """The L1 table for the disk, COPIED where a count is 1 and nowhere else; L2 tables that need it are new."""
