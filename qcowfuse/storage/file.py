@@ -351,9 +351,10 @@ class FileStorage:
         return True
 
     async def truncate(self, n_bytes: int) -> None:
-        """Set the length; a device, which has one for ever, can only be told to keep it. Raises OSError."""
+        """Set the length; a device, whose length others set, can only be told to keep it. Raises OSError."""
         self._must_be_writable()
         if self.is_fixed:
+            self.refresh_size()
             if n_bytes != self._size:
                 raise OSError(errno.EFBIG, f"a block device of {self._size} bytes cannot have {n_bytes}", self._name)
             return

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 import random
+from typing import Literal
 
 import pytest
 
-from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.old_bytes import Device
 from tests.support.oracle import DiskModel, first_difference
 
@@ -73,8 +74,8 @@ async def test_writes_and_discards_until_it_is_full(
 class GrowingDevice(Device):
     """Its length is what it was when it was asked for last."""
 
-    def __init__(self, data: bytes, *, suspend: bool) -> None:
-        super().__init__(data, suspend=suspend)
+    def __init__(self, data: bytes, *, suspend: bool, name: str = "device") -> None:
+        super().__init__(data, suspend=suspend, name=name)
         self.n_known = len(data)
 
     def size(self) -> int:
@@ -127,3 +128,43 @@ async def test_a_device_that_is_enlarged(cluster_size: int, refcount_bits: int, 
     code, said = qemu_check(files)
     assert code == 0, said
     assert not first_difference(qemu_read(files), model.data)
+
+
+@pytest.mark.parametrize("suspend", [False, True])
+async def test_a_data_file_on_a_device_that_is_enlarged(suspend: bool) -> None:
+    """What lies behind its old end is noise: new clusters there are zeroes around what was written."""
+    cluster_size = 4096
+    built = build_image(ImageSpec(size=SIZE, cluster_size=cluster_size, data_file="plain"))
+    device = GrowingDevice(with_noise(b"", SIZE // 4), suspend=suspend, name=DATA)
+    image = await open_memory_image({**built.files, DATA: device})
+    with pytest.raises(OSError) as caught:
+        await image.write(SIZE // 2, b"x" * 512)
+    assert caught.value.errno == errno.ENOSPC
+    device.enlarge(SIZE * 3 // 4)
+    model = DiskModel(bytes(SIZE))
+    for place in range(SIZE // 2, SIZE, 5 * cluster_size):
+        await image.write(place + 1024, b"y" * 512)
+        model.write(place + 1024, b"y" * 512)
+    assert not first_difference(bytes(await image.read(0, SIZE)), model.data)
+    await image.aclose()
+
+
+@pytest.mark.parametrize("kind", ["plain", "raw"])
+async def test_the_disk_grows_with_the_device_of_its_data_file(kind: Literal["plain", "raw"]) -> None:
+    """Up to the device's new end and not further; a raw data file goes on with what is there, others with zeroes."""
+    built = build_image(ImageSpec(size=SIZE, cluster_size=4096, data_file=kind))
+    device = GrowingDevice(with_noise(built.files[DATA][:SIZE].ljust(SIZE, b"\0"), SIZE), suspend=True, name=DATA)
+    image = await open_memory_image({**built.files, DATA: device})
+    with pytest.raises(OSError) as caught:
+        await image.grow(2 * SIZE)
+    assert caught.value.errno == errno.EFBIG
+    assert image.size == SIZE
+    device.enlarge(2 * SIZE)
+    await image.grow(2 * SIZE)
+    behind = bytes(device.data[SIZE : 2 * SIZE]) if kind == "raw" else bytes(SIZE)
+    assert not first_difference(bytes(await image.read(SIZE, SIZE)), behind)
+    with pytest.raises(OSError) as caught:
+        await image.grow(4 * SIZE)
+    assert caught.value.errno == errno.EFBIG
+    await image.write(2 * SIZE - 512, b"z" * 512)
+    await image.aclose()

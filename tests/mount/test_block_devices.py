@@ -184,6 +184,25 @@ def test_a_full_device_that_is_enlarged(tmp_path: Path) -> None:
         qemu.io(device, [f"read -P 121 0 {4 * MIB}"])
 
 
+def test_a_disk_grows_with_the_device_of_its_data_file(tmp_path: Path) -> None:
+    """By a truncation of the file that is served, after lvextend."""
+    raw = backing(tmp_path, 2 * MIB)
+    image = tmp_path / "disk.qcow2"
+    with loop_device(raw) as device:
+        qemu.create(image, "qcow2", "2M", options=f"data_file={device},data_file_raw=on")
+        with served(image, ALLOWED, "--growable") as mount:
+            with pytest.raises(OSError, match="File too large"):
+                os.truncate(mount.file, 4 * MIB)
+            os.truncate(raw, 8 * MIB)
+            qemu.must_run("losetup", "-c", device)
+            os.truncate(mount.file, 4 * MIB)
+            with mount.file.open("r+b") as file:
+                file.seek(3 * MIB)
+                file.write(b"y" * MIB)
+        assert qemu.check(image).clean
+        qemu.io(image, ["read -P 0 2M 1M", "read -P 121 3M 1M"])
+
+
 def test_a_discard_reaches_the_device(tmp_path: Path) -> None:
     """The file below a loop device gets its space back; one that cannot discard is not written to for that."""
     raw = backing(tmp_path, 32 * MIB)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from array import array
 
 from ...errors import CorruptImageError, FormatError, ImageUsageError
@@ -166,7 +167,8 @@ class DataClusters:
         self.storage = storage
         self.is_raw = is_raw
         self._cluster_size = cluster_size
-        self._high_water = storage.size()
+        # What lies behind the end of a device shows when that is enlarged.
+        self._high_water = sys.maxsize if storage.is_fixed else storage.size()
 
     def take(self, guest_offset: int, n_clusters: int) -> HostRun:
         """The place of ``n_clusters`` from ``guest_offset`` on, the start of a cluster."""

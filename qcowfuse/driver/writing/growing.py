@@ -157,6 +157,8 @@ class Grower:
     async def _grow_data_file(self, old_size: int, size: int) -> None:
         """An external data file is at least as long as the disk; rule 4."""
         data = self._mapping.data
+        if data.is_fixed:
+            data.refresh_size()
         position, end = old_size, min(data.size(), size)
         while position < end and self._writer.has_raw_data_file:
             position += await self._writer.link_some(position, end - position)
