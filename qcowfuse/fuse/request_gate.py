@@ -22,7 +22,7 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
    handler waits, and not when others had no turn for some milliseconds.
 7. Threads that answer requests by themselves do not count as waiting: they need nothing of trio. As many of them are
    useful as there are processors beside that of the event loop, up to four, and one more: it has work at hand when
-   another ends while the event loop copies for some hundred microseconds itself.
+   another ends while the event loop copies for some hundred microseconds itself. On a single processor none is.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class RequestGate:
         self.elsewhere: list[int] = []
         """As long as the number of requests that other threads answer. Such a thread takes one away when it has
         answered, which is a single step for all others."""
-        self.max_elsewhere = min(max(len(os.sched_getaffinity(0)) - 1, 1), _MOST_HELPERS) + 1
+        n_helpers = min(len(os.sched_getaffinity(0)) - 1, _MOST_HELPERS)
+        self.max_elsewhere = n_helpers + 1 if n_helpers else 0
         self.may_rest = False
         self._others_had_turn = 0.0
         self._burst = burst
