@@ -11,7 +11,7 @@ The way of a write that is not in place:
    complete".
 4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
    and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim. So is a write
-   in place to an encrypted layer; to others the image does that by itself.
+   in place, as far as :mod:`.requests` has no quicker way for it, and one to subclusters around which all is zeroes.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`). What a
    failed write has left in a raw one is linked, on either way.
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
@@ -22,7 +22,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import trio
 
@@ -43,9 +42,6 @@ from .allocation import Allocator
 from .guarded_clusters import MetadataClusters
 from .new_tables import ZEROES, NewTables
 from .write_back import WriteBack
-
-if TYPE_CHECKING:
-    from ..layers.encryption import EncryptedData
 
 
 class Writer:
@@ -141,8 +137,7 @@ class Writer:
             slice_.has_space = True
 
     def try_write_some(self, guest_offset: int, view: memoryview) -> int:
-        """:meth:`write_some` for clusters that are not allocated, by rule 4, and for encrypted ones in place; 0 where
-        it has to be awaited.
+        """:meth:`write_some` by rule 4; 0 where it has to be awaited.
 
         Raises OSError, CorruptImageError.
         """
@@ -158,13 +153,6 @@ class Writer:
                 return self.try_write_some(guest_offset, view)
             finally:
                 self._cache.unpin(made)
-        if self._encrypted is not None:
-            n_written = self._try_in_place(self._encrypted, slice_, guest_offset, view)
-            if n_written:
-                self._cache.use(slice_)
-                return n_written
-        if not slice_.has_space:
-            return 0
         in_cluster = guest_offset & self._cluster_mask
         index = guest_offset >> self._cluster_bits & mapping.slice_mask
         start = guest_offset - in_cluster
@@ -174,25 +162,30 @@ class Writer:
         is_new = self._has_plain_entries and n_clusters <= min(len(entries) - index, MAX_CLUSTERS_PER_ALLOCATION)
         if is_new and not any(entries[index : index + n_clusters]):
             # The usual case, where nothing lies below: what the general way finds out, for a tenth of its time.
-            plan = CowPlan(
-                Action.ALLOCATE,
-                n_clusters,
-                0,
-                in_cluster,
-                n_bytes,
-                (n_clusters << self._cluster_bits) - in_cluster - n_bytes,
-            )
+            if not slice_.has_space:
+                return 0
+            tail = (n_clusters << self._cluster_bits) - in_cluster - n_bytes
+            plan = CowPlan(Action.ALLOCATE, n_clusters, 0, in_cluster, n_bytes, tail)
+            n_holes = min(n_clusters << self._cluster_bits, mapping.size - start)
         else:
             plan = self._plan_write(entries, mapping.entry_format, index, in_cluster, n_bytes)
-            if plan.action is not Action.ALLOCATE:
+            if plan.action is Action.IN_PLACE:
+                return self._try_in_place(plan, slice_, guest_offset, view)
+            if not slice_.has_space:
                 return 0
             start = guest_offset - plan.head
-            n_covered = min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start)
+            n_covered = min(plan.head + plan.n_bytes + plan.tail, mapping.size - start)
             try:
                 extents = lookup_chain(self._reader.layers, start, n_covered)
             except Missing:
                 return 0
-            if len(extents) > 1 or extents[0].kind != ClusterKind.ZERO:
+            n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
+            if plan.action is Action.REUSE:
+                self._check_place(plan, guest_offset)
+                tail_start = guest_offset + plan.n_bytes
+                if not self._is_zero(extents, start, plan.head) or not self._is_zero(extents, tail_start, plan.tail):
+                    return 0
+            elif n_holes < n_covered:
                 return 0
         first = guest_offset >> self._cluster_bits
         if self.claims.first_conflict(first, first + plan.n_clusters):
@@ -200,7 +193,7 @@ class Writer:
         n_written = plan.head + plan.n_bytes + plan.tail
         if self._encrypted is not None and not self._encrypted.may_write_at_once(n_written):
             return 0
-        run = self._take_at_once(guest_offset, plan.n_clusters)
+        run = self._take_at_once(plan, guest_offset)
         if run is None:
             return 0
         is_written = False
@@ -223,32 +216,40 @@ class Writer:
                 self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
             raise
         finally:
-            if not is_written and self._data_clusters is None:
+            if not is_written and self._data_clusters is None and plan.action is Action.ALLOCATE:
                 self._allocator.give_back(run)
         if not is_written:
             return 0
         self._cache.use(slice_)
         self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
-        self._usage.add(start, min(plan.head + plan.n_bytes + plan.tail, self._mapping.size - start))
+        self._usage.add(start, min(n_holes, plan.head + plan.n_bytes + plan.tail))
         return plan.n_bytes
 
-    def _take_at_once(self, guest_offset: int, n_clusters: int) -> HostRun | None:
+    def _take_at_once(self, plan: CowPlan, guest_offset: int) -> HostRun | None:
         """Clusters for the data at ``guest_offset``, if that takes no waiting."""
+        if plan.action is Action.REUSE:
+            return None if self._space.has_reserve else HostRun(plan.host_offset, plan.n_clusters)
         if self._data_clusters is None:
-            return self._allocator.try_allocate(n_clusters)
+            return self._allocator.try_allocate(plan.n_clusters)
         if not self._space.is_ready or self._space.has_reserve:
             return None
-        return self._data_clusters.take(guest_offset & ~self._cluster_mask, n_clusters)
+        return self._data_clusters.take(guest_offset & ~self._cluster_mask, plan.n_clusters)
 
-    def _try_in_place(self, encrypted: EncryptedData, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
-        """What :meth:`write_some` does with clusters that are written in place."""
-        plan = self._plan(slice_, guest_offset, len(view))
-        if plan.action is not Action.IN_PLACE or not encrypted.may_write_at_once(plan.n_bytes):
+    def _try_in_place(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
+        """What :meth:`write_some` does with clusters that are written in place; 0 where that has to wait."""
+        n_bytes, encrypted = plan.n_bytes, self._encrypted
+        if n_bytes >= self.too_long or (encrypted is not None and not encrypted.may_write_at_once(n_bytes)):
             return 0
         self._check_place(plan, guest_offset)
         host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
-        part = view[: plan.n_bytes]
-        return plan.n_bytes if encrypted.try_write([part], host_offset=host_offset, guest_offset=guest_offset) else 0
+        if encrypted is not None:
+            if not encrypted.try_write([view[:n_bytes]], host_offset=host_offset, guest_offset=guest_offset):
+                return 0
+        elif not self._try_pwritev(host_offset, [view[:n_bytes]]):
+            self.too_long = n_bytes
+            return 0
+        self._cache.use(slice_)
+        return n_bytes
 
     def _check_place(self, plan: CowPlan, guest_offset: int) -> None:
         """Raises CorruptImageError where the clusters of a plan that allocates none are not for guest data."""
@@ -405,14 +406,18 @@ class Writer:
     async def _old_bytes(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
         """What the guest sees now of a range that ``extents`` cover up to the end of the disk, zeroes behind that;
         None where all of it is zeroes."""
+        if self._is_zero(extents, guest_offset, n_bytes):
+            return None
         inside = min(n_bytes, self._mapping.size - guest_offset)
-        if inside <= 0:
-            return None
-        extents = clipped(extents, guest_offset, inside)
-        if all(extent.kind == ClusterKind.ZERO for extent in extents):
-            return None
-        old = await self._reader.read_extents(extents, guest_offset, inside)
+        old = await self._reader.read_extents(clipped(extents, guest_offset, inside), guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
+
+    def _is_zero(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> bool:
+        """Whether all of a range, as far as it lies in the disk, reads as zeroes; ``extents`` cover it."""
+        inside = min(n_bytes, self._mapping.size - guest_offset)
+        return inside <= 0 or all(
+            extent.kind == ClusterKind.ZERO for extent in clipped(extents, guest_offset, inside)
+        )
 
     async def _write_plain(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> None:
         """Write guest data as it is."""
