@@ -24,8 +24,16 @@ from tests.support.guest import GuestSystem, boot, fetch_guest_system, make_init
 from tests.support.inner_file_systems import ext4_in_partition_2, is_whole
 
 HERE = Path(__file__).resolve().parent
-STEPS = {"first": "first", "killed": "killed", "cut": "", "after": "after", "volumes": "after", "network": "after"}
-"""Each step, and what the file x in the images holds when it has ended (empty: they are in use then)."""
+STEPS: dict[str, str | None] = {
+    "first": "first",
+    "killed": "killed",
+    "cut": "",
+    "after": "after",
+    "volumes": None,
+    "network": None,
+}
+"""Each step, and what the file x in the images holds when it has ended (empty: they are in use then; None: what it
+held before)."""
 PACKAGES = (
     *(
         "systemd",
@@ -117,8 +125,9 @@ class Machine:
         make_initramfs(folder / "initrd", system, SWITCH_ROOT)
         return cls(folder, system)
 
-    def go(self, step: str) -> None:
-        """Boot, run a step, and look at the images. Raises TrialError."""
+    def go(self, step: str, content: str) -> str:
+        """Boot, run a step, and look at the images. ``content`` is what the file x held before; returns what it holds
+        now. Either is empty where that is not known. Raises TrialError."""
         began = time.monotonic()
         try:
             said = boot(
@@ -139,12 +148,14 @@ class Machine:
             )
             if "TRIAL-OK" not in said:
                 raise TrialError(f"{step}: {said}")
-            if content := STEPS[step]:
+            content = content if (written := STEPS[step]) is None else written
+            if content:
                 self._look(content, leaks=step not in ("first", "killed"))
         except (qemu.QemuError, AssertionError) as exc:
             raise TrialError(f"{step}: {exc}") from None
         rows = [line.removeprefix("ROW ") for line in said.splitlines() if line.startswith("ROW ")]
         print(f"{step}: {time.monotonic() - began:.0f} s", *rows, sep="\n", flush=True)
+        return content
 
     def _look(self, content: str, *, leaks: bool) -> None:
         """Rule 3."""
