@@ -43,7 +43,7 @@ def verb_meant(word: str) -> str:
 
 def with_near_misses(message: str, parser: argparse.ArgumentParser) -> str:
     """argparse's message about what it does not know, with the options or the command that may have been meant."""
-    command = re.match(r"argument COMMAND: invalid choice: '(\w+)'", message)
+    command = re.match(r"argument COMMAND: invalid choice: '([^']*)'", message)
     if command is not None:
         return _no_command(command[1])
     _, separator, words = message.partition("unrecognized arguments: ")

@@ -144,8 +144,18 @@ def test_a_word_that_is_no_verb(folder: Path, words: list[str], meant: str) -> N
     assert refusal(folder, "disk", "mnt")[1] == "qcowfuse: disk: No such file or directory\n"
 
 
-def test_three_words(folder: Path) -> None:
-    assert "too many arguments: mnt (qcowfuse --help" in refusal(folder, "mount", "a.qcow2", "mnt")[1]
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["a.qcow2", "mnt", "b"], "b"),
+        (["mount", "a.qcow2", "mnt"], "mnt (a mount has no verb: qcowfuse IMAGE MOUNTPOINT)"),
+        (["resize", "a.qcow2", "2M"], "2M (did you mean qcowfuse-img resize?)"),
+        (["./mount", "a.qcow2", "mnt"], "mnt"),
+    ],
+)
+def test_a_word_too_many(folder: Path, words: list[str], said: str) -> None:
+    """What was meant is said where the first is neither a verb nor a file."""
+    assert refusal(folder, *words) == (2, f"qcowfuse: too many arguments: {said} (qcowfuse --help says more)\n")
 
 
 @pytest.mark.parametrize(
@@ -155,6 +165,7 @@ def test_three_words(folder: Path) -> None:
         (["commit", "a"], "has no command commit: use qemu-img commit, while"),
         (["chekc", "a"], "unknown command chekc (did you mean check?)"),
         (["zzz", "a"], "unknown command zzz (there are info, map, check, create, resize, snapshot, partitions)"),
+        (["snap-shot", "a"], "unknown command snap-shot (did you mean snapshot?)"),
     ],
 )
 def test_commands_that_there_are_not(words: list[str], answer: str) -> None:

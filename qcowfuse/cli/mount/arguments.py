@@ -143,9 +143,15 @@ def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Argu
 
         given = {**vars(build_parser(takes_mount_point=False).parse_args(argv)), "mountpoint": mount_point}
     elif given is None:
+        from ..near_misses import verb_meant
         from .parser import build_parser
 
-        given = vars(build_parser().parse_args(with_values_listed(argv)))
+        parser = build_parser()
+        known, more = parser.parse_known_args(with_values_listed(argv))
+        if more:
+            hint = "" if os.path.lexists(known.image) else verb_meant(known.image)
+            parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
+        given = vars(known)
     if not given["image"] or not given["mountpoint"]:
         _refuse("IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf of qcowfuse@NAME both must be set")
     try:
