@@ -11,7 +11,8 @@ calls for a request that mostly waits in the kernel already. Here a worker asks 
 3. After ``burst`` requests in a row there is a checkpoint (after ``burst_while_slow`` when a handler waits for
    something): timers, threads, signals and cancellation get their turn.
 4. Before it waits, a worker spins for ``spin`` seconds: waking a process costs the client more than that. Where the
-   last request came soon after that (a client that copies what it read), it spins for three times as long. It
+   last request came soon after that (a client that copies what it read), it spins for three times as long. Where a
+   request comes soon after even that, spinning was a loss, and some waits do without the longer one. A worker
    yields the processor at every turn, and does not spin at all while a handler waits for something, because the
    next event will then come through trio. Where others want the processor, yielding costs a worker its turn, while
    one that sleeps gets it back at once: after a turn that took long, it does without for a while.
@@ -40,6 +41,7 @@ _WITHOUT_SPIN = 200
 _LONGER = 3
 _SOON = 4
 """Times ``spin``: a wait of this much, in which the process was woken, would have taken :data:`_LONGER` spinning."""
+_WITHOUT_LONGER = 16
 _REST_MS = 1
 _MOST_SECONDS_WITHOUT_OTHERS = 4e-3
 
@@ -63,7 +65,7 @@ class RequestGate:
         self._burst_while_slow = burst_while_slow
         self._least_spin = self._spin = spin
         self._n_since_checkpoint = 0
-        self._n_without_spin = 0
+        self._n_without_spin = self._n_without_longer = 0
         self._has_spun = False
         self._parked: dict[trio.lowlevel.Task, None] = {}
         self._watched = False
@@ -155,7 +157,11 @@ class RequestGate:
                 return True
         came = self._rests(fd)
         is_soon = came and now() < start + _SOON * self._least_spin
-        self._spin = self._least_spin * _LONGER if is_soon else self._least_spin
+        if is_soon and self._spin > self._least_spin:
+            self._n_without_longer = _WITHOUT_LONGER
+        elif self._n_without_longer:
+            self._n_without_longer -= 1
+        self._spin = self._least_spin * _LONGER if is_soon and not self._n_without_longer else self._least_spin
         return came
 
     def _rests(self, fd: int) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import os
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -120,8 +120,9 @@ async def test_a_worker_rests_where_others_want_no_turn(pipe: Pipe, monkeypatch:
     assert await waits(may_rest=True) == [0, 1]
 
 
-def test_a_worker_spins_for_longer_where_requests_come_a_little_later(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three times as long while they come soon after the spinning, and as before when one did not."""
+@pytest.fixture
+def yields_until(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
+    """How often a gate yields the processor, 10 us each, until a request that comes after so many microseconds."""
     now = arrival = 0.0
     n_yields = 0
 
@@ -144,6 +145,18 @@ def test_a_worker_spins_for_longer_where_requests_come_a_little_later(monkeypatc
     monkeypatch.setattr(os, "sched_yield", give_way)
     gate = RequestGate(spin=30e-6)
     gate.may_rest = True
+
+    def yields(microseconds: int) -> int:
+        nonlocal now, n_yields, arrival
+        now, n_yields, arrival = 0, 0, microseconds * 1e-6 - 1e-9  # others had their turn just now
+        assert gate.spin(7)
+        return n_yields
+
+    return yields
+
+
+def test_a_worker_spins_for_longer_where_requests_come_a_little_later(yields_until: Callable[[int], int]) -> None:
+    """Three times as long while they come soon after the spinning, and as before when one did not."""
     for microseconds, expected in (
         (80, 3),
         (80, 8),
@@ -155,9 +168,15 @@ def test_a_worker_spins_for_longer_where_requests_come_a_little_later(monkeypatc
         (500, 3),
         (80, 3),
     ):
-        n_yields, arrival = 0, now + microseconds * 1e-6 - 1e-9
-        assert gate.spin(7)
-        assert n_yields == expected, microseconds
+        assert yields_until(microseconds) == expected, microseconds
+
+
+def test_a_worker_does_not_spin_for_longer_in_vain(yields_until: Callable[[int], int]) -> None:
+    """A client whose requests come just after the longer spinning has it tried once in a while."""
+    spun = [yields_until(100) for _ in range(40)]
+    assert spun[:3] == [3, 9, 3]
+    assert spun.count(9) == 3
+    assert [yields_until(80) for _ in range(20)][-2:] == [8, 8]
 
 
 @pytest.mark.parametrize(("n_processors", "expected"), [(1, 0), (2, 2), (4, 4), (64, 5)])
