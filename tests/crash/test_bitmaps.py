@@ -40,8 +40,9 @@ SPECS = {
     "extended": ImageSpec(size=512 * KIB, cluster_size=16384, extended_l2=True, zeroes=True, fill=0.4),
     "backing": ImageSpec(backing="raw", backing_size=150 * KIB),
 }
-# Names so long that entries of the directory lie across sectors.
-BITMAPS = {"fine" + "e" * 460: 512, "k4" * 250: 4096, "k64": 65536, "g": 1 << 31}
+# Names so long that entries of the directory lie across sectors; of the second, the place of its table is the end of
+# one, and length and flags the beginning of the next.
+BITMAPS = {"k4" * 240: 4096, "fine" * 125: 512, "k64": 65536, "g": 1 << 31}
 
 
 async def mixed(guest: Guest) -> None:
