@@ -6,6 +6,7 @@ Crash point: size-changing.
 from __future__ import annotations
 
 import errno
+from pathlib import Path
 
 import pytest
 import trio
@@ -19,9 +20,22 @@ from qcowfuse.errors import ReadOnlyImageError
 from qcowfuse.storage.base import Storage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, fail_at
-from tests.support.images import DATA, TOP, BuiltImage, ImageSpec, build_image, open_memory_image
+from tests.support.images import (
+    DATA,
+    TOP,
+    Backing,
+    BuiltImage,
+    ImageSpec,
+    StorageKind,
+    build_image,
+    open_memory_image,
+    qemu_read,
+    run_tool,
+    scratch_folder,
+    write_chain,
+)
 from tests.support.memory_storage import MemoryStorage
-from tests.support.old_bytes import build_in_turn, build_over_old_bytes
+from tests.support.old_bytes import build_in_turn, build_over_old_bytes, storage_of
 from tests.support.powercut import Guest, check_cuts, record_workload
 
 KIB = 1 << 10
@@ -236,3 +250,24 @@ async def test_growing_over_a_longer_data_file_fails_at_any_operation(spec: str)
             assert number > 5
             break
         number += 1
+
+
+@pytest.mark.parametrize("storage", ["used", "device"])
+@pytest.mark.parametrize("backing_size", [0, 40 * KIB + 512])
+async def test_no_old_bytes_behind_the_end_of_the_disk(backing_size: int, storage: StorageKind) -> None:
+    """The rest of the last cluster is zero: QEMU, where it makes the disk larger, shows it."""
+    size = 40 * KIB + 512
+    backing: Backing | None = "raw" if backing_size else None
+    spec = ImageSpec(size=size, cluster_size=4096, backing=backing, backing_size=backing_size)
+    built = build_over_old_bytes(spec, storage)
+    memory = storage_of(built, TOP)
+    image = await open_memory_image({**built.files, TOP: memory})
+    await image.write(size - 100, b"x" * 50)
+    await image.aclose()
+    contents = bytearray(built.contents)
+    contents[size - 100 : size - 50] = b"x" * 50
+    with scratch_folder() as folder:
+        path = Path(write_chain(folder, {**built.files, TOP: memory.data}))
+        run_tool("qemu-img", "resize", "-q", "-f", "qcow2", path.name, str(size + 8192), cwd=folder)
+        larger = {**built.files, TOP: path.read_bytes()}
+    assert qemu_read(larger) == contents.ljust(size + 8192, b"\0")

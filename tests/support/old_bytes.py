@@ -29,6 +29,7 @@ from qcowfuse.buffer import Buffer
 from .checker import free_clusters, linked_guest_clusters
 from .images import DATA, TOP, BuiltImage, ImageSpec, StorageKind, build_image
 from .memory_storage import MemoryStorage
+from .recording import SECTOR
 
 KINDS: tuple[StorageKind, ...] = ("file", "used", "device")
 _BEHIND = 64 << 10
@@ -146,10 +147,15 @@ def _data_file_over_old_bytes(built: BuiltImage, old: Iterator[bytes]) -> bytes:
 
 
 def _old_clusters(top: bytearray, cluster_size: int) -> Iterator[bytes]:
-    """Noise, and copies of clusters of the image, in turn but for chance."""
+    """Noise, and now and then what is in a cluster of the image, with noise in its empty sectors."""
     chooser = random.Random(len(top))
     used = bytes(top)
     n_clusters = len(used) // cluster_size
     while True:
-        start = chooser.randrange(n_clusters) * cluster_size
-        yield used[start : start + cluster_size] if chooser.random() < 0.4 else chooser.randbytes(cluster_size)
+        cluster = chooser.randbytes(cluster_size)
+        if chooser.random() < 0.4:
+            start = chooser.randrange(n_clusters) * cluster_size
+            old = used[start : start + cluster_size]
+            places = [slice(place, place + SECTOR) for place in range(0, cluster_size, SECTOR)]
+            cluster = b"".join(old[place] if any(old[place]) else cluster[place] for place in places)
+        yield cluster
