@@ -19,6 +19,8 @@ R3: freed clusters are used while a read is in flight
     the reader's bytes (tests/driver/test_concurrency.py; where a thread reads, test_reads_in_flight)
 R4: the L1 entry goes out with the counts
     an L2 table that is no table yet (tables-without-entries)
+R4: a new L2 table is linked that was not written
+    old bytes for entries (tables-without-entries)
 R4: a refcount block and its pointer go out together
     a block that is no block yet (blocks-without-pointers)
 R4: the moved refcount table and the header field go out together
@@ -43,6 +45,7 @@ from types import ModuleType
 import pytest
 
 from qcowfuse.driver.writing.feature_bits import FeatureBits
+from qcowfuse.driver.writing.new_tables import NewTables
 from qcowfuse.driver.writing.write_back import WriteBack
 from qcowfuse.driver.writing.writer import Writer
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image
@@ -54,6 +57,7 @@ from tests.support.scenarios import KIB, Fault, Scenario, run_scenario
 PLAIN = ImageSpec(size=64 * KIB, fill=0.5)
 SHARED = ImageSpec(size=64 * KIB, fill=1.0, snapshot=True, cluster_size=4096)
 EMPTY = ImageSpec(size=256 * KIB)
+TABLES = ImageSpec(cluster_size=4096, size=5 << 20)
 FULL_TABLE = ImageSpec(refcount_bits=64, size=2200 * KIB, fill=0.86)
 
 
@@ -106,6 +110,13 @@ BREAKAGES = {
         "round_.late += [Part([link]) for link in links]",
         "round_.early += [Part([link]) for link in links]",
         specs=(EMPTY, SHARED),
+    ),
+    "R4 a new table is not written": Breakage(
+        NewTables,
+        "try_make",
+        "self._storage.try_pwritev(run.host_offset, [ZEROES[:table_size]])",
+        "True",
+        specs=(TABLES,),
     ),
     "R4 blocks with their pointers": Breakage(
         WriteBack, "_write_refcounts", "        await self.flush_storage()\n", "", specs=(EMPTY, FULL_TABLE)
@@ -181,7 +192,7 @@ async def test_a_broken_rule_is_noticed(name: str, monkeypatch: pytest.MonkeyPat
 
 async def test_nothing_is_noticed_where_nothing_is_broken() -> None:
     """The same runs on sound code report nothing: what is noticed above is the breakage."""
-    assert not await noticed((PLAIN, SHARED, FULL_TABLE, replace(PLAIN, seed=9)), suspend=False)
+    assert not await noticed((PLAIN, SHARED, TABLES, FULL_TABLE, replace(PLAIN, seed=9)), suspend=False)
     assert not await noticed((SHARED,), suspend=True)
 
 
