@@ -234,7 +234,8 @@ class ChainFiles:
                 f"not opened for writing; {_USER_OPTION[what]} PATH allows it"
             )
             raise BackingChainError(holder.path, detail)
-        fd = await trio.to_thread.run_sync(partial(found.open, writable=writable))
+        opens = partial(found.open, writable=writable, before_wait=trio.from_thread.check_cancelled)
+        fd = await trio.to_thread.run_sync(opens)
         try:
             file = FileStorage(fd, path, writable=writable, io_uring=self._options.io_uring)
         except BaseException:

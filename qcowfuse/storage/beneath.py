@@ -23,10 +23,10 @@ import ctypes
 import errno
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from .opened import open_descriptor
+from .opened import go_on, open_descriptor
 
 MAX_LINKS = 40
 """Symbolic links in one name, as in the kernel."""
@@ -114,9 +114,10 @@ class FoundFile:
     path: str
     folder: Folder
 
-    def open(self, *, writable: bool) -> int:
-        """A descriptor for reading, or for both, of this very file. Raises OSError."""
-        return open_descriptor(f"/proc/self/fd/{self.fd}", writable=writable)
+    def open(self, *, writable: bool, before_wait: Callable[[], None] = go_on) -> int:
+        """A descriptor for reading, or for both, of this very file, as :func:`open_descriptor` opens it. Raises
+        OSError."""
+        return open_descriptor(f"/proc/self/fd/{self.fd}", writable=writable, before_wait=before_wait)
 
     def close(self) -> None:
         """Idempotent."""

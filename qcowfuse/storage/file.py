@@ -441,7 +441,8 @@ async def open_file_storage(path: str, *, writable: bool, io_uring: bool = False
 
     Raises OSError, with the file name, for anything else, and EROFS for a read-only device that shall be written.
     """
-    fd = await trio.to_thread.run_sync(partial(open_descriptor, path, writable=writable))
+    opens = partial(open_descriptor, path, writable=writable, before_wait=trio.from_thread.check_cancelled)
+    fd = await trio.to_thread.run_sync(opens)
     try:
         return FileStorage(fd, path, writable=writable, io_uring=io_uring)
     except BaseException:

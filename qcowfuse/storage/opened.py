@@ -16,12 +16,17 @@ import os
 import stat
 import struct
 import time
+from collections.abc import Callable
 
 _BLKROGET = 0x125E
 """linux/fs.h: whether a block device is read-only, as an int."""
 LEASE_SECONDS = 5.0
 """How long an open waits for a file that is lent; the kernel takes it back after 45 s (``fs.lease-break-time``)."""
 _LEASE_POLL = 0.02
+
+
+def go_on() -> None:
+    """For ``before_wait``: nothing ends the wait."""
 
 
 def is_block_device(fd: int) -> bool:
@@ -51,15 +56,16 @@ def length_of_path(path: str) -> int:
         os.close(fd)
 
 
-def open_descriptor(path: str, *, writable: bool, flags: int = 0) -> int:
-    """Open a regular file or block device, with more ``flags`` of os.open.
+def open_descriptor(path: str, *, writable: bool, flags: int = 0, before_wait: Callable[[], None] = go_on) -> int:
+    """Open a regular file or block device, with more ``flags`` of os.open. ``before_wait`` may raise, to end the wait
+    of rule 3.
 
     Raises OSError, with the file name: EISDIR, EINVAL for what is neither, EROFS for a read-only device that shall be
     written.
     """
     flags |= os.O_RDWR if writable else os.O_RDONLY
     # O_NONBLOCK: opening a fifo must not wait for its other end; to files it only means rule 3, to devices nothing.
-    fd = _open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    fd = _open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, before_wait)
     try:
         mode = os.fstat(fd).st_mode
         if stat.S_ISDIR(mode):
@@ -75,7 +81,7 @@ def open_descriptor(path: str, *, writable: bool, flags: int = 0) -> int:
     return fd
 
 
-def _open(path: str, flags: int) -> int:
+def _open(path: str, flags: int, before_wait: Callable[[], None]) -> int:
     """Rule 3."""
     end = time.monotonic() + LEASE_SECONDS
     while True:
@@ -85,6 +91,7 @@ def _open(path: str, flags: int) -> int:
             if time.monotonic() >= end:
                 text = "lent to a client of a file server on this machine, which does not give it back; try again"
                 raise OSError(error.errno, text, path) from error
+            before_wait()
             time.sleep(_LEASE_POLL)
 
 

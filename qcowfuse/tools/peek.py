@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import struct
 
+from ..storage.opened import open_descriptor
+
 _MAGIC = b"QFI\xfb"
 _HEADS = {1: struct.Struct(">8xQ20xI"), 2: struct.Struct(">8xQ16xI"), 3: struct.Struct(">8xQ16xI")}
 """By version: the offset of the backing file's name, and the method of encryption."""
@@ -19,7 +21,7 @@ _N_BYTES = 40
 def may_need_passphrase(path: str) -> bool:
     """Whether some layer of the chain at ``path`` may be encrypted; False for what cannot be read at all."""
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOCTTY | os.O_NONBLOCK | os.O_CLOEXEC)
+        fd = open_descriptor(path, writable=False)
         try:
             start = os.pread(fd, _N_BYTES, 0)
         finally:

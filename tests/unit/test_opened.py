@@ -10,9 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import trio
 
+from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.options import OpenOptions
 from qcowfuse.storage import opened
 from qcowfuse.storage.opened import open_descriptor
+from qcowfuse.tools.peek import may_need_passphrase
+from tests.support.images import BASE, TOP, ImageSpec, build_image
 
 
 @pytest.fixture
@@ -56,3 +61,48 @@ def test_a_lease_that_is_kept(lease: int, tmp_path: Path, monkeypatch: pytest.Mo
     assert caught.value.filename == str(tmp_path / "f")
     with pytest.raises(FileNotFoundError):
         open_descriptor(str(tmp_path / "g"), writable=True)
+
+
+@pytest.mark.parametrize("lent", ["top.img", "base.img"])
+async def test_a_stop_ends_the_wait(lent: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the image as for its backing file, however long a file stays lent."""
+    spec = ImageSpec(size=64 << 10, cluster_size=4096, backing="qcow2", backing_size=64 << 10)
+    for path, data in build_image(spec).files.items():
+        (tmp_path / os.path.basename(path)).write_bytes(data)
+    assert {os.path.basename(TOP), os.path.basename(BASE)} == {"top.img", "base.img"}
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    holder = os.open(tmp_path / lent, os.O_RDWR)
+    fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    waits: list[float] = []
+    sleep = time.sleep
+    try:
+        with trio.CancelScope() as scope:
+
+            def stop(seconds: float) -> None:
+                waits.append(seconds)
+                if len(waits) == 3:
+                    trio.from_thread.run_sync(scope.cancel)
+                sleep(0)
+
+            monkeypatch.setattr(time, "sleep", stop)
+            await open_image(str(tmp_path / "top.img"), OpenOptions())
+        assert scope.cancelled_caught
+        assert len(waits) == 3
+    finally:
+        os.close(holder)
+        signal.signal(signal.SIGIO, before)
+
+
+def test_a_look_for_encryption_waits_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the passphrase would not be asked for, and the image opened without it a moment later."""
+    path = tmp_path / "f"
+    path.write_bytes(build_image(ImageSpec(encryption="aes")).top)
+    before = signal.signal(signal.SIGIO, signal.SIG_IGN)
+    holder = os.open(path, os.O_RDWR)
+    fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+    monkeypatch.setattr(time, "sleep", lambda _: fcntl.fcntl(holder, fcntl.F_SETLEASE, fcntl.F_UNLCK))
+    try:
+        assert may_need_passphrase(str(path))
+    finally:
+        os.close(holder)
+        signal.signal(signal.SIGIO, before)
