@@ -7,7 +7,7 @@
    cluster like any other, nothing is counted and nothing is moved. An entry that names another place is corrupt.
 3. A place whose cluster is not linked holds anything: a write fills whole clusters (subclusters) there too. A place
    is given back to the file system before its entry lets go of it, under the claim: afterwards a new write may have
-   filled it again.
+   filled it again. It is in use meanwhile, and must read as before or as zeroes: not every device can promise that.
 4. Raw external data (autoclear bit 1): the file as it stands is the virtual disk. Zeroes are written into it and the
    entries stay, so there is one truth whatever fails or races; where a write of a new cluster fails halfway, the
    cluster is linked all the same. Over a backing file or with encryption the bit can't be true and means nothing.
