@@ -38,8 +38,10 @@ def warn_of_reach(fd: int, path: str) -> None:
 
 
 def needs_nobrl(file_system: str, options: tuple[str, ...]) -> bool:
-    """Whether locks are mandatory. With the Unix extensions of SMB 1 they are not."""
-    return file_system in CIFS and "nobrl" not in options and "unix" not in options
+    """Whether locks are mandatory. With the Unix extensions of SMB 1 they are not, unless ``forcemand`` has it so."""
+    if file_system not in CIFS or "nobrl" in options:
+        return False
+    return "unix" not in options or "forcemand" in options
 
 
 def refusal(fd: int, error: OSError) -> str:

@@ -39,6 +39,7 @@ def mounted(monkeypatch: pytest.MonkeyPatch, file_system: str, options: str) -> 
         ("cifs", CIFS, ["without the mount option nobrl"]),
         ("smb3", CIFS, ["without the mount option nobrl"]),
         ("cifs", "rw,vers=1.0,unix,posixpaths", []),
+        ("cifs", "rw,vers=1.0,unix,posixpaths,forcemand", ["without the mount option nobrl"]),
         ("ext4", "rw,nolock", []),
     ],
 )
