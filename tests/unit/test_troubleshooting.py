@@ -13,6 +13,7 @@ PAGE = REPOSITORY / "docs" / "troubleshooting.md"
 NO_MESSAGES = {
     "... and {} more",  # findings of a check
     "{} (qcowfuse {} --help says more)",  # behind a message
+    "unrecognized arguments: {}{}",  # argparse's words, in place of which cli.near_misses puts others
 }
 
 
