@@ -12,7 +12,16 @@ from qcowfuse.buffer import Buffer
 from qcowfuse.driver.qcow_image import QcowImage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import Check, FaultyStorage
-from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.images import (
+    DATA,
+    TOP,
+    ImageSpec,
+    build_image,
+    open_memory_image,
+    qemu_check,
+    qemu_read,
+    written_at_once,
+)
 from tests.support.memory_storage import MemoryStorage
 
 KIB = 1 << 10
@@ -54,11 +63,8 @@ class Disk:
         return found
 
     def write(self, offset: int, data: bytes) -> bool:
-        """Whether it was done at once; if not, it was not done."""
-        pending = self.image.start_write(offset, data)
-        if pending is not None:
-            pending.abandon()
-        return pending is None
+        """See :func:`~tests.support.images.written_at_once`."""
+        return written_at_once(self.image, offset, data)
 
     async def close(self) -> dict[str, bytes]:
         """The files that are left, which both checkers find sound."""

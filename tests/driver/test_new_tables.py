@@ -16,7 +16,15 @@ from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage, Hold, Operation
-from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
+from tests.support.images import (
+    TOP,
+    ImageSpec,
+    build_image,
+    open_memory_image,
+    qemu_check,
+    qemu_read,
+    written_at_once,
+)
 from tests.support.memory_storage import MemoryStorage
 from tests.support.old_bytes import UsedFile
 from tests.support.scenarios import Fault, Scenario, run_scenario
@@ -56,11 +64,8 @@ class Opened:
         return found
 
     def write(self, offset: int, data: bytes) -> bool:
-        """Whether it was done at once; if not, it was not done."""
-        pending = self.image.start_write(offset, data)
-        if pending is not None:
-            pending.abandon()
-        return pending is None
+        """See :func:`~tests.support.images.written_at_once`."""
+        return written_at_once(self.image, offset, data)
 
 
 async def opened(spec: ImageSpec, *, inline: bool = True, cache: L2CacheSize | None = None) -> Opened:

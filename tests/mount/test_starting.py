@@ -211,6 +211,14 @@ class Terminal:
         self._reports.close()
 
 
+def interrupt_prompt(terminal: Terminal, number: signal.Signals) -> None:
+    """The program ends as by Ctrl-C; the terminal echoes again, nothing is printed but the end of the line."""
+    os.kill(terminal.pid, number)
+    assert terminal.exit_code() == 130
+    assert terminal.echoes
+    assert terminal.read_until(END) == b"\r\n" + END
+
+
 @pytest.mark.parametrize("patch", ["", SLOW_FORK], ids=["at once", "child first"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_signal_at_the_prompt(
@@ -222,10 +230,7 @@ def test_a_stop_signal_at_the_prompt(
         assert terminal.echoes
         assert b"Passphrase" in terminal.read_until(b": ")
         wait_until(lambda: not terminal.echoes, "the prompt")
-        os.kill(terminal.pid, number)
-        assert terminal.exit_code() == 130
-        assert terminal.echoes
-        assert terminal.read_until(END) == b"\r\n" + END
+        interrupt_prompt(terminal, number)
 
 
 LOST_SIGNAL = """
@@ -256,10 +261,7 @@ def test_a_stop_signal_at_the_prompt_for_a_new_passphrase(
             terminal.type(b"sesame\n")
             assert b"Once more" in terminal.read_until(b": ")
             wait_until(lambda: not terminal.echoes, "the prompt")
-        os.kill(terminal.pid, number)
-        assert terminal.exit_code() == 130
-        assert terminal.echoes
-        assert terminal.read_until(END) == b"\r\n" + END
+        interrupt_prompt(terminal, number)
     assert not path.exists()
 
 

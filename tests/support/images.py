@@ -267,6 +267,14 @@ def _read(folder: str, name: str) -> bytes:
 Wrapper = Callable[[MemoryStorage], Storage]
 
 
+def written_at_once(image: QcowImage, offset: int, data: bytes) -> bool:
+    """Whether a write was done at once; if not, it was not done."""
+    pending = image.start_write(offset, data)
+    if pending is not None:
+        pending.abandon()
+    return pending is None
+
+
 async def open_memory_image(
     files: Mapping[str, bytes | bytearray | MemoryStorage],
     *,
