@@ -97,7 +97,7 @@ def configured_folders(path: str = CONFIGURATION, *, owner: int = 0) -> tuple[st
             return ()
         text = os.fsdecode(file.read(MAX_CONFIGURATION))
     folders: list[str] = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         name, has_value, value = (part.strip() for part in line.partition("="))
         if not name or name.startswith("#"):
             continue

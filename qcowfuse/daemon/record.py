@@ -131,7 +131,8 @@ def _connection_of(path: str) -> int | None:
 
 def user_of(pid: int) -> int:
     """The real user of a process. Raises OSError, ValueError."""
-    with open(f"/proc/{pid}/status", errors="replace") as status:
+    # A process chooses its name, and may put a carriage return and a line like the one looked for into it.
+    with open(f"/proc/{pid}/status", errors="replace", newline="\n") as status:
         for line in status:
             if line.startswith("Uid:"):
                 return int(line.split()[1])

@@ -147,7 +147,7 @@ def diverted(slot: int, target: int) -> Iterator[None]:
 
 def _region_at(address: int) -> _Region | None:
     """The memory that has ``address`` in it, as the process's own map shows it now. Raises OSError."""
-    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace", newline="\n") as maps:
         for line in maps:
             start, _, rest = line.partition("-")
             end, _, rest = rest.partition(" ")

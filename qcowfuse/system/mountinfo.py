@@ -22,7 +22,8 @@ class MountEntry(NamedTuple):
 
 def mount_table(process: str = "self") -> Iterator[MountEntry]:
     """The mounts of a process's namespace (by default of this process), in the kernel's order. Raises OSError."""
-    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
+    # The kernel escapes a newline, but no carriage return: only the former ends a line.
+    with open(f"/proc/{process}/mountinfo", encoding="utf-8", errors="surrogateescape", newline="\n") as lines:
         for line in lines:
             left, _, right = line.rstrip("\n").partition(" - ")
             fields, kind = left.split(" "), right.split(" ")
@@ -41,6 +42,6 @@ def mount_table(process: str = "self") -> Iterator[MountEntry]:
 def _unescape(text: str) -> str:
     if "\\" not in text:  # nearly always
         return text
-    for octal in ("040", "011", "012", "134"):
+    for octal in ("040", "011", "012", "043", "134"):
         text = text.replace(f"\\{octal}", chr(int(octal, 8)))
     return text

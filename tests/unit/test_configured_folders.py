@@ -22,6 +22,7 @@ def test_the_lines_that_count(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     text = "# bases\n\nallow-dir = /bases\nallow-dir=/more bases \n  allow-dir  =  /x=y\n"
     assert folders_in(tmp_path / "conf", text) == ("/bases", "/more bases", "/x=y")
     assert not caplog.records
+    assert folders_in(tmp_path / "conf", "allow-dir = /a\u2028b\x0bc\r\n") == ("/a\u2028b\x0bc",)
     bad = "allow-dir = relative\nallow_dirs = /a\nallow-dir\nallow-dir = /b"
     assert folders_in(tmp_path / "conf", bad) == ("/b",)
     warnings = [record.getMessage() for record in caplog.records]
