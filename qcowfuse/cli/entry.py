@@ -36,8 +36,6 @@ def qcowfuse_img() -> int:
     import_trio()
     from .img.main import main
 
-    gc.freeze()
-    gc.enable()
     return main()
 
 

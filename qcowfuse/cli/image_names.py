@@ -18,7 +18,7 @@ from ..errors import ImageUsageError
 from .option_table import Option
 
 if TYPE_CHECKING:
-    import argparse
+    from types import SimpleNamespace
 
 CONFIGURATION = "/etc/qcowfuse/qcowfuse.conf"
 MAX_CONFIGURATION = 1 << 16
@@ -66,7 +66,7 @@ def check_names(*, backing_file: str | None, allow_dirs: Sequence[str], no_backi
         raise ValueError(f"--no-backing and {other} exclude each other")
 
 
-def options_of_names(given: argparse.Namespace) -> OpenOptions:
+def options_of_names(given: SimpleNamespace) -> OpenOptions:
     """What was given of :data:`NAME_OPTIONS`. Raises ImageUsageError."""
     try:
         check_names(backing_file=given.backing_file, allow_dirs=given.allow_dir, no_backing=given.no_backing)

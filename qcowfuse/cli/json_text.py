@@ -27,6 +27,11 @@ def as_unicode(value: Any) -> Any:
     return value
 
 
+def to_text(value: Any) -> str:
+    """JSON as qemu-img lays it out."""
+    return json.dumps(as_unicode(value), indent=4)
+
+
 async def write_json(value: Any, write: Callable[[str], object], indent: str = "") -> None:
     """Write ``value`` as qemu-img lays JSON out. Where it, or an item of a dictionary in it, is an asynchronous
     generator, that is a list of which one entry is in memory at a time."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import AsyncIterator
-from dataclasses import replace
 from typing import NamedTuple
 
 import trio
@@ -104,7 +103,7 @@ class SnapshotTable:
             entry = await self.entry(number)
             n_extra = max(entry.n_extra, _WRITTEN_EXTRA)
             disk_size = virtual_size if entry.disk_size is None else entry.disk_size
-            yield serialise_snapshots([replace(entry, n_extra=n_extra, disk_size=disk_size)])
+            yield serialise_snapshots([entry._replace(n_extra=n_extra, disk_size=disk_size)])
 
 
 class _Read(NamedTuple):

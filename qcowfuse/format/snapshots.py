@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..buffer import Buffer
 from ..errors import FormatError
@@ -33,8 +33,7 @@ _EXTRA = struct.Struct(">QQQ")
 _NO_ICOUNT = (1 << 64) - 1
 
 
-@dataclass(frozen=True, slots=True)
-class Snapshot:
+class Snapshot(NamedTuple):
     """One entry. ``l1_size`` in entries, ``disk_size`` and ``vm_state_size`` in bytes.
 
     ``date_sec`` since 1970, ``vm_clock_nsec`` since the guest started. ``disk_size`` and ``icount`` are None where

@@ -24,7 +24,6 @@ import errno
 import os
 import stat
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 from .opened import go_on, open_descriptor
 
@@ -84,14 +83,16 @@ class UnfitFileError(Exception):
         super().__init__(what)
 
 
-@dataclass(slots=True)
 class Folder:
     """A folder that is held by a descriptor. ``path`` is its real path, ``given`` what the caller called it, both
     absolute."""
 
-    fd: int
-    path: str
-    given: str
+    __slots__ = ("fd", "given", "path")
+
+    def __init__(self, fd: int, path: str, given: str) -> None:
+        self.fd = fd
+        self.path = path
+        self.given = given
 
     def copy(self) -> Folder:
         """Another descriptor of it, for another owner."""
@@ -104,15 +105,17 @@ class Folder:
             os.close(fd)
 
 
-@dataclass(slots=True)
 class FoundFile:
     """A file that was found and judged, and not opened yet: ``fd`` is of the ``O_PATH`` kind. ``folder`` is where the
     last component of the name was looked up: names inside the file start from there."""
 
-    fd: int
-    status: os.stat_result
-    path: str
-    folder: Folder
+    __slots__ = ("fd", "folder", "path", "status")
+
+    def __init__(self, fd: int, status: os.stat_result, path: str, folder: Folder) -> None:
+        self.fd = fd
+        self.status = status
+        self.path = path
+        self.folder = folder
 
     def open(self, *, writable: bool, before_wait: Callable[[], None] = go_on) -> int:
         """A descriptor for reading, or for both, of this very file, as :func:`open_descriptor` opens it. Raises

@@ -16,14 +16,11 @@ Source: qcow2 specification; the categories are those of ``qemu-img check``.
 from __future__ import annotations
 
 from ..consistency.compare import check_storage
-from ..consistency.counted_refcounts import StoredRefcounts
-from ..consistency.repair import repair_storage
 from ..consistency.result import CheckResult, Fix, Progress, Report
 from ..driver.files import open_storage
 from ..driver.options import OpenOptions
 from ..errors import UnsupportedFeatureError
 from ..format.header import Qcow2Header
-from ..storage.base import Storage
 from ..tables.header import read_header
 
 
@@ -47,6 +44,8 @@ async def check_image(
     storage = await open_storage(path, bool(fix), options)
     try:
         if fix:
+            from ..consistency.repair import repair_storage
+
             return await repair_storage(storage, fix, report=report, progress=progress)
         header = await read_header(storage, for_check=True)
         if not isinstance(header, Qcow2Header):
@@ -54,28 +53,3 @@ async def check_image(
         return await check_storage(storage, header, report, progress)
     finally:
         await storage.aclose()
-
-
-async def is_preallocated(storage: Storage) -> bool:
-    """Whether a QCOW2 image has many more clusters in use than the host has blocks for, as after preallocation of
-    metadata: then what its tables call data may well be holes. Raises FormatError, OSError."""
-    header = await read_header(storage)
-    if not isinstance(header, Qcow2Header):
-        return False
-    stored = StoredRefcounts(storage, header)
-    await stored.load_table()
-    n_on_host = storage.allocated_bytes() >> header.cluster_bits
-    threshold = max(n_on_host * 10 // 9, n_on_host + 2)
-    n_clusters = -(-storage.size() >> header.cluster_bits)
-    if n_clusters < threshold:
-        return False
-    n_used = 0
-    for number in range(min(len(stored.table), -(-n_clusters >> stored.block_bits))):
-        block = await stored.block(number)
-        if block is not None:
-            left = n_clusters - (number << stored.block_bits)
-            part = block[:left]
-            n_used += len(part) - part.count(0)
-            if n_used >= threshold:
-                return True
-    return False

@@ -14,12 +14,11 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
 
 import trio
 
-from ..driver.files import local_path
 from ..errors import BackingChainError
 from ..format.entries import COPIED, serialise_table
 from ..format.extensions import (
@@ -54,14 +53,14 @@ from ..format.header_fields import (
 )
 from ..format.header_fields import COMPRESSION_DEFLATE as COMPRESSION_DEFLATE
 from ..format.header_fields import COMPRESSION_ZSTD as COMPRESSION_ZSTD
-from ..format.luks import luks_pointer
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from ..storage.opened import length_of_path
-from .create_encryption import Encryption, LuksArea, check_passphrase, make_area
-from .info import describing
 from .new_file import CreateError as CreateError
 from .new_file import NewFile, Progress, open_new_file
 from .new_file import Preallocation as Preallocation
+
+if TYPE_CHECKING:
+    from .create_encryption import Encryption, LuksArea
 
 MAX_DISK_SIZE = OFFSET_LIMIT - SECTOR_SIZE
 """Bytes."""
@@ -80,9 +79,8 @@ _MIN_CLUSTER_SIZE_FOR_NAMES = 8192
 _BACKING_FORMATS = ("raw", "qcow", "qcow2")
 
 
-@dataclass(frozen=True, slots=True)
-class CreateOptions:
-    """What to make. ``size`` in bytes, None: that of the backing file. Raises CreateError for what cannot be."""
+class CreateOptions(NamedTuple):
+    """What to make. ``size`` in bytes, None: that of the backing file."""
 
     format_name: str = "qcow2"
     size: int | None = None
@@ -99,7 +97,8 @@ class CreateOptions:
     data_file_raw: bool = False
     encryption: Encryption | None = None
 
-    def __post_init__(self) -> None:
+    def require_possible(self) -> None:
+        """Raises CreateError for what cannot be."""
         if self.backing_file is None:
             _require(self.backing_format is None, "a backing format needs a backing file (-b)")
             _require(self.size is not None, "the size is missing")
@@ -145,8 +144,7 @@ class CreateOptions:
         return self.preallocation
 
 
-@dataclass(frozen=True, slots=True)
-class _Layout:
+class _Layout(NamedTuple):
     """``parts``: what of the image is not zero, about ``n_bytes``; ``length`` of the file."""
 
     parts: Iterable[tuple[int, bytes]]
@@ -173,6 +171,7 @@ async def create_image(
 
     Raises FileExistsError, CreateError, BackingChainError, ImageLockedError, OSError.
     """
+    options.require_possible()
     size = options.size
     if options.backing_file is not None:
         backing_size = await _backing_size(path, options.backing_file, options.backing_format)
@@ -181,6 +180,8 @@ async def create_image(
     size = round_up(size, SECTOR_SIZE)
     luks: LuksArea | None = None
     if options.encryption is not None:
+        from .create_encryption import check_passphrase, make_area
+
         if passphrase is None:
             raise CreateError("an encrypted image needs a passphrase (--key-file)")
         check_passphrase(passphrase)
@@ -202,6 +203,7 @@ async def fill_image(
         backing_file=backing_file,
         backing_format=None if backing_file is None else backing_format,
     )
+    options.require_possible()
     layout = _layout_v2(size, options, None)
     await file.reserve(layout.length, Preallocation.OFF, _no_progress)
     await file.write(layout.parts, layout.n_bytes, _no_progress)
@@ -214,6 +216,8 @@ async def _backing_size(path: str, name: str, format_name: str | None) -> int:
             raise BackingChainError(path, "the image would be its own backing file")
         if format_name == "raw":
             return await trio.to_thread.run_sync(length_of_path, backing_path)
+        from .info import describing
+
         async with describing(backing_path, force_share=True) as described:
             return described.info.virtual_size
     except OSError as error:
@@ -272,7 +276,11 @@ def _layout_v2(size: int, options: CreateOptions, luks: LuksArea | None) -> _Lay
     l1_cluster = first_block + n_blocks
     luks_offset = l1_cluster + l1_clusters << cluster_bits
     first_table = l1_cluster + l1_clusters + luks_clusters
-    pointer = None if luks is None else luks_pointer(luks_offset, luks.length)
+    pointer: HeaderExtension | None = None
+    if luks is not None:
+        from ..format.luks import luks_pointer
+
+        pointer = luks_pointer(luks_offset, luks.length)
     header = serialise_header(
         _header_v2(size, options, l1_size=l1_size, l1_cluster=l1_cluster, table_clusters=table_clusters, luks=pointer)
     )
@@ -397,6 +405,8 @@ async def _write(
     files: list[NewFile] = []
     try:
         if options.data_file is not None:
+            from ..driver.files import local_path
+
             data_path = local_path(path, options.data_file, "data file")
             _require(os.path.realpath(data_path) != os.path.realpath(path), "the image would be its own data file")
             files.append(

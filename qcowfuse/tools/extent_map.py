@@ -12,26 +12,27 @@ import errno
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import ExitStack, aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import trio
 
+from ..consistency.counted_refcounts import StoredRefcounts
 from ..driver.chain import open_image
 from ..driver.layers.mapping import Layer, Mapping
 from ..driver.options import OpenOptions
 from ..format.entries import ClusterKind
 from ..format.extents import Run
 from ..format.geometry import SECTOR_SIZE, round_up
+from ..format.header import Qcow2Header
 from ..format.presence import n_without
 from ..storage.base import Storage
 from ..storage.file import FileStorage
-from .check import is_preallocated
+from ..tables.header import read_header
 
 _LOOKS_PER_CHECKPOINT = 32
 
 
-@dataclass(frozen=True, slots=True)
-class MapEntry:
+class MapEntry(NamedTuple):
     """A run of the virtual disk that is stored in one way.
 
     ``depth`` counts layers from the top; ``present``: some layer says what is there; ``data``: bytes are stored;
@@ -78,7 +79,7 @@ def _joined(first: MapEntry, second: MapEntry) -> MapEntry | None:
     ):
         return None
     expected = None if first.host_offset is None else first.host_offset + first.n_bytes
-    return replace(first, n_bytes=first.n_bytes + second.n_bytes) if expected == second.host_offset else None
+    return first._replace(n_bytes=first.n_bytes + second.n_bytes) if expected == second.host_offset else None
 
 
 class MapWalk:
@@ -110,7 +111,7 @@ class MapWalk:
                     yield pending
                 pending = entry
         if pending is None:
-            pending = replace(self._entry(0, 0, 0), present=False)  # a disk of 0 bytes has one empty entry
+            pending = self._entry(0, 0, 0)._replace(present=False)  # a disk of 0 bytes has one empty entry
         yield pending
 
     async def entries_at(self, position: int) -> list[MapEntry]:
@@ -139,7 +140,7 @@ class MapWalk:
             await trio.lowlevel.checkpoint()
         if run.kind == ClusterKind.COMPRESSED:
             entry = self._entry(depth, position, n_bytes, data=True)
-            return [replace(entry, compressed=True)]
+            return [entry._replace(compressed=True)]
         if run.kind == ClusterKind.ENCRYPTED:  # its bytes are nowhere as they are: QEMU gives no place either
             return [self._entry(depth, position, n_bytes, data=True)]
         if run.kind == ClusterKind.DATA:
@@ -245,3 +246,28 @@ def _host_extent(storage: Storage, host_offset: int, n_bytes: int) -> tuple[int,
         # ENXIO: a hole up to the end. Anything else: the file system can't tell, so it is data.
         is_hole = error.errno == errno.ENXIO
         return (n_bytes if is_hole else min(n_bytes, storage.size() - host_offset)), is_hole
+
+
+async def is_preallocated(storage: Storage) -> bool:
+    """Whether a QCOW2 image has many more clusters in use than the host has blocks for, as after preallocation of
+    metadata: then what its tables call data may well be holes. Raises FormatError, OSError."""
+    header = await read_header(storage)
+    if not isinstance(header, Qcow2Header):
+        return False
+    stored = StoredRefcounts(storage, header)
+    await stored.load_table()
+    n_on_host = storage.allocated_bytes() >> header.cluster_bits
+    threshold = max(n_on_host * 10 // 9, n_on_host + 2)
+    n_clusters = -(-storage.size() >> header.cluster_bits)
+    if n_clusters < threshold:
+        return False
+    n_used = 0
+    for number in range(min(len(stored.table), -(-n_clusters >> stored.block_bits))):
+        block = await stored.block(number)
+        if block is not None:
+            left = n_clusters - (number << stored.block_bits)
+            part = block[:left]
+            n_used += len(part) - part.count(0)
+            if n_used >= threshold:
+                return True
+    return False

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..driver.files import open_storage
-from ..driver.layers.encryption import load_luks_header
 from ..driver.options import OpenOptions
 from ..format.bitmap_directory import AUTO as AUTO
 from ..format.bitmap_directory import IN_USE as IN_USE
@@ -32,18 +31,19 @@ from ..format.header_fields import (
     INCOMPATIBLE_EXTENDED_L2,
 )
 from ..format.header_parsing import probe_format
-from ..format.luks import LuksHeader as LuksHeader
-from ..format.snapshots import Snapshot as Snapshot
 from ..storage.base import Storage
 from ..tables.bitmap_listing import each_bitmap
 from ..tables.header import read_header
 from ..tables.snapshot_table import each_snapshot, require_snapshots
 
+if TYPE_CHECKING:
+    from ..format.luks import LuksHeader as LuksHeader
+    from ..format.snapshots import Snapshot as Snapshot
+
 _SECTOR = 512
 
 
-@dataclass(frozen=True, slots=True)
-class ImageInfo:
+class ImageInfo(NamedTuple):
     """What an image says about itself; sizes in bytes, None where the format has no such thing."""
 
     path: str
@@ -84,8 +84,7 @@ async def is_version_1(path: str, *, force_share: bool = False) -> bool:
         await storage.aclose()
 
 
-@dataclass(frozen=True, slots=True)
-class Description:
+class Description(NamedTuple):
     """``info`` with what there may be very many of, which is read entry by entry."""
 
     info: ImageInfo
@@ -123,14 +122,39 @@ async def describing(path: str, *, force_share: bool = False) -> AsyncIterator[D
             if header.incompatible_features & INCOMPATIBLE_DATA_FILE:
                 n_snapshots = 0  # to QEMU an external data file knows none, whatever the table says
             if header.crypt_method == CRYPT_LUKS:
+                from ..driver.layers.encryption import load_luks_header
+
                 luks, _ = await load_luks_header(storage, header)
-                info = replace(info, luks=luks)
+                info = info._replace(luks=luks)
             async for _ in each_bitmap(storage, header):
                 n_bitmaps += 1
-            info = replace(info, n_snapshots=n_snapshots, n_bitmaps=n_bitmaps)
+            info = info._replace(n_snapshots=n_snapshots, n_bitmaps=n_bitmaps)
         yield Description(info, storage, header)
     finally:
         await storage.aclose()
+
+
+@asynccontextmanager
+async def listing_snapshots(
+    path: str, *, force_share: bool = False
+) -> AsyncIterator[tuple[int, AsyncGenerator[Snapshot]]]:
+    """How many snapshots an image has, none for version 1, and each of them; their table has been read once and is
+    sound. Raises FormatError, ImageLockedError, OSError."""
+    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
+    try:
+        header = await read_header(storage)
+        n_snapshots = await require_snapshots(storage, header) if isinstance(header, Qcow2Header) else 0
+        async with aclosing(_listed(storage, header)) as snapshots:
+            yield n_snapshots, snapshots
+    finally:
+        await storage.aclose()
+
+
+async def _listed(storage: Storage, header: Qcow1Header | Qcow2Header) -> AsyncGenerator[Snapshot]:
+    if isinstance(header, Qcow2Header):
+        async with aclosing(each_snapshot(storage, header)) as entries:
+            async for snapshot, _ in entries:
+                yield snapshot
 
 
 def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) -> ImageInfo:
@@ -155,8 +179,7 @@ def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) ->
     )
     if isinstance(header, Qcow1Header):
         return info
-    info = replace(
-        info,
+    info = info._replace(
         version=header.version,
         virtual_size=header.virtual_size,
         dirty=header.dirty,
@@ -167,8 +190,7 @@ def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) ->
         return info
     data_file = find_extension(header.extensions, EXTENSION_DATA_FILE)
     has_data_file = bool(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
-    return replace(
-        info,
+    return info._replace(
         lazy_refcounts=bool(header.compatible_features & COMPATIBLE_LAZY_REFCOUNTS),
         corrupt=header.corrupt,
         extended_l2=bool(header.incompatible_features & INCOMPATIBLE_EXTENDED_L2),

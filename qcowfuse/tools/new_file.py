@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -25,7 +24,6 @@ import trio
 
 from ..errors import ImageUsageError
 from ..storage.blocking import zero_range
-from ..storage.lock_reach import refusal
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
 from ..storage.syscalls import FALLOC_ZERO_RANGE
@@ -170,6 +168,8 @@ class NewFile:
         try:
             await trio.to_thread.run_sync(partial(function, self.fd, *args))
         except OSError as error:
+            from ..storage.lock_reach import refusal
+
             raise OSError(error.errno, refusal(self.fd, error), self.path) from error
 
 
@@ -182,7 +182,7 @@ def open_new_file(path: str, *, overwrite: bool, mode: int | None = None) -> New
     is_new = not os.path.exists(path)
     fd, other_name = open_nameless(path) if is_new else None, None
     if fd is None and is_new:
-        other_name = os.path.join(os.path.dirname(path), f".qcowfuse-{secrets.token_hex(8)}.new")
+        other_name = os.path.join(os.path.dirname(path), f".qcowfuse-{os.urandom(8).hex()}.new")
     if fd is None:
         fd = open_descriptor(other_name or path, writable=True, flags=os.O_CREAT | os.O_EXCL if is_new else 0)
     file = NewFile(path, fd, is_new=is_new, other_name=other_name)

@@ -32,8 +32,8 @@ from __future__ import annotations
 import re
 import time
 from array import array
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import aclosing, asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 
 import trio
 
@@ -46,7 +46,7 @@ from ..format.bitmap_directory import bitmap_directory_place
 from ..format.compression import parse_compressed_entry
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, entry_format, parse_table, serialise_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, divide_up
-from ..format.header import Qcow1Header, Qcow2Header
+from ..format.header import Qcow2Header
 from ..format.header_bytes import serialise_switch
 from ..format.header_fields import (
     INCOMPATIBLE_DATA_FILE,
@@ -62,12 +62,10 @@ from ..storage.base import Storage, pread
 from ..tables.header import read_header
 from ..tables.refcount_table import read_refcount_table
 from ..tables.snapshot_table import (
-    each_snapshot,
     find_snapshot,
     load_l1_table,
     load_snapshot_l1_table,
     load_snapshots,
-    require_snapshots,
 )
 from .shadow_refcounts import ShadowRefcounts
 
@@ -76,29 +74,6 @@ MAX_NAME = 255
 
 Progress = Callable[[int, int], None]
 """Called with the steps done and the steps in all, now and then."""
-
-
-@asynccontextmanager
-async def listing_snapshots(
-    path: str, *, force_share: bool = False
-) -> AsyncIterator[tuple[int, AsyncGenerator[Snapshot]]]:
-    """How many snapshots an image has, none for version 1, and each of them; their table has been read once and is
-    sound. Raises FormatError, ImageLockedError, OSError."""
-    storage = await open_storage(path, False, OpenOptions(read_only=True, force_share=force_share))
-    try:
-        header = await read_header(storage)
-        n_snapshots = await require_snapshots(storage, header) if isinstance(header, Qcow2Header) else 0
-        async with aclosing(_listed(storage, header)) as snapshots:
-            yield n_snapshots, snapshots
-    finally:
-        await storage.aclose()
-
-
-async def _listed(storage: Storage, header: Qcow1Header | Qcow2Header) -> AsyncGenerator[Snapshot]:
-    if isinstance(header, Qcow2Header):
-        async with aclosing(each_snapshot(storage, header)) as entries:
-            async for snapshot, _ in entries:
-                yield snapshot
 
 
 async def create_snapshot(

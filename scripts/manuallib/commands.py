@@ -11,7 +11,7 @@ import re
 from typing import NamedTuple
 
 from qcowfuse.cli.img.create_options import known_options
-from qcowfuse.cli.img.main import build_parser as build_img_parser
+from qcowfuse.cli.img.parser import build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import LIST_NAMES, list_words
 from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qcowfuse.cli import exit_codes
-from qcowfuse.cli.img import main as img
+from qcowfuse.cli.img import exit_codes as img_exit_codes
 
 from . import completions, roff
 from .commands import list_options, qcowfuse, qcowfuse_img
@@ -24,7 +24,7 @@ def generated() -> dict[Path, str]:
         "exit codes of qcowfuse": roff.codes(dict(exit_codes.EXPLANATIONS)),
         "commands of qcowfuse": roff.commands(programs[0]),
         "commands of qcowfuse-img": roff.commands(programs[1]),
-        "exit codes of qcowfuse-img": roff.codes(dict(img.EXPLANATIONS)),
+        "exit codes of qcowfuse-img": roff.codes(dict(img_exit_codes.EXPLANATIONS)),
     }
     found = {DATA / "completions/zsh/_qcowfuse": completions.zsh(programs)}
     for program in programs:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import EXPLANATIONS
-from qcowfuse.cli.img.main import MAX_LEAKS
+from qcowfuse.cli.img.commands.check import MAX_LEAKS
 from qcowfuse.cli.near_misses import IMG_COMMANDS, QEMU_IMG_COMMANDS
 from tests.support.mounting import REPOSITORY, environment, run_qcowfuse
 

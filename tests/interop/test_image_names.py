@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import ExitCode, exit_code_of
-from qcowfuse.cli.img.main import ImgExit, main
+from qcowfuse.cli.img.exit_codes import ImgExit
+from qcowfuse.cli.img.main import main
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.errors import BackingChainError, ImageUsageError

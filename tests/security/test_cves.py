@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.img.main import ImgExit, main
+from qcowfuse.cli.img.exit_codes import ImgExit
+from qcowfuse.cli.img.main import main
 from qcowfuse.format.extensions import EXTENSION_BACKING_FORMAT, EXTENSION_DATA_FILE
 
 REPOSITORY = Path(__file__).parents[2]

@@ -6,7 +6,6 @@ import random
 import struct
 import zlib
 from array import array
-from dataclasses import replace
 from uuid import UUID
 
 import pytest
@@ -143,9 +142,9 @@ def test_snapshots_that_no_table_holds() -> None:
     with pytest.raises(FormatError, match="69 bytes, expected 70"):
         parse_snapshot(data[:69], 0)
     with pytest.raises(FormatError, match="name of 65536 bytes"):
-        serialise_snapshots([replace(snapshot, name="n" * 65536)])
+        serialise_snapshots([snapshot._replace(name="n" * 65536)])
     with pytest.raises(FormatError, match="extra data of 32 bytes, expected 24"):
-        serialise_snapshots([replace(snapshot, n_extra=32)])
+        serialise_snapshots([snapshot._replace(n_extra=32)])
 
 
 def test_a_backing_name_that_does_not_fit_its_place() -> None:

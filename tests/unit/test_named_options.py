@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import qcowfuse
-from qcowfuse.cli.img.main import build_parser as build_img_parser
+from qcowfuse.cli.img.parser import build_parser as build_img_parser
 from qcowfuse.cli.mount.mount_options import sort_options
 from qcowfuse.cli.mount.options import OPTIONS
 from qcowfuse.cli.mount.parser import build_parser
@@ -61,7 +61,7 @@ COMMANDS = commands()
 OPENS_A_CHAIN = {"qcowfuse", "qcowfuse-img map", "qcowfuse-img resize"}
 PRINTED_BY = {
     "cli/img/create_options.py": {"qcowfuse-img create"},
-    "cli/img/main.py": {name for name in COMMANDS if name.startswith("qcowfuse-img")},
+    "cli/img": {name for name in COMMANDS if name.startswith("qcowfuse-img")},
     "tools/overlay.py": {"qcowfuse"},
     "cli/image_names.py": OPENS_A_CHAIN,
     "cli/passphrase.py": {"qcowfuse", "qcowfuse-img create", "qcowfuse-img resize"},
@@ -80,32 +80,31 @@ PRINTED_BY = {
 """By module, else by package: the commands that print its messages; all of them where nothing is said."""
 
 
-def printed_by(module: str, function: str) -> set[str]:
-    """The commands that print a message of ``function`` in ``module``."""
-    own = f"qcowfuse-img {function.removeprefix('_')}"
-    if module == "cli/img/main.py" and own in COMMANDS:
+def printed_by(module: str) -> set[str]:
+    """The commands that print a message of ``module``."""
+    own = f"qcowfuse-img {Path(module).stem}"
+    if module.startswith("cli/img/commands/") and own in COMMANDS:
         return {own}
-    return PRINTED_BY.get(module) or PRINTED_BY.get(module.partition("/")[0]) or set(COMMANDS)
+    places = (module, *map(str, Path(module).parents))
+    return next((PRINTED_BY[place] for place in places if place in PRINTED_BY), set(COMMANDS))
 
 
-def messages(source: str) -> Iterator[tuple[int, str, str]]:
-    """Line, enclosing function and text of all literal text, with ``{}`` for what is put in; no docstrings."""
+def messages(source: str) -> Iterator[tuple[int, str]]:
+    """Line and text of all literal text, with ``{}`` for what is put in; no docstrings."""
 
-    def walk(node: ast.AST, function: str) -> Iterator[tuple[int, str, str]]:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            function = function or node.name
+    def walk(node: ast.AST) -> Iterator[tuple[int, str]]:
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
             return
         if isinstance(node, ast.JoinedStr):
             parts = (str(part.value) if isinstance(part, ast.Constant) else "{}" for part in node.values)
-            yield node.lineno, function, "".join(parts)
+            yield node.lineno, "".join(parts)
             return
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.lineno, function, node.value
+            yield node.lineno, node.value
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, function)
+            yield from walk(child)
 
-    yield from walk(ast.parse(source), "")
+    yield from walk(ast.parse(source))
 
 
 def wrong_options(text: str, printers: set[str]) -> list[str]:
@@ -137,9 +136,9 @@ MODULES = [str(path.relative_to(PACKAGE)) for path in sorted(PACKAGE.rglob("*.py
 def test_messages_name_options_that_there_are(module: str) -> None:
     """All literal text of the module, help included."""
     wrong = []
-    for line, function, text in messages((PACKAGE / module).read_text()):
+    for line, text in messages((PACKAGE / module).read_text()):
         if " " in text:
-            wrong += [f"{module}:{line}: {each}" for each in wrong_options(text, printed_by(module, function))]
+            wrong += [f"{module}:{line}: {each}" for each in wrong_options(text, printed_by(module))]
     assert not wrong, "\n".join(wrong)
 
 
@@ -151,7 +150,7 @@ def test_sees_what_is_wrong() -> None:
     assert wrong_options("serve it (qcowfuse -r), or qcowfuse-img check -r all {}", set(COMMANDS)) == []
     assert wrong_options("try qcowfuse-img info -r", {"qcowfuse"})
     assert wrong_options("fusermount3 -u removes it", {"qcowfuse"}) == []
-    assert list(messages('def f():\n    """--doc string"""\n    g(f"{x}: use --y")')) == [(3, "f", "{}: use --y")]
+    assert list(messages('def f():\n    """--doc string"""\n    g(f"{x}: use --y")')) == [(3, "{}: use --y")]
 
 
 def test_every_command_is_known_here() -> None:

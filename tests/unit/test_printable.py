@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qcowfuse.cli.exit_codes import ExitCode
-from qcowfuse.cli.img.main import ImgExit, main
+from qcowfuse.cli.img.exit_codes import ImgExit
+from qcowfuse.cli.img.main import main
 from qcowfuse.cli.json_text import as_unicode
 from qcowfuse.cli.logs import OneLine
 from qcowfuse.format.extensions import EXTENSION_DATA_FILE, HeaderExtension

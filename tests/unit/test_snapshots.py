@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import struct
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -36,6 +35,7 @@ snapshots = st.builds(
     disk_size=u63,
     icount=st.none() | u63,
     n_extra=st.just(24),
+    unknown_extra=st.just(b""),
 )
 
 
@@ -48,7 +48,7 @@ def test_entries_survive_a_round_trip(table: list[Snapshot]) -> None:
     for snapshot in table:
         found, position = parse_snapshot(data, position)
         id_seen, name_seen = (text.partition("\0")[0] for text in (snapshot.snapshot_id, snapshot.name))
-        assert found == replace(snapshot, snapshot_id=id_seen, name=name_seen)
+        assert found == snapshot._replace(snapshot_id=id_seen, name=name_seen)
         assert position % 8 == 0
     assert position == len(data)
 

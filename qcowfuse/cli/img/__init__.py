@@ -1,3 +1,5 @@
-"""The program qcowfuse-img: ``main`` with its sub-commands, ``create_options`` (the text of what to make), ``output``
-(JSON and text), ``partitions`` (their listing), ``progress``.
+"""The program qcowfuse-img: ``main``, ``arguments`` with their ``parser``, ``commands`` (a module for each).
+
+What these share: ``exit_codes``, ``create_options`` (the text of what to make), ``snapshot_text`` (JSON and text),
+``progress``.
 """

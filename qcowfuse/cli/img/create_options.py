@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ...tools.create import (
     COMPRESSION_DEFLATE,
@@ -17,17 +18,9 @@ from ...tools.create import (
     CreateOptions,
     Preallocation,
 )
-from ...tools.create_encryption import (
-    CIPHER_MODES,
-    CIPHERS,
-    HASHES,
-    IV_GENERATORS,
-    MAX_ITER_TIME,
-    CipherSpec,
-    Encryption,
-    require_possible,
-)
-from ..near_misses import did_you_mean
+
+if TYPE_CHECKING:
+    from ...tools.create_encryption import Encryption
 
 _SUFFIXES = {suffix: 1 << 10 * power for power, suffix in enumerate(("", "k", "m", "g", "t", "p", "e"))}
 _QCOW2_OPTIONS = frozenset(
@@ -71,6 +64,8 @@ def _unknown(name: str, format_name: str, known: Iterable[str]) -> str:
     names = [text.rstrip("=") for text in known]
     if name in ("help", "?"):  # qemu-img's way to ask
         return f"options for format {format_name}: {', '.join(names)} (qcowfuse-img create --help says more)"
+    from ..near_misses import did_you_mean
+
     return f"unknown option {name} for format {format_name}{did_you_mean(name, names)}"
 
 
@@ -105,7 +100,7 @@ def parse_create_options(
     modes = [mode.value for mode in Preallocation]
     _require(preallocation in modes, f"preallocation={preallocation}: expected {', '.join(modes)}")
     assert version is not None
-    return CreateOptions(
+    options = CreateOptions(
         format_name=format_name,
         size=None if size is None else parse_size(size),
         cluster_bits=cluster_size.bit_length() - 1,
@@ -121,6 +116,8 @@ def parse_create_options(
         data_file_raw=_switch("data_file_raw", given.get("data_file_raw", "off")),
         encryption=_parse_encryption(format_name, given),
     )
+    options.require_possible()
+    return options
 
 
 def _parse_encryption(format_name: str, given: Mapping[str, str]) -> Encryption | None:
@@ -130,6 +127,17 @@ def _parse_encryption(format_name: str, given: Mapping[str, str]) -> Encryption 
     chosen = {name.removeprefix("encrypt."): value for name, value in given.items() if name in _ENCRYPTION_OPTIONS}
     if not chosen:
         return None
+    from ...tools.create_encryption import (
+        CIPHER_MODES,
+        CIPHERS,
+        HASHES,
+        IV_GENERATORS,
+        MAX_ITER_TIME,
+        CipherSpec,
+        Encryption,
+        require_possible,
+    )
+
     method = chosen.pop("format", "")
     known = ("aes", "luks") if format_name == "qcow2" else ("aes",)
     if method not in known:

@@ -32,7 +32,7 @@ from qcowfuse.format.luks import luks_area
 from qcowfuse.storage.base import Storage
 from qcowfuse.tables.header import read_header
 from qcowfuse.tools import extent_map, info
-from qcowfuse.tools.check import is_preallocated
+from qcowfuse.tools.extent_map import is_preallocated
 from qcowfuse.tools.info import describing
 from qcowfuse.tools.snapshot_edit import apply_snapshot, create_snapshot, delete_snapshot
 

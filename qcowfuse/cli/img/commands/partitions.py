@@ -5,21 +5,45 @@ qemu-img has nothing like it; the names in the JSON are written as qemu-img writ
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ...driver.image import Image
-from ...driver.partition_window import read_file_system, read_partition_table
-from ...partitions.values import Partition, PartitionTable
-from ...printable import printable
-from ..size_text import size_text
-from .output import to_text
+from ....driver.chain import open_image
+from ....driver.image import Image
+from ....driver.partition_window import read_file_system, read_partition_table
+from ....partitions.values import Partition, PartitionTable
+from ....printable import printable
+from ...image_names import options_of_names
+from ...json_text import to_text
+from ...passphrase import KeySource
+from ...size_text import size_text
+from ...stopping import run_until_stopped
+from ..arguments import Given
+from ..exit_codes import ImgExit
 
 _HEADINGS = ("No", "Start", "Bytes", "Size", "Boot", "File system", "Type", "UUID", "Label")
 _TO_THE_RIGHT = frozenset((0, 1, 2, 3))
 
 
-async def print_partitions(image: Image, *, as_json: bool) -> None:
+def run(given: Given) -> int:
+    options = options_of_names(given)._replace(read_only=True, force_share=given.force_share, snapshot=given.snapshot)
+    key = KeySource(given.key_file, os.environ)
+    key.prepare(given.image, options)
+
+    async def work() -> int:
+        with key.explained():
+            image = await open_image(given.image, options._replace(passphrase=key))
+        try:
+            await _print_partitions(image, as_json=given.output == "json")
+        finally:
+            await image.aclose()
+        return ImgExit.OK
+
+    return run_until_stopped(work)
+
+
+async def _print_partitions(image: Image, *, as_json: bool) -> None:
     """Print what is found. Raises what reading the image raises."""
     table = await read_partition_table(image)
     if table.kind:
