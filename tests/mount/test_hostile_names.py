@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 from qcowfuse.cli.exit_codes import ExitCode
 from tests.support import qemu
 from tests.support.matrix import KIB, MIB
-from tests.support.mounting import Mounted, daemon_pid, run_qcowfuse
+from tests.support.mounting import Mounted, create_image, daemon_pid, run_qcowfuse
 
 pytestmark = pytest.mark.mount
 EVIL = "data\x1b[2Jx\nforged by a name"
@@ -59,3 +60,20 @@ def test_the_log_of_a_served_disk_has_no_lines_of_others(tmp_path: Path) -> None
     lines = (tmp_path / "log").read_text().splitlines()
     assert any("data?[2Jx?forged by a name" in line for line in lines)
     assert all(line.isprintable() and " qcowfuse[" in line for line in lines)
+
+
+def test_names_in_the_table_of_mounts(tmp_path: Path) -> None:
+    """The kernel writes some characters of an image's name, and of a mount point, in other ways than others."""
+    point = tmp_path / "a\rb c#d\\e\tf"
+    point.mkdir()
+    image = create_image(tmp_path / "disk #1\\2.qcow2", "1M")
+    with Mounted(image, point, foreground=False):
+        listed = run_qcowfuse("list", "--output=json")
+        assert (listed.returncode, listed.stderr) == (ExitCode.OK, "")
+        assert str(point) in {mount["mount-point"] for mount in json.loads(listed.stdout)}
+        (tmp_path / "mnt").mkdir()
+        refused = run_qcowfuse("--lock-wait", "0", image, tmp_path / "mnt")
+        assert refused.returncode == ExitCode.LOCKED
+        assert "(it is mounted at " in refused.stderr
+        unmounted = run_qcowfuse("umount", image)
+        assert (unmounted.returncode, unmounted.stderr) == (ExitCode.OK, "")

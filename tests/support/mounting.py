@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -68,9 +69,9 @@ def wait_until(condition: Callable[[], bool], what: str, timeout: float = TIMEOU
 
 def is_mounted(path: Path) -> bool:
     """Whether the table of mounts has ``path``."""
-    escaped = str(path).replace("\\", "\\134").replace(" ", "\\040")
-    lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return any(line.split()[4] == escaped for line in lines)
+    lines = Path("/proc/self/mountinfo").read_bytes().decode(errors="surrogateescape").split("\n")
+    places = [line.split(" ")[4] for line in lines if line]
+    return str(path) in {re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), place) for place in places}
 
 
 def is_alive(pid: int) -> bool:

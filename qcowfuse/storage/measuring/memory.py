@@ -43,7 +43,7 @@ def available_bytes() -> int:
 
 def lockable_bytes() -> int | None:
     """What RLIMIT_MEMLOCK lets this process lock, in bytes; None without limit (CAP_IPC_LOCK). Raises OSError."""
-    with open("/proc/self/status") as status:
+    with open("/proc/self/status", newline="\n") as status:
         for line in status:
             if line.startswith("CapEff:") and int(line.split()[1], 16) >> _CAP_IPC_LOCK & 1:
                 return None
