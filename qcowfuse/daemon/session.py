@@ -315,7 +315,7 @@ class MountSession:
                 await self._outside.run(MountClient.unmount, True)
 
     def check_end(self) -> None:
-        """After the loop has ended: raise MountError when that was no unmount (rule 4 of :mod:`.mount`)."""
+        """After the loop has ended: raise MountError when that was no unmount (rule 4 of :mod:`.service`)."""
         if self._failure is not None:
             raise MountError(f"{self.path}: serving failed: {self._failure!r}") from self._failure
         if self.is_mounted():

@@ -1,4 +1,4 @@
-"""The Image protocol: what export sees of a virtual disk, whatever its format.
+"""The Image protocol: what the layers above see of a virtual disk, whatever its format.
 
 1. A request is started by a plain function, which gives the answer or a pending object (:mod:`.pending`). The caller
    awaits ``finish`` of that, once, or calls ``abandon``. What goes wrong at the start is raised there; corruption is

@@ -78,8 +78,8 @@ def serialise_header(header: Qcow1Header | Qcow2Header) -> bytes:
 
 
 def serialise_switch(header: Qcow2Header) -> bytes:
-    """What stands at :data:`~qcowfuse.format.header.SWITCH_FIELDS`: 48 bytes, in version 3 72. One write of them
-    switches an image from one set of tables to another."""
+    """What stands at :data:`~qcowfuse.format.header_fields.SWITCH_FIELDS`: 48 bytes, in version 3 72. One write of
+    them switches an image from one set of tables to another."""
     data = _SWITCH_V2.pack(
         header.size,
         header.crypt_method,

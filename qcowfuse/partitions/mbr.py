@@ -38,7 +38,7 @@ class MbrEntry(NamedTuple):
 
 
 class Mbr(NamedTuple):
-    """``extents``: where boot records lie, by their first byte. ``problems``: of the chains."""
+    """``records``: host offsets of the boot records in the chains. ``problems``: of the chains."""
 
     disk_id: str
     partitions: tuple[Partition, ...]

@@ -4,7 +4,7 @@
    lost) or a corruption (count too low, impossible entry, wrong COPIED flag); what cannot be read or judged is a
    check error.
 2. The parts: ``walk`` counts references and finds impossible entries, ``compare`` holds the counts
-   against the refcounts and the COPIED flags, ``check_snapshots`` reads the snapshot table.
+   against the refcounts and the COPIED flags, ``snapshots`` reads the snapshot table.
 3. Time goes with the entries in L2 tables. Measured, of processor time, for 16.8 million clusters of 64 KiB (1 TiB):
    0.5 s where they follow each other in the file, 4 s where they are shuffled among neighbours, 11 s at random.
    Tables with zero, compressed or extended entries among them take about 1 us an entry. Memory goes with the space in

@@ -49,7 +49,7 @@ async def opened(
 
 
 async def read(image: QcowImage, guest_offset: int, n_bytes: int) -> bytes:
-    """As export reads."""
+    """As the daemon reads."""
     return bytes(await image.read(guest_offset, n_bytes))
 
 

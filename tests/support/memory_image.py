@@ -1,4 +1,4 @@
-"""MemoryImage: an Image in a bytearray, with switches for what export must cope with."""
+"""MemoryImage: an Image in a bytearray, with switches for what those who serve it must cope with."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ async def test_a_new_image_that_is_kept_by_its_lock(
 
 
 def test_the_mount_of_a_file(tmp_path: Path) -> None:
-    """A real one is found, and names the type that :func:`~.file_systems.type_of` gives."""
+    """A real one is found, and names the type that :func:`~qcowfuse.storage.file_systems.type_of` gives."""
     fd = os.open(tmp_path, os.O_RDONLY)
     try:
         mount = file_systems.mount_of(fd)

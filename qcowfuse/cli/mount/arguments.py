@@ -1,4 +1,4 @@
-"""What the user can say: parsed, checked, and turned into the settings of driver and export.
+"""What the user can say: parsed, checked, and turned into the settings of the disk and of the mount.
 
 1. Nothing that serves is imported here: wrong arguments are told at once, and the process that waits for a daemon
    to be ready, while the daemon imports it, stays small.
