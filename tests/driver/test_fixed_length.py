@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import errno
 import random
+import struct
 from typing import Literal
 
 import pytest
 
+from tests.support.damage import COPIED, Tables
 from tests.support.images import DATA, TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
 from tests.support.old_bytes import Device
 from tests.support.oracle import DiskModel, first_difference
@@ -167,4 +169,54 @@ async def test_the_disk_grows_with_the_device_of_its_data_file(kind: Literal["pl
         await image.grow(4 * SIZE)
     assert caught.value.errno == errno.EFBIG
     await image.write(2 * SIZE - 512, b"z" * 512)
+    await image.aclose()
+
+
+def small_clusters() -> bytes:
+    """An image whose L1 table has as many clusters as a refcount block counts when the disk has 510 MiB."""
+    return build_image(ImageSpec(size=SIZE, cluster_size=512, fill=0.2)).top
+
+
+@pytest.mark.parametrize("size", [509 << 20, 511 << 20, 4 << 30])
+async def test_a_table_that_no_refcount_block_counts_alone(size: int) -> None:
+    """It goes behind all that is in use, where the blocks that count it lie behind it."""
+    device = Device(with_noise(small_clusters(), 8 << 20), suspend=True)
+    image = await open_memory_image({TOP: device})
+    before = bytes(await image.read(0, SIZE))
+    await image.grow(size)
+    await image.write(size - 4096, b"x" * 4096)
+    assert bytes(await image.read(size - 8192, 8192)) == bytes(4096) + b"x" * 4096
+    assert not first_difference(bytes(await image.read(0, SIZE)), before)
+    await image.aclose()
+    code, said = qemu_check({TOP: bytes(device.data)})
+    assert code == 0, said
+
+
+async def test_a_device_that_has_no_room_for_such_a_table() -> None:
+    """The disk stays as it is, and every cluster can be had."""
+    device = Device(with_noise(small_clusters(), 1 << 20), suspend=True)
+    image = await open_memory_image({TOP: device})
+    with pytest.raises(OSError) as caught:
+        await image.grow(8 << 30)
+    assert caught.value.errno == errno.ENOSPC
+    assert image.size == SIZE
+    await image.write(SIZE - 4096, b"x" * 4096)
+    await image.aclose()
+    code, said = qemu_check({TOP: bytes(device.data)})
+    assert code == 0, said
+
+
+async def test_such_a_table_keeps_off_clusters_that_are_not_counted() -> None:
+    """A damaged image on a device has data where its counts end: a large table goes behind that, too."""
+    data = bytearray(with_noise(small_clusters(), 8 << 20))
+    place = next(Tables(data).l2_entries())
+    uncounted = 1 << 20
+    struct.pack_into(">Q", data, place, COPIED | uncounted)
+    device = Device(bytes(data), suspend=True)
+    before = bytes(device.data[uncounted : uncounted + 512])
+    image = await open_memory_image({TOP: device})
+    await image.grow(6 << 30)
+    await image.flush()
+    assert bytes(device.data[uncounted : uncounted + 512]) == before
+    assert image.size == 6 << 30
     await image.aclose()

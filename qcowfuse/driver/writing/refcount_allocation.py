@@ -77,6 +77,8 @@ class RefcountAllocator:
         """Whatever is free may be taken, but for clusters that are ``in_use``."""
         self._first_maybe_free = self._held_back = 0
         self._in_use = in_use
+        if in_use:
+            self._growth.high_water = max(self._growth.high_water, max(in_use) + 1 << self._cluster_bits)
 
     @property
     def is_dirty(self) -> bool:
@@ -116,6 +118,10 @@ class RefcountAllocator:
 
     async def allocate_exactly(self, n_clusters: int) -> HostRun:
         """See Allocator. Where the file is too fragmented, behind its end; a device has nothing there."""
+        if self._storage.is_fixed and n_clusters >= self._per_block and not self._held_back:
+            # What new refcount blocks describe begins with the block itself, so that no run is as long.
+            with suppress(OSError):
+                return await self._allocate_behind(n_clusters)
         surplus: list[HostRun] = []
         found: HostRun | None = None
         try:
@@ -130,16 +136,22 @@ class RefcountAllocator:
                 if found.n_clusters == n_clusters:
                     taken, found = found, None
                     return taken
-            while True:
-                try:
-                    return self._growth.allocate_behind(n_clusters)
-                except SpaceMissing as missing:
-                    await self._secure(missing)
+            return await self._allocate_behind(n_clusters)
         finally:
             if found:
                 surplus.append(found)
             with trio.CancelScope(shield=True), suppress(OSError, CorruptImageError):
                 await self.release(surplus)
+
+    async def _allocate_behind(self, n_clusters: int) -> HostRun:
+        """Behind all that is in use. Raises OSError (ENOSPC)."""
+        if not self.space.is_ready:
+            await self.space.prepare()
+        while True:
+            try:
+                return self._growth.allocate_behind(n_clusters)
+            except SpaceMissing as missing:
+                await self._secure(missing)
 
     async def release(self, runs: list[HostRun], *, punch: bool = False) -> None:
         """See Allocator. Raises CorruptImageError where a count was 0 already, and where metadata lies."""

@@ -73,6 +73,12 @@ DECISIONS = (
         "the name is empty, there is nothing to read; QEMU reads its 0 bytes at a negative place",
     ),
     Decision(
+        "backing name inside of the header",
+        "backing file name at 0x[0-9a-f]+, expected behind the header of [0-9]+",
+        "",
+        "no writer puts the name there, and the bytes have another meaning: a field is damaged",
+    ),
+    Decision(
         "version 1: backing name far behind the header",
         "backing file name at 0x[0-9a-f]+, expected in the first 2 MiB",
         "",
