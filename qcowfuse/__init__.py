@@ -16,7 +16,7 @@ The packages, from the lowest to the highest; each imports only from those above
       layers            mapping, caches, ciphers, data files, claims
       reading           guest data out of a chain of images
       writing           allocation, write-back, rules R1 to R5
-      (facade)          ``qcow_image``, ``chain``, ``assembly``, ``counters``
+      (facade)          ``qcow_image``, ``chain``, ``opened_layers``, ``assembly``, ``counters``
     tools               info, map, check, create, snapshots: images at rest; overlays
     fuse                one disk as one file: operations, errnos
       libfuse           what pyfuse3 has no public way for

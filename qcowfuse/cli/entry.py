@@ -31,9 +31,6 @@ def qcowfuse_img() -> int:
     """The program qcowfuse-img; returns its exit code."""
     _let_interrupts_end_it()
     gc.disable()
-    from .trimmed_trio import import_trio
-
-    import_trio()
     from .img.main import main
 
     return main()

@@ -55,6 +55,9 @@ class KeySource:
         """
         if self._key_file is not None or self._typed >= 0 or not may_need_passphrase(image):
             return
+        from .trimmed_trio import import_trio
+
+        import_trio()
         import trio
 
         from ..driver.chain import first_encrypted_layer

@@ -1,15 +1,19 @@
-"""Stop signals end a command in good order: what it had begun is cleaned up, and the exit code tells of it."""
+"""Stop signals end a command in good order: what it had begun is cleaned up, and the exit code tells of it.
+
+1. Most commands do one thing after the other and need no event loop: :func:`run_alone_until_stopped`. What writes an
+   image that exists, or reads the data of one, needs it: :func:`run_until_stopped`.
+"""
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-import trio
-
 from ..errors import QcowFuseError
+from ..system.alone import run_alone
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -22,31 +26,61 @@ class StoppedError(QcowFuseError):
         super().__init__(f"stopped by {signal.Signals(number).name}")
 
 
+class _Stopped(BaseException):
+    """Goes through all that handles errors, as a cancellation does."""
+
+
 def run_until_stopped(function: Callable[[], Awaitable[int]]) -> int:
     """``trio.run(function)``; SIGINT, SIGTERM and SIGHUP cancel it, unless the process ignores or handles them.
 
     Raises StoppedError, and what ``function`` raises.
     """
-    if threading.current_thread() is not threading.main_thread():
-        return trio.run(function)  # signals are the main thread's
+    from .trimmed_trio import import_trio
+
+    import_trio()
+    import trio
 
     async def main() -> int:
-        received: list[int] = []
         token = trio.lowlevel.current_trio_token()
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            received.append(number)
-            token.run_sync_soon(scope.cancel)
-
-        numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
-        with trio.CancelScope() as scope:
-            for number in numbers:
-                signal.signal(number, stop)
-            try:
-                return await function()
-            finally:
-                for number in numbers:
-                    signal.signal(number, signal.SIG_DFL)
+        received: list[int] = []
+        with trio.CancelScope() as scope, _heard(received, lambda: token.run_sync_soon(scope.cancel)):
+            return await function()
         raise StoppedError(received[0])
 
     return trio.run(main)
+
+
+def run_alone_until_stopped(function: Callable[[], Awaitable[int]]) -> int:
+    """As :func:`run_until_stopped`, without an event loop (see :mod:`~qcowfuse.system.alone`)."""
+    received: list[int] = []
+
+    def check() -> None:
+        if received:
+            raise _Stopped
+
+    try:
+        with _heard(received, lambda: None):
+            return run_alone(function, check)
+    except _Stopped:
+        raise StoppedError(received[0]) from None
+
+
+@contextmanager
+def _heard(received: list[int], then: Callable[[], None]) -> Iterator[None]:
+    """Inside of the block, stop signals are added to ``received``, and ``then`` is called. Signals are the main
+    thread's: in any other there are none."""
+    numbers: list[signal.Signals] = []
+    if threading.current_thread() is threading.main_thread():
+        numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+
+    def stop(number: int, _frame: FrameType | None) -> None:
+        received.append(number)
+        then()
+
+    for number in numbers:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in numbers:
+            signal.signal(number, signal.SIG_DFL)

@@ -14,8 +14,6 @@ from array import array
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-import trio
-
 from ..errors import FormatError
 from ..format.header import Qcow2Header
 from ..format.snapshots import (
@@ -27,6 +25,7 @@ from ..format.snapshots import (
     serialise_snapshots,
 )
 from ..storage.base import Storage
+from ..system.alone import checkpoint
 
 _FIXED_SIZE = 40
 _WRITTEN_EXTRA = 24
@@ -99,7 +98,7 @@ class SnapshotTable:
         ``virtual_size``. Raises OSError."""
         for number in range(len(self)):
             if number % _PER_CHECKPOINT == 0:
-                await trio.lowlevel.checkpoint()
+                await checkpoint()
             entry = await self.entry(number)
             n_extra = max(entry.n_extra, _WRITTEN_EXTRA)
             disk_size = virtual_size if entry.disk_size is None else entry.disk_size
@@ -133,7 +132,7 @@ async def load_snapshot_table(storage: Storage, header: Qcow2Header, *, repair: 
     kept_bytes = position = 0
     for number in range(header.n_snapshots):
         if number % _PER_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         start = -(-position // 8) * 8
         offset = header.snapshots_offset + start
         read = await _read_entry(window, offset)

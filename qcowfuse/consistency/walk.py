@@ -23,8 +23,6 @@ from bisect import bisect_left
 from contextlib import aclosing
 from itertools import accumulate
 
-import trio
-
 from ..buffer import Buffer
 from ..errors import FormatError
 from ..format.bitmap_directory import (
@@ -41,6 +39,7 @@ from ..format.header_fields import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
 from ..storage.base import Storage, pread
+from ..system.alone import checkpoint
 from ..tables.bitmap_listing import each_bitmap
 from .counted_refcounts import PagesOfTables, PlainTable, ReferenceCounts, StoredRefcounts, counts_limit
 from .result import CheckResult, Progress, Report
@@ -154,7 +153,7 @@ class Walk:
         if self._steps_done % _STEPS_PER_CHECKPOINT == 0 or self.cluster_size > 1 << 15:
             if self._progress is not None:
                 self._progress(min(self._steps_done, self._steps), self._steps)
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
 
     async def l1_part(self, l1_offset: int, l1_size: int, start: int) -> array[int]:
         """Some thousand entries of an L1 table, from entry ``start`` on."""
@@ -177,7 +176,7 @@ class Walk:
         self._n_handled += n_items
         if self._n_handled >= ITEMS_PER_CHECKPOINT:
             self._n_handled = 0
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
 
     async def read(self, host_offset: int, n_bytes: int) -> Buffer:
         """Bytes of the image; zeroes past its end."""

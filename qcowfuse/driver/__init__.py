@@ -1,10 +1,10 @@
 """The virtual disk over a QCOW image: what is where, what a write has to do, and in which order.
 
 Modules: ``image`` (the protocol that the layers above see), ``pending`` (requests that go on), ``options``, ``files``
-(which files it may open), ``chain`` (open_image and the backing chain), ``assembly`` (from its layers to the disk),
-``overlay`` (what may lie over it), ``qcow_image`` (versions 1, 2 and 3), ``counters``, ``partition_window`` (a
-partition as a disk). The packages between them: ``layers`` (where bytes lie and
-what lies over them), ``reading``, ``writing``. ``chain`` has a dirty image repaired before it is written.
+(which files it may open), ``chain`` (open_image and the backing chain), ``opened_layers`` and ``assembly`` (from its
+layers to the disk), ``overlay`` (what may lie over it), ``qcow_image`` (versions 1, 2 and 3), ``counters``,
+``partition_window`` (a partition as a disk). The packages between them: ``layers`` (where bytes lie and what lies
+over them), ``reading``, ``writing``. ``chain`` has a dirty image repaired before it is written.
 
 Theory of operation
 -------------------

@@ -20,8 +20,8 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -39,16 +39,17 @@ from ..storage.base import pread
 from ..tables.header import read_header
 from ..tables.paged_table import PagedTable, TableParts
 from ..tables.snapshot_table import check_snapshot_l1_table, find_stored_snapshot, load_any_l1_table, open_l1_table
-from .assembly import OpenedLayer, assemble, geometry_of
 from .files import ChainFile, ChainFiles, StorageOpener, plain_name
 from .layers.data_file import has_data_file, open_data_file
+from .opened_layers import OpenedLayer, geometry_of, layers_of
 from .options import MAX_BACKING_DEPTH, OpenOptions
-from .qcow_image import QcowImage
 
 if TYPE_CHECKING:
     from ..format.luks import LuksHeader
     from .layers.encryption import Passphrase
+    from .layers.mapping import Layer
     from .overlay import Overlay
+    from .qcow_image import QcowImage
 
 _RAW_FORMATS = frozenset({"raw", "file", "host_device"})
 
@@ -83,9 +84,27 @@ async def open_image(
                 layers.insert(0, top)
         if not options.read_only:
             layers[0] = await _ready_to_write(layers[0])
+        from .assembly import assemble
+
         image = await assemble(layers, options)
         stack.pop_all()
     return image
+
+
+@asynccontextmanager
+async def open_layers(path: str, options: OpenOptions) -> AsyncIterator[Sequence[Layer]]:
+    """The layers of a chain, the image itself first, to look at their tables alone: nothing is unlocked, nothing
+    written. Raises what :func:`open_image` raises."""
+    options = options._replace(read_only=True, tables_only=True)
+    async with AsyncExitStack() as stack:
+        parts = TableParts()
+        with ChainFiles(options, None) as files, _Unlocking(options) as unlocking:
+            opened = await _open_chain(path, options, files, stack, parts)
+            if options.snapshot is not None:
+                opened[0] = await _at_snapshot(opened[0], options.snapshot, parts)
+            await unlocking.unlock(opened, top=opened[0])
+        layers, _ = await layers_of(opened, options)
+        yield layers
 
 
 async def first_encrypted_layer(path: str, options: OpenOptions) -> str | None:

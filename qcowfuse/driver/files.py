@@ -22,17 +22,16 @@ import errno
 import os
 import stat
 from collections.abc import Awaitable, Callable, Sequence
-from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import trio
-
 from ..errors import BackingChainError, ImageUsageError
 from ..storage.base import Storage
-from ..storage.file import FileStorage, open_file_storage
+from ..storage.blocking_file import BlockingFile
 from ..storage.file_systems import NETWORK_FILE_SYSTEMS
 from ..storage.locks import wait_image_lock, warn_of_no_lock
+from ..storage.opening import AnyFile, file_on, open_file
+from ..system.alone import check_stopped, run_blocking
 from .options import OpenOptions
 
 if TYPE_CHECKING:
@@ -49,7 +48,7 @@ async def open_storage(path: str, writable: bool, options: OpenOptions) -> Stora
 
     Raises OSError, ImageLockedError.
     """
-    file = await open_file_storage(path, writable=writable, io_uring=options.io_uring)
+    file = await open_file(path, writable=writable, io_uring=options.io_uring)
     return await _ready(file, path, writable, options)
 
 
@@ -58,7 +57,7 @@ async def open_ignoring_locks(path: str, writable: bool, options: OpenOptions) -
     return await open_storage(path, writable, options._replace(ignore_locks=True))
 
 
-async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOptions) -> Storage:
+async def _ready(file: AnyFile, path: str, writable: bool, options: OpenOptions) -> Storage:
     try:
         if options.ignore_locks:
             warn_of_no_lock(path, writable=writable)
@@ -75,11 +74,12 @@ async def _ready(file: FileStorage, path: str, writable: bool, options: OpenOpti
         raise
 
 
-def _measured(file: FileStorage, options: OpenOptions) -> Storage:
+def _measured(file: AnyFile, options: OpenOptions) -> Storage:
     storage: Storage = file
     if options.image_in_memory:
         from ..storage.measuring.memory import ResidentStorage
 
+        assert not isinstance(file, BlockingFile)
         storage = ResidentStorage(file)
     if options.io_delay is not None:
         from ..storage.measuring.latency import LatencyStorage
@@ -147,7 +147,7 @@ class ChainFiles:
         if self._opener is not None:
             self._seen.add((os.path.realpath(path),))
             return ChainFile(path, await self._opener(path, writable, self._options))
-        file = await open_file_storage(path, writable=writable, io_uring=self._options.io_uring)
+        file = await open_file(path, writable=writable, io_uring=self._options.io_uring)
         status = os.fstat(file.fileno())
         self._seen.add(_identity(status))
         return ChainFile(path, await _ready(file, path, writable, self._options), status)
@@ -234,13 +234,12 @@ class ChainFiles:
                 f"not opened for writing; {_USER_OPTION[what]} PATH allows it"
             )
             raise BackingChainError(holder.path, detail)
-        opens = partial(found.open, writable=writable, before_wait=trio.from_thread.check_cancelled)
-        fd = await trio.to_thread.run_sync(opens)
-        try:
-            file = FileStorage(fd, path, writable=writable, io_uring=self._options.io_uring)
-        except BaseException:
-            os.close(fd)
-            raise
+
+        def opens() -> int:
+            return found.open(writable=writable, before_wait=check_stopped)
+
+        fd = await run_blocking(opens)
+        file = file_on(fd, path, writable=writable, io_uring=self._options.io_uring)
         storage = await _ready(file, path, writable, self._options)
         return ChainFile(path, storage, found.status, found.folder)
 
@@ -263,7 +262,7 @@ class ChainFiles:
                     folder.close()
 
         try:
-            return await trio.to_thread.run_sync(find)
+            return await run_blocking(find)
         except OutsideError as error:
             place = name if error.target == name else f"{name} ({error.target})"
             detail = f"names {what} {place}, outside of its own folder: not opened"

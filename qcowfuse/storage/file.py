@@ -12,8 +12,7 @@
 
    Plain buffered writes on ext4 and xfs end in about 1.5 us and 0.1 ms at worst; on btrfs they have been
    seen to take 30 ms.
-2. The descriptor is looked up on each call and is -1 after :meth:`FileStorage.aclose`: a late call gets
-   EBADF and can never reach another file that was given the same number.
+2. The descriptor is looked up on each call and is -1 after :meth:`FileStorage.aclose` (see :mod:`.opened_file`).
 3. Buffers are bytes, bytearrays, or contiguous memoryviews of bytes.
 4. A refused RWF_NOWAIT read has set the disk to work already; the caller goes on to :meth:`FileStorage.pread`.
 5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB, and so do
@@ -25,20 +24,20 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
 from ..buffer import Buffer
 from . import file_systems
-from .base import Deliver, OnDelivered, StorageCounters, TryPread, TryPreadInto, TryPwritev
+from .base import Deliver, OnDelivered, TryPread, TryPreadInto, TryPwritev
 from .blocking import read_all, read_all_into, write_all, zero_range
 from .calls_in_flight import CallsInFlight
 from .durability import Durability
 from .flushes import DiskFlushes
 from .held import Held
-from .opened import is_block_device, length_of, open_descriptor
+from .opened import length_of
+from .opened_file import OpenedFile
 from .ring import MAX_READ_BYTES, Ring, retain_ring
 from .space import allocate_range, give_back
 from .syscalls import FALLOC_ZERO_RANGE
@@ -56,7 +55,7 @@ sys_pwrite = os.pwrite
 T = TypeVar("T")
 
 
-class FileStorage:
+class FileStorage(OpenedFile):
     """A Storage on an open file descriptor, which it owns from now on. Make it inside a trio run.
 
     ``try_pread``, ``try_pread_into`` and ``try_pwritev`` are bound once to what the file system can do.
@@ -68,11 +67,8 @@ class FileStorage:
     try_pwritev: TryPwritev
 
     def __init__(self, fd: int, path: str, *, writable: bool, io_uring: bool = False) -> None:
-        self._fd = fd
-        self._name = path
+        super().__init__(fd, path)
         self._writable = writable
-        self._size = length_of(fd)
-        self.is_fixed = is_block_device(fd)
         self._file_system = file_systems.type_of(fd)
         self._in_memory = self._file_system in file_systems.MEMORY_FILE_SYSTEMS
         self._zero_mode = FALLOC_ZERO_RANGE
@@ -84,7 +80,6 @@ class FileStorage:
 
             self._reserve_fd = open_reserve(fd, path)
         self._closed = trio.Event()
-        self.counters = StorageCounters()
         self.durability = Durability(path, self.counters)
         self._calls = CallsInFlight(retain_worker_pool(), path)
         self.ring: Ring | None = None
@@ -118,11 +113,6 @@ class FileStorage:
         self.try_pread_into = self._decline_pread_into
 
     @property
-    def name(self) -> str:
-        """The path as it was given."""
-        return self._name
-
-    @property
     def writable(self) -> bool:
         """Whether the file was opened for writing."""
         return self._writable
@@ -136,32 +126,6 @@ class FileStorage:
     def n_in_flight(self) -> int:
         """Calls that go on in a thread or in the ring."""
         return self._calls.n
-
-    def fileno(self) -> int:
-        """The descriptor, for locks; -1 after :meth:`aclose`."""
-        return self._fd
-
-    def size(self) -> int:
-        """The length in bytes."""
-        return self._size
-
-    def refresh_size(self) -> None:
-        """See Storage. The process that held the lock before may have changed it, too. Raises OSError."""
-        self._size = length_of(self._fd)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of disk space in use; of a device, all that it has. Raises OSError."""
-        if self.is_fixed:
-            return self._size
-        return os.fstat(self._fd).st_blocks * 512
-
-    def free_bytes(self) -> int:
-        """Bytes that may still be written to the file system, for an ordinary user; the length of a device, which
-        has none. Raises OSError."""
-        if self.is_fixed:
-            return self._size
-        status = os.fstatvfs(self._fd)
-        return status.f_bavail * status.f_frsize
 
     # -- inline
 
@@ -437,14 +401,9 @@ class FileStorage:
 
 
 async def open_file_storage(path: str, *, writable: bool, io_uring: bool = False) -> FileStorage:
-    """Open a regular file or block device; ``io_uring``: for reads, where it can be had.
+    """:func:`.opening.open_file` in a program that has an event loop. Raises what that raises."""
+    from .opening import open_file
 
-    Raises OSError, with the file name, for anything else, and EROFS for a read-only device that shall be written.
-    """
-    opens = partial(open_descriptor, path, writable=writable, before_wait=trio.from_thread.check_cancelled)
-    fd = await trio.to_thread.run_sync(opens)
-    try:
-        return FileStorage(fd, path, writable=writable, io_uring=io_uring)
-    except BaseException:
-        os.close(fd)
-        raise
+    file = await open_file(path, writable=writable, io_uring=io_uring)
+    assert isinstance(file, FileStorage)
+    return file

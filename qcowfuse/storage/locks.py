@@ -18,10 +18,7 @@ import errno
 import fcntl
 import logging
 import os
-import random
 import struct
-
-import trio
 
 from ..errors import ImageLockedError
 
@@ -94,6 +91,13 @@ def acquire_image_lock(fd: int, path: str, *, writable: bool) -> None:
 async def wait_image_lock(fd: int, path: str, *, writable: bool, timeout: float) -> None:
     """:func:`acquire_image_lock`, tried again for ``timeout`` seconds (0: once), of which the log tells when it takes
     long. Raises what that raises."""
+    if timeout <= 0:
+        acquire_image_lock(fd, path, writable=writable)
+        return
+    import random
+
+    import trio
+
     start = trio.current_time()
     is_told = False
     while True:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 
-import trio
-
 from ..format.bitmap_directory import (
     MAX_BITMAP_ENTRY,
     BitmapEntry,
@@ -15,6 +13,7 @@ from ..format.bitmap_directory import (
 )
 from ..format.header import Qcow2Header
 from ..storage.base import Storage, pread
+from ..system.alone import checkpoint
 
 _CHUNK = 1 << 18
 _PER_CHECKPOINT = 256
@@ -36,6 +35,6 @@ async def each_bitmap(storage: Storage, header: Qcow2Header) -> AsyncGenerator[B
         entry, position = parse_bitmap_entry(buffer, buffer_start, position, n_bytes, 1 << header.cluster_bits)
         n_found += 1
         if n_found % _PER_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         yield entry
     require_bitmaps(n_found, n_bitmaps, position)

@@ -7,13 +7,12 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing
 from typing import TYPE_CHECKING, TypeVar
 
-import trio
-
 from ..errors import FormatError, ImageUsageError
 from ..format.entries import Table, parse_table
 from ..format.header import Qcow1Header, Qcow2Header
 from ..format.header_fields import MAX_L1_SIZE
 from ..storage.base import Storage, pread
+from ..system.alone import checkpoint
 from .paged_table import MAX_HELD, PagedTable, TableParts
 
 if TYPE_CHECKING:
@@ -73,7 +72,7 @@ async def _each_entry(
             buffer += await storage.pread(header.snapshots_offset + buffer_offset + len(buffer), _CHUNK)
         entry, position = parse(buffer, position)
         if number % _PER_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         if buffer_offset + position > MAX_SNAPSHOT_TABLE_SIZE:
             detail = f"more than {MAX_SNAPSHOT_TABLE_SIZE} bytes, in {header.n_snapshots} entries"
             raise FormatError("snapshot table", header.snapshots_offset, detail)

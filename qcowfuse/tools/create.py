@@ -17,8 +17,6 @@ from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import trio
-
 from ..errors import BackingChainError
 from ..format.entries import COPIED, serialise_table
 from ..format.extensions import (
@@ -55,6 +53,7 @@ from ..format.header_fields import COMPRESSION_DEFLATE as COMPRESSION_DEFLATE
 from ..format.header_fields import COMPRESSION_ZSTD as COMPRESSION_ZSTD
 from ..format.refcounts import empty_refcounts, entries_per_block, serialise_refcounts
 from ..storage.opened import length_of_path
+from ..system.alone import run_blocking
 from .new_file import CreateError as CreateError
 from .new_file import NewFile, Progress, open_new_file
 from .new_file import Preallocation as Preallocation
@@ -186,7 +185,7 @@ async def create_image(
             raise CreateError("an encrypted image needs a passphrase (--key-file)")
         check_passphrase(passphrase)
         if options.encryption.spec is not None:
-            luks = await trio.to_thread.run_sync(make_area, options.encryption, passphrase)
+            luks = await run_blocking(make_area, options.encryption, passphrase)
     layout = _layout_v1(size, options) if options.format_name == "qcow" else _layout_v2(size, options, luks)
     await _write(path, layout, options, size, overwrite=overwrite, progress=progress, mode=mode)
     return size
@@ -215,7 +214,7 @@ async def _backing_size(path: str, name: str, format_name: str | None) -> int:
         if os.path.exists(path) and os.path.samefile(path, backing_path):
             raise BackingChainError(path, "the image would be its own backing file")
         if format_name == "raw":
-            return await trio.to_thread.run_sync(length_of_path, backing_path)
+            return await run_blocking(length_of_path, backing_path)
         from .info import describing
 
         async with describing(backing_path, force_share=True) as described:
@@ -409,10 +408,8 @@ async def _write(
 
             data_path = local_path(path, options.data_file, "data file")
             _require(os.path.realpath(data_path) != os.path.realpath(path), "the image would be its own data file")
-            files.append(
-                await trio.to_thread.run_sync(partial(open_new_file, data_path, overwrite=overwrite, mode=mode))
-            )
-        files.append(await trio.to_thread.run_sync(partial(open_new_file, path, overwrite=overwrite, mode=mode)))
+            files.append(await run_blocking(partial(open_new_file, data_path, overwrite=overwrite, mode=mode)))
+        files.append(await run_blocking(partial(open_new_file, path, overwrite=overwrite, mode=mode)))
         image = files[-1]
         if image.is_device and options.format_name == "qcow":
             raise CreateError(f"{path}: version 1 only grows at the end of its file, and a block device has none")

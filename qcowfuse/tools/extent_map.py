@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import ExitStack, aclosing, asynccontextmanager
 from typing import NamedTuple
 
-import trio
-
 from ..consistency.counted_refcounts import StoredRefcounts
-from ..driver.chain import open_image
+from ..driver.chain import open_layers
 from ..driver.layers.mapping import Layer, Mapping
 from ..driver.options import OpenOptions
 from ..format.entries import ClusterKind
@@ -26,7 +24,8 @@ from ..format.geometry import SECTOR_SIZE, round_up
 from ..format.header import Qcow2Header
 from ..format.presence import n_without
 from ..storage.base import Storage
-from ..storage.file import FileStorage
+from ..storage.opened_file import OpenedFile
+from ..system.alone import checkpoint
 from ..tables.header import read_header
 
 _LOOKS_PER_CHECKPOINT = 32
@@ -57,15 +56,11 @@ async def map_image(path: str, options: OpenOptions | None = None) -> AsyncItera
 
     Raises what :func:`~qcowfuse.driver.chain.open_image` raises, CorruptImageError, OSError.
     """
-    options = (options or OpenOptions())._replace(read_only=True, tables_only=True)
-    image = await open_image(path, options)
-    try:
-        walk = MapWalk(image.layers)
+    async with open_layers(path, options or OpenOptions()) as layers:
+        walk = MapWalk(layers)
         await walk.find_holes()
         async with aclosing(walk.run()) as entries:
             yield entries
-    finally:
-        await image.aclose()
 
 
 def _joined(first: MapEntry, second: MapEntry) -> MapEntry | None:
@@ -85,7 +80,7 @@ def _joined(first: MapEntry, second: MapEntry) -> MapEntry | None:
 class MapWalk:
     """One pass over a chain, the top layer first."""
 
-    def __init__(self, layers: tuple[Layer, ...]) -> None:
+    def __init__(self, layers: Sequence[Layer]) -> None:
         self.layers = layers
         self.recursive: list[bool] = []
         """By layer: whether holes of the host file tell more than the tables do."""
@@ -137,7 +132,7 @@ class MapWalk:
                 return [self._entry(depth, position, n_bytes, zero=True, host_offset=position)]
         self.n_looks += 1
         if self.n_looks % _LOOKS_PER_CHECKPOINT == 0:
-            await trio.lowlevel.checkpoint()
+            await checkpoint()
         if run.kind == ClusterKind.COMPRESSED:
             entry = self._entry(depth, position, n_bytes, data=True)
             return [entry._replace(compressed=True)]
@@ -234,7 +229,7 @@ def _host_extent(storage: Storage, host_offset: int, n_bytes: int) -> tuple[int,
     """How many bytes from ``host_offset`` on are alike, at most ``n_bytes``, and whether they are a hole."""
     if host_offset >= storage.size():
         return n_bytes, True
-    if not isinstance(storage, FileStorage):
+    if not isinstance(storage, OpenedFile):
         return min(n_bytes, storage.size() - host_offset), False
     fd = storage.fileno()
     try:

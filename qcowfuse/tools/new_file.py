@@ -20,13 +20,12 @@ from contextlib import suppress
 from enum import Enum
 from functools import partial
 
-import trio
-
 from ..errors import ImageUsageError
 from ..storage.blocking import zero_range
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
 from ..storage.syscalls import FALLOC_ZERO_RANGE
+from ..system.alone import run_blocking
 
 Progress = Callable[[int, int], None]
 """Called with the bytes done and the bytes in all, now and then."""
@@ -127,11 +126,11 @@ class NewFile:
         await self._run(os.fsync)
         if not self._is_new:
             return
-        folder = await trio.to_thread.run_sync(_open_folder, self.path)
+        folder = await run_blocking(_open_folder, self.path)
         try:
             await self._run(self._give_name, folder)
             with suppress(OSError):  # some file systems don't sync folders
-                await trio.to_thread.run_sync(os.fsync, folder)
+                await run_blocking(os.fsync, folder)
         finally:
             os.close(folder)
 
@@ -166,7 +165,7 @@ class NewFile:
     async def _run(self, function: Callable[..., object], *args: object) -> None:
         """``function(fd, *args)`` in a thread. Raises OSError with the file's name."""
         try:
-            await trio.to_thread.run_sync(partial(function, self.fd, *args))
+            await run_blocking(partial(function, self.fd, *args))
         except OSError as error:
             from ..storage.lock_reach import refusal
 

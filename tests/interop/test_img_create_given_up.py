@@ -27,7 +27,8 @@ WAYS = {
 STEPS = ("reserve", "write", "publish")
 """Methods of NewFile that something may end."""
 ENDED = """
-import os, sys, trio
+import os, sys
+from qcowfuse.system.alone import checkpoint
 from qcowfuse.tools import new_file
 from qcowfuse.cli.img.main import main
 name, number, nameless = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "nameless"
@@ -35,10 +36,10 @@ original = getattr(new_file.NewFile, name)
 async def ended(*args, **keywords):
     if name == "publish":
         os.kill(os.getpid(), number)
-        await trio.sleep(30)
+        await checkpoint()
     await original(*args, **keywords)
     os.kill(os.getpid(), number)
-    await trio.sleep(30)
+    await checkpoint()
 setattr(new_file.NewFile, name, ended)
 if not nameless:
     new_file.open_nameless = lambda path: None

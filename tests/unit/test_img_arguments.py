@@ -77,9 +77,20 @@ def test_mistakes_are_told(words: list[str], capsys: pytest.CaptureFixture[str])
 
 
 def test_a_plain_command_imports_no_more_than_it_needs(tmp_path: Path) -> None:
-    """No parser of command lines, and nothing of other commands."""
+    """No parser of command lines, no event loop, and nothing of other commands."""
     image = tmp_path / "image.qcow2"
-    needless = {"argparse", "gettext", "dataclasses", "inspect", "hashlib", "shutil", "uuid"}
+    needless = {
+        "trio",
+        "qcowfuse.cli.trimmed_trio",
+        "qcowfuse.storage.file",
+        "argparse",
+        "gettext",
+        "dataclasses",
+        "inspect",
+        "hashlib",
+        "shutil",
+        "uuid",
+    }
     needless |= {f"qcowfuse.tools.{name}" for name in ("snapshot_edit", "shadow_refcounts", "create_encryption")}
     needless |= {f"qcowfuse.{name}" for name in ("consistency.repair", "cli.img.parser", "cli.passphrase")}
     own = {"create": "qcowfuse.tools.create", "check": "qcowfuse.tools.check", "map": "qcowfuse.tools.extent_map"}

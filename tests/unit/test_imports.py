@@ -11,7 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[2] / "qcowfuse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-IMAGE = "errors buffer printable format storage tables consistency"
+IMAGE = "errors buffer printable format system storage tables consistency"
 ROOMS = {
     "errors": "",
     "buffer": "",
@@ -22,9 +22,9 @@ ROOMS = {
     "system": "errors",
     "storage": "errors buffer system",
     "storage.measuring": "buffer storage",
-    "tables": "errors format storage printable",
-    "consistency": "errors buffer printable format storage tables",
-    "driver": "errors buffer format partitions storage printable storage.measuring",
+    "tables": "errors format system storage printable",
+    "consistency": "errors buffer printable format system storage tables",
+    "driver": "errors buffer format partitions system storage printable storage.measuring",
     "driver.layers": f"{IMAGE} driver",
     "driver.reading": f"{IMAGE} driver driver.layers",
     "driver.writing": f"{IMAGE} driver driver.layers driver.reading",
@@ -44,6 +44,7 @@ ROOMS = {
 """Each room and those it may import from, besides its own. ``qcowfuse/__init__.py`` draws them."""
 WITHIN = {
     "assembly": "driver.facade",
+    "opened_layers": "driver.facade",
     "chain": "driver.facade",
     "qcow_image": "driver.facade",
     "counters": "driver.facade",

@@ -14,8 +14,10 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-import trio
+if TYPE_CHECKING:
+    import trio
 
 LAYER_BITS = 8
 SECTOR_WORDS = 64
@@ -116,7 +118,8 @@ class TableCache:
         self.evictions = 0
         self.write_backs = 0
         self.write_back: Callable[[], Awaitable[None]] | None = None
-        self._loading: dict[int, trio.Event] = {}
+        self._loading: dict[int, trio.Event | None] = {}
+        """By key; an event only where somebody waits."""
 
     @property
     def is_loading(self) -> bool:
@@ -151,20 +154,29 @@ class TableCache:
                 slice_.n_pins += 1
                 self.touch(slice_)
                 return slice_
-            loading = self._loading.get(key)
-            if loading is None:
+            if key not in self._loading:
                 break
-            await loading.wait()
+            await self._wait_for(key)
         self.misses += 1
-        self._loading[key] = event = trio.Event()
+        self._loading[key] = None
         try:
             await self._make_room()
             slice_ = await read_slice()
             self.insert(slice_)
         finally:
-            del self._loading[key]
-            event.set()
+            event = self._loading.pop(key)
+            if event is not None:
+                event.set()
         return slice_
+
+    async def _wait_for(self, key: int) -> None:
+        """Until a load has ended, in whatever way."""
+        import trio
+
+        event = self._loading[key]
+        if event is None:
+            event = self._loading[key] = trio.Event()
+        await event.wait()
 
     def insert(self, slice_: L2Slice) -> None:
         """Take in a slice that is not there yet, pinned once."""

@@ -11,7 +11,7 @@ from ....consistency.result import CheckResult, Fix
 from ....printable import printable
 from ....tools.check import check_image
 from ....tools.info import is_version_1
-from ...stopping import run_until_stopped
+from ...stopping import run_alone_until_stopped, run_until_stopped
 from ..arguments import Given
 from ..exit_codes import ImgExit
 from ..progress import ProgressLine
@@ -68,7 +68,7 @@ def run(given: Given) -> int:
             return ImgExit.CORRUPTIONS
         return ImgExit.LEAKS if result.leaks else ImgExit.OK
 
-    return run_until_stopped(work)
+    return run_until_stopped(work) if fix else run_alone_until_stopped(work)
 
 
 def _as_json(path: str, result: CheckResult) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import sys
 from ....printable import printable
 from ....tools.create import create_image
 from ...size_text import size_text
-from ...stopping import run_until_stopped
+from ...stopping import run_alone_until_stopped
 from ..arguments import Given
 from ..create_options import parse_create_options
 from ..exit_codes import ImgExit
@@ -25,7 +25,7 @@ def run(given: Given) -> int:
         passphrase = ask_for_new(given.image) if given.key_file is None else read_key_file(given.key_file)
     try:
         with ProgressLine(sys.stderr, is_wanted=not given.quiet) as progress:
-            created = run_until_stopped(
+            created = run_alone_until_stopped(
                 lambda: create_image(
                     given.image,
                     options,

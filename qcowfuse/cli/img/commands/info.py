@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ....printable import printable
 from ....tools.info import AUTO, IN_USE, BitmapEntry, Description, describing
 from ...size_text import size_text
-from ...stopping import run_until_stopped
+from ...stopping import run_alone_until_stopped
 from ..arguments import Given
 from ..exit_codes import ImgExit
 
@@ -37,7 +37,7 @@ def run(given: Given) -> int:
                 await _write_info(described, print)
         return ImgExit.OK
 
-    return run_until_stopped(work)
+    return run_alone_until_stopped(work)
 
 
 def _info_json(described: Description) -> Json:

@@ -9,7 +9,7 @@ from typing import Any
 from ....printable import printable
 from ....tools.extent_map import MapEntry, map_image
 from ...image_names import options_of_names
-from ...stopping import run_until_stopped
+from ...stopping import run_alone_until_stopped
 from ..arguments import Given
 from ..exit_codes import ImgExit
 
@@ -34,7 +34,7 @@ def run(given: Given) -> int:
             print("]")
         return ImgExit.OK
 
-    return run_until_stopped(work)
+    return run_alone_until_stopped(work)
 
 
 _HEADING = f"{'Offset':<15} {'Length':<15} {'Kind':<12} {'Mapped to':<15} File"

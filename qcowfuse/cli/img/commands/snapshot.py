@@ -6,7 +6,7 @@ import sys
 
 from ....errors import ImageUsageError
 from ....tools.info import listing_snapshots
-from ...stopping import run_until_stopped
+from ...stopping import run_alone_until_stopped, run_until_stopped
 from ..arguments import Given
 from ..exit_codes import ImgExit
 from ..progress import ProgressLine
@@ -15,7 +15,7 @@ from ..progress import ProgressLine
 def run(given: Given) -> int:
     """List the snapshots, or change one."""
     if given.create is None and given.apply is None and given.delete is None:
-        return run_until_stopped(lambda: _list(given))
+        return run_alone_until_stopped(lambda: _list(given))
     if given.force_share:
         raise ImageUsageError(
             f"{given.image}: -U goes with -l alone: nobody else may have an image open that changes"
