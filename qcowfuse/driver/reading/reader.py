@@ -20,10 +20,10 @@ from ..image import LARGE_READ, never
 from ..layers.mapping import ChainLookup, Layer
 from ..layers.table_cache import TableCache
 from ..pending import PendingRead, PendingSource, RequestGuard
-from .chain_reader import QuickReader
 from .compressed import CompressedReads
 from .decoding import CompressedSource
 from .fetching import Fetcher
+from .quick_reader import QuickReader
 
 
 class ChainReader:
