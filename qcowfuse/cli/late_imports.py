@@ -39,14 +39,6 @@ def real_module(name: str) -> ModuleType:
 
 
 @contextmanager
-def imported_late(*names: str) -> Iterator[None]:
-    """Inside of the block, an import of one of these top-level modules gives a stand-in that imports it when it is
-    used."""
-    with standing_in(*map(LateModule, names)):
-        yield
-
-
-@contextmanager
 def standing_in(*modules: ModuleType) -> Iterator[None]:
     """Inside of the block, an import of a module with one of these names gives the one that is passed here."""
     stand_ins = [module for module in modules if module.__name__ not in sys.modules]

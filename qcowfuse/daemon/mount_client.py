@@ -29,7 +29,6 @@ class MountClient:
     """The methods that may be asked for by name."""
     ONLY_OUTSIDE = frozenset(("write_back_served",))
     """Those that nobody but the process outside may call: they are a convenience, not worth a risk."""
-    _removes_place = False
 
     def __init__(self, place: MountPoint, file_name: str, *, removes_place: bool = False) -> None:
         self._place = place

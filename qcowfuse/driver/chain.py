@@ -32,6 +32,7 @@ from ..format.header_fields import (
     CRYPT_NONE,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_DIRTY,
+    MAGIC,
     MAX_L1_SIZE,
 )
 from ..format.header_parsing import probe_format
@@ -212,8 +213,8 @@ async def _open_below(opened: list[OpenedLayer], file: ChainFile, format_name: s
     if not opened:
         return await _open_layer(file, format_name, parts)
     if format_name == "unnamed":
-        start = await pread(file.storage, 0, min(4, file.storage.size()))
-        if bytes(start) == b"QFI\xfb":
+        start = await pread(file.storage, 0, min(len(MAGIC), file.storage.size()))
+        if bytes(start) == MAGIC:
             detail = (
                 f"names backing file {file.path} without its format, and that file looks like QCOW; say what it is: "
                 "--backing-format qcow2, or raw if it is a raw disk in which a guest may have written that"

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from ..errors import FormatError
 from .extensions import EXTENSION_BITMAPS, find_extension
+from .geometry import round_up
 from .header import Qcow2Header
 from .header_fields import AUTOCLEAR_BITMAPS
 
@@ -88,7 +89,7 @@ def parse_bitmap_entry(
         )
     name = bytes(data[start - data_start : end - data_start]).partition(b"\0")[0].decode("utf-8", "surrogateescape")
     entry = BitmapEntry(name, table_offset, table_size, flags, 1 << granularity_bits, position)
-    return entry, position + -(-(end - position) // 8) * 8
+    return entry, position + round_up(end - position, 8)
 
 
 def parse_bitmap_directory(data: bytes, n_bitmaps: int, cluster_size: int) -> tuple[BitmapEntry, ...]:

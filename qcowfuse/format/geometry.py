@@ -12,8 +12,10 @@ SECTOR_SIZE = 512
 MIN_CLUSTER_BITS = 9
 MAX_CLUSTER_BITS = 21
 MAX_REFCOUNT_ORDER = 6
-L2_ENTRY_SIZE = WORD_SIZE = 8
+WORD_SIZE = 8
 """Bytes of a table word: an L1 or standard L2 entry has one, an extended L2 entry two."""
+SECTOR_WORDS = SECTOR_SIZE // WORD_SIZE
+"""Words of a table in one sector."""
 MAX_SLICE_SIZE = 64 * 1024
 """Bytes of an L2 table that are read, cached and evicted as one; smaller tables are one slice."""
 

@@ -19,7 +19,7 @@ from .extensions import (
     HeaderExtension,
     parse_extensions,
 )
-from .geometry import L2_ENTRY_SIZE, MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, divide_up
+from .geometry import MAX_CLUSTER_BITS, MAX_REFCOUNT_ORDER, MIN_CLUSTER_BITS, WORD_SIZE, divide_up
 from .header import Qcow1Header, Qcow2Header, decode_name, incompatible_names
 from .header_fields import (
     AUTOCLEAR_BITMAPS,
@@ -160,7 +160,7 @@ def _parse_v1(data: bytes) -> Qcow1Header:
         l1_table_offset=l1_table_offset,
         backing_file=backing_file,
     )
-    l1_bytes = header.n_l1_entries * L2_ENTRY_SIZE
+    l1_bytes = header.n_l1_entries * WORD_SIZE
     _require(l1_bytes <= MAX_V1_L1_SIZE, 24, f"L1 table of {l1_bytes:#x} bytes, expected at most {MAX_V1_L1_SIZE:#x}")
     _require(
         l1_table_offset < OFFSET_LIMIT - l1_bytes,
@@ -312,7 +312,7 @@ def _check_tables(header: Qcow2Header, *, may_lack_refcounts: bool) -> None:
             header.n_snapshots * SNAPSHOT_ENTRY_SIZE,
             MAX_SNAPSHOTS * SNAPSHOT_ENTRY_SIZE,
         ),
-        ("L1 table", 40, header.l1_table_offset, header.l1_size * L2_ENTRY_SIZE, MAX_L1_SIZE),
+        ("L1 table", 40, header.l1_table_offset, header.l1_size * WORD_SIZE, MAX_L1_SIZE),
     )
     for name, field, offset, n_bytes, limit in tables:
         _require(n_bytes <= limit, field, f"{name} of {n_bytes:#x} bytes, expected at most {limit:#x}")

@@ -202,7 +202,7 @@ def parse_luks_header(data: bytes, length: int) -> LuksHeader:
         f"payload at sector {payload}, expected behind the header and in the {length} bytes of the LUKS area",
     )
     slots = tuple(_parse_slot(data, number, key_bytes, payload) for number in range(N_KEY_SLOTS))
-    n_bytes = round_up(key_bytes * STRIPES, SECTOR_SIZE)
+    n_bytes = key_material_length(key_bytes)
     starts = sorted(slot.key_offset for slot in slots)
     for start, following in pairwise(starts):
         _require(start + n_bytes <= following, 208, f"key slots overlap, at {start:#x} and {following:#x}")
@@ -221,20 +221,20 @@ def parse_luks_header(data: bytes, length: int) -> LuksHeader:
 def _parse_slot(data: bytes, number: int, key_bytes: int, payload: int) -> KeySlot:
     place = _HEAD.size + number * _SLOT.size
     state, iterations, salt, key_sector, stripes = _SLOT.unpack_from(data, place)
-    who = f"key slot {number}"
-    _require(state in (_ENABLED, _DISABLED), place, f"{who} has state {state:#x}, expected enabled or disabled")
-    _require(stripes == STRIPES, place + 44, f"{who} has {stripes} stripes, expected {STRIPES}")
+    slot = f"key slot {number}"
+    _require(state in (_ENABLED, _DISABLED), place, f"{slot} has state {state:#x}, expected enabled or disabled")
+    _require(stripes == STRIPES, place + 44, f"{slot} has {stripes} stripes, expected {STRIPES}")
     end = key_sector + divide_up(key_bytes * STRIPES, SECTOR_SIZE)
     _require(
         key_sector * SECTOR_SIZE >= HEADER_LENGTH and end <= payload,
         place + 40,
-        f"{who} at sectors {key_sector} to {end}, expected behind the header and before the payload at {payload}",
+        f"{slot} at sectors {key_sector} to {end}, expected behind the header and before the payload at {payload}",
     )
     is_active = state == _ENABLED
     _require(
         not is_active or 1 <= iterations <= MAX_ITERATIONS,
         place + 4,
-        f"{who} has {iterations} iterations, expected 1 to {MAX_ITERATIONS}",
+        f"{slot} has {iterations} iterations, expected 1 to {MAX_ITERATIONS}",
     )
     return KeySlot(is_active, iterations, salt, key_sector * SECTOR_SIZE, stripes)
 

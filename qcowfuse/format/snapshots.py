@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from ..buffer import Buffer
 from ..errors import FormatError
-from .geometry import WORD_SIZE
+from .geometry import WORD_SIZE, round_up
 from .header_fields import MAX_L1_SIZE, MAX_SNAPSHOTS, SNAPSHOT_ENTRY_SIZE
 
 MAX_SNAPSHOT_EXTRA = 1024
@@ -94,7 +94,7 @@ def snapshot_l1_place(data: Buffer, position: int) -> tuple[tuple[int, int], int
     return (fields[0], fields[1]), following
 
 
-def end_of_snapshot(data: bytes | bytearray | memoryview, position: int) -> int:
+def end_of_snapshot(data: Buffer, position: int) -> int:
     """Where the entry behind the one at byte ``position`` begins; see :func:`parse_snapshot`."""
     return _fixed_part(data, position)[3]
 
@@ -112,7 +112,7 @@ def _fixed_part(data: Buffer, position: int) -> tuple[tuple[int, ...], int, int,
     end = names + fields[2] + fields[3]
     if end > len(data):
         raise _error(position, f"{len(data) - position} bytes, expected {end - position}")
-    return fields, names, end, position + -(-(end - position) // 8) * 8
+    return fields, names, end, position + round_up(end - position, 8)
 
 
 def serialise_snapshots(snapshots: Iterable[Snapshot]) -> bytes:

@@ -11,12 +11,11 @@ import fcntl
 import os
 import struct
 
+from .blocking import NOT_SUPPORTED
 from .opened import is_block_device, length_of
 from .syscalls import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, fallocate
 
 BLKDISCARD = 0x1277
-
-_NOT_SUPPORTED = frozenset({errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV, errno.ENOTTY})
 
 
 def allocate_range(fd: int, host_offset: int, n_bytes: int) -> bool:
@@ -32,7 +31,7 @@ def allocate_range(fd: int, host_offset: int, n_bytes: int) -> bool:
     try:
         fallocate(fd, 0, host_offset, n_bytes)
     except OSError as error:
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
         return False
     return True
@@ -50,7 +49,7 @@ def give_back(fd: int, host_offset: int, n_bytes: int, zeroes: bool) -> bool:
         # EINVAL is about this range (a block device wants whole sectors), the others about what lies below.
         if error.errno == errno.EINVAL:
             return not zeroes
-        if error.errno not in _NOT_SUPPORTED:
+        if error.errno not in NOT_SUPPORTED:
             raise
         return False
     return True

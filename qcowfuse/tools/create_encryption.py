@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..errors import UnsupportedFeatureError
+from ..format.geometry import SECTOR_SIZE
 from ..format.header_fields import CRYPT_AES, CRYPT_LUKS
 from ..format.luks import CIPHER_MODES as CIPHER_MODES  # cli takes these from here
 from ..format.luks import CIPHERS as CIPHERS
@@ -66,7 +67,7 @@ def require_possible(spec: CipherSpec, hash_name: str) -> None:
     missing = spec.missing() + ([] if has_hash(hash_name) else [f"LUKS hash {hash_name}"])
     if problem is None and missing:
         problem = f"no library here offers {', '.join(missing)}"
-    if problem is None and spec.key_bytes * STRIPES % 512:
+    if problem is None and spec.key_bytes * STRIPES % SECTOR_SIZE:
         problem = f"cipher {spec.cipher} in mode {spec.mode} cannot be used: QEMU fails on its key material"
     if problem is not None:
         raise CreateError(problem)

@@ -18,7 +18,7 @@ from ..format.bitmap_directory import AUTO as AUTO
 from ..format.bitmap_directory import IN_USE as IN_USE
 from ..format.bitmap_directory import BitmapEntry as BitmapEntry
 from ..format.extensions import EXTENSION_DATA_FILE, find_extension
-from ..format.geometry import round_up
+from ..format.geometry import SECTOR_SIZE, round_up
 from ..format.header import Qcow1Header, Qcow2Header
 from ..format.header_fields import (
     AUTOCLEAR_RAW_DATA_FILE,
@@ -39,8 +39,6 @@ from ..tables.snapshot_table import each_snapshot, require_snapshots
 if TYPE_CHECKING:
     from ..format.luks import LuksHeader as LuksHeader
     from ..format.snapshots import Snapshot as Snapshot
-
-_SECTOR = 512
 
 
 class ImageInfo(NamedTuple):
@@ -165,7 +163,7 @@ def _describe(path: str, storage: Storage, header: Qcow1Header | Qcow2Header) ->
     info = ImageInfo(
         path=path,
         format_name="qcow" if isinstance(header, Qcow1Header) else "qcow2",
-        virtual_size=header.virtual_size if isinstance(header, Qcow1Header) else round_up(header.size, _SECTOR),
+        virtual_size=header.virtual_size if isinstance(header, Qcow1Header) else round_up(header.size, SECTOR_SIZE),
         cluster_size=1 << header.cluster_bits,
         file_length=storage.size(),
         actual_size=0 if is_device else storage.allocated_bytes(),  # of a device QEMU says so

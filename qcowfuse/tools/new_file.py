@@ -21,7 +21,7 @@ from enum import Enum
 from functools import partial
 
 from ..errors import ImageUsageError
-from ..storage.blocking import zero_range
+from ..storage.blocking import write_all, zero_range
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
 from ..storage.syscalls import FALLOC_ZERO_RANGE
@@ -33,9 +33,8 @@ Progress = Callable[[int, int], None]
 _STEP_BYTES = 16 << 20
 _DEVICE_STEP_BYTES = 256 << 20
 _ALLOCATE_STEP_BYTES = 1 << 30
-_ZEROES = bytes(1 << 20)
-_NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS, errno.ENOENT})
-"""What O_TMPFILE says where it is not known; ENOENT may also mean that there is no such folder."""
+NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
+"""What an open with O_TMPFILE fails with where the file system has no files without a name."""
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK})
 
 
@@ -202,7 +201,8 @@ def open_nameless(path: str) -> int | None:
     try:
         fd = os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o644)
     except OSError as error:
-        if error.errno in _NO_NAMELESS_FILES:
+        # ENOENT: an old kernel, or a folder that is missing. The open by a name tells which.
+        if error.errno in NO_NAMELESS_FILES or error.errno == errno.ENOENT:
             return None
         raise OSError(error.errno, error.strerror, path) from error
     if os.path.exists(f"/proc/self/fd/{fd}"):
@@ -220,15 +220,9 @@ def _zero_device(fd: int, start: int, n_bytes: int) -> None:
 
 
 def _write_zeroes(fd: int, start: int, n_bytes: int) -> None:
-    zeroes = memoryview(_ZEROES)
-    while n_bytes:
-        n_written = os.pwrite(fd, zeroes[:n_bytes], start)
-        start, n_bytes = start + n_written, n_bytes - n_written
+    zero_range(fd, 0, start, n_bytes)
 
 
 def _write_parts(fd: int, parts: Iterable[tuple[int, bytes]]) -> None:
     for offset, data in parts:
-        view = memoryview(data)
-        while view:
-            n_written = os.pwrite(fd, view, offset)
-            view, offset = view[n_written:], offset + n_written
+        write_all(fd, offset, (data,))

@@ -34,10 +34,9 @@ from ..storage import file_systems
 from ..tables.header import read_header
 from .create import CreateOptions, create_image, fill_image
 from .create_encryption import Encryption
-from .new_file import NewFile
+from .new_file import NO_NAMELESS_FILES, NewFile
 
 _SOME_FOLDER = "--ephemeral=/var/tmp"
-_NO_NAMELESS_FILES = frozenset({errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOSYS})
 _NOT_WRITABLE = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 _IN_MEMORY = file_systems.MEMORY_FILE_SYSTEMS | {"devtmpfs"}
 _DEFAULT_CIPHER = CipherSpec("aes-256", "xts", "plain64")
@@ -93,9 +92,9 @@ def _open_without_name(folder: str) -> int:
         return os.open(folder, os.O_RDWR | os.O_TMPFILE | os.O_CLOEXEC, 0o600)
     except OSError as error:
         text = error.strerror or str(error)
-        if error.errno in _NO_NAMELESS_FILES:
+        if error.errno in NO_NAMELESS_FILES:
             text = "the file system there has no files without a name"
-        if error.errno in _NO_NAMELESS_FILES | _NOT_WRITABLE:
+        if error.errno in NO_NAMELESS_FILES | _NOT_WRITABLE:
             text += f"; name another folder for what is written to the disk: {_SOME_FOLDER}"
         raise OSError(error.errno, text, folder) from error
 

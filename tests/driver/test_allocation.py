@@ -325,7 +325,7 @@ async def test_the_header_is_never_handed_out() -> None:
 
 async def test_an_image_that_can_not_grow_is_full_and_not_corrupt(monkeypatch: pytest.MonkeyPatch) -> None:
     """At the largest refcount table that QEMU reads, a write is answered with ENOSPC and the image stays writable."""
-    monkeypatch.setattr(refcount_growth, "MAX_REFCOUNT_TABLE_BYTES", 512)
+    monkeypatch.setattr(refcount_growth, "MAX_REFCOUNT_TABLE_SIZE", 512)
     built = build_image(ImageSpec(size=4 << 20, refcount_bits=64))
     memory = MemoryStorage(built.top)
     image = await open_memory_image({TOP: memory})

@@ -399,7 +399,7 @@ async def run():
 for number in range(1, 30):
     pid = os.fork()
     if not pid:
-        for name in ("ftruncate", "pwrite", "fsync", "link", "unlink"):
+        for name in ("ftruncate", "pwritev", "fsync", "link", "unlink"):
             counted(name, number)
         trio.run(run)
         os._exit(0)
@@ -459,9 +459,9 @@ def test_the_order_of_making(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
         monkeypatch.setattr(os, name, call)
 
-    for name in ("pwrite", "fsync", "link"):
+    for name in ("pwritev", "fsync", "link"):
         recorded(name)
     options = ["backing_file=disk.qcow2,backing_fmt=qcow2"]
     assert main(["create", "-q", "-o", options[0], str(tmp_path / "o.qcow2")]) == 0
     assert calls[-3:] == ["fsync file", "link file", "fsync folder"]
-    assert set(calls[:-3]) == {"pwrite file"}
+    assert set(calls[:-3]) == {"pwritev file"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from qcowfuse.cli.late_imports import imported_late
+from qcowfuse.cli.late_imports import LateModule, standing_in
 
 NAME = "qcowfuse_test_late"
 
@@ -27,7 +27,7 @@ def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_nothing_is_imported_until_it_is_used() -> None:
     """Not by the import, not by the end of the block."""
-    with imported_late(NAME):
+    with standing_in(LateModule(NAME)):
         import qcowfuse_test_late as late  # type: ignore[import-not-found]
     assert NAME not in sys.modules
     assert late.value == 5
@@ -39,7 +39,7 @@ def test_nothing_is_imported_until_it_is_used() -> None:
 
 def test_what_is_used_in_the_block_is_there() -> None:
     """Also a part of a package, and a name that is taken from it."""
-    with imported_late(NAME):
+    with standing_in(LateModule(NAME)):
         from qcowfuse_test_late.part import other  # type: ignore[import-not-found]
 
         assert other == 6
@@ -50,7 +50,7 @@ def test_a_module_that_is_there_stays() -> None:
     """It is the same module all the time."""
     import qcowfuse_test_late as real
 
-    with imported_late(NAME):
+    with standing_in(LateModule(NAME)):
         import qcowfuse_test_late as late
 
         assert late is real
@@ -59,7 +59,7 @@ def test_a_module_that_is_there_stays() -> None:
 
 def test_a_module_that_does_not_exist() -> None:
     """The error comes when something of it is used."""
-    with imported_late("qcowfuse_test_nowhere"):
+    with standing_in(LateModule("qcowfuse_test_nowhere")):
         import qcowfuse_test_nowhere as late  # type: ignore[import-not-found]
     with pytest.raises(ImportError, match="qcowfuse_test_nowhere"):
         _ = late.value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ...driver.options import DelayModel
+from ..durations import seconds
 from ..image_names import NAME_OPTIONS
 from ..option_table import Option
 from . import values
@@ -111,7 +112,7 @@ OPTIONS = (
         f"how long to wait for an image that is in use ({DEFAULT_LOCK_WAIT:g})",
         _TUNING,
         metavar="SECONDS",
-        convert=values.seconds,
+        convert=seconds,
     ),
     Option(
         "force-share",

@@ -7,9 +7,9 @@ import re
 
 from ...daemon.settings import User
 from ...driver.options import DetectZeroes, L2CacheSize
+from ..durations import seconds
 
 _SUFFIXES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
-_MAX_LOCK_WAIT = 7 * 86400.0
 
 
 def cache_size(text: str) -> L2CacheSize:
@@ -21,17 +21,6 @@ def cache_size(text: str) -> L2CacheSize:
     if match is None:
         raise ValueError(f"bad size {text!r}: expected bytes such as 65536, 512K or 64M, or tables such as 128t")
     return L2CacheSize(n_bytes=int(match[1]) * _SUFFIXES[match[2]])
-
-
-def seconds(text: str) -> float:
-    """0 to 604,800, with a fraction if need be."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= _MAX_LOCK_WAIT:
-        raise ValueError(f"bad time {text!r}: expected seconds, such as 0 or 2.5")
-    return number
 
 
 def idle_seconds(text: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ..durations import seconds
 from ..option_table import Option
 
 DEFAULT_TIMEOUT = 5.0
@@ -18,17 +19,6 @@ class Verb(NamedTuple):
     description: str
     options: tuple[Option, ...]
     examples: str
-
-
-def seconds(text: str) -> float:
-    """0 to 604,800, with a fraction if need be. Raises ValueError."""
-    try:
-        number = float(text)
-    except ValueError:
-        number = -1.0
-    if not 0 <= number <= 7 * 86400:
-        raise ValueError(f"bad time {text!r}: expected seconds, such as 0 or 2.5")
-    return number
 
 
 def interval(text: str) -> float:

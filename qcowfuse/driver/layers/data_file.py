@@ -28,7 +28,7 @@ from ...format.extensions import EXTENSION_DATA_FILE, find_extension
 from ...format.extents import Run
 from ...format.header import Qcow1Header, Qcow2Header
 from ...format.header_fields import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPATIBLE_DATA_FILE
-from ...format.subclusters import ALL_ALLOCATED
+from ...format.subclusters import ALL_ALLOCATED, SUBCLUSTER_BITS
 from ...format.zero_plan import clusters_to_give_back
 from ...storage.base import Storage
 from ..files import ChainFile, ChainFiles
@@ -115,7 +115,7 @@ async def _last_data(mapping: Mapping) -> int:
                 elif entry & READS_ZERO:
                     continue
                 start = (number << mapping.slice_bits) + index << entry_format.cluster_bits
-                return min(start + (subcluster << entry_format.cluster_bits - 5) + 1, mapping.size)
+                return min(start + (subcluster << entry_format.cluster_bits - SUBCLUSTER_BITS) + 1, mapping.size)
         n_tables += 1
         if n_tables == _MAX_TABLES_SEARCHED:
             break

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import trio
 
+from ...format.geometry import SECTOR_WORDS
+
 LAYER_BITS = 8
-SECTOR_WORDS = 64
-"""Entries of a table in a sector of 512 bytes."""
 MIN_DIRTY_BYTES = 1 << 20
 """Dirty slices may pile up to this many bytes even where the budget is smaller; then they are written back."""
 
@@ -120,11 +120,6 @@ class TableCache:
         self.write_back: Callable[[], Awaitable[None]] | None = None
         self._loading: dict[int, trio.Event | None] = {}
         """By key; an event only where somebody waits."""
-
-    @property
-    def is_loading(self) -> bool:
-        """Whether any slice is being loaded."""
-        return bool(self._loading)
 
     def get(self, key: int) -> L2Slice | None:
         """The slice, now the most recently used one, or None."""

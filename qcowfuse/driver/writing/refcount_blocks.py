@@ -15,7 +15,7 @@ import trio
 
 from ...errors import CorruptImageError
 from ...format.entries import MAX_HOST_OFFSET, serialise_table
-from ...format.geometry import WORD_SIZE, round_up
+from ...format.geometry import SECTOR_WORDS, WORD_SIZE, round_up
 from ...format.header_fields import REFCOUNT_TABLE_FIELD
 from ...format.refcounts import (
     REFCOUNT_TABLE_OFFSET_MASK,
@@ -30,7 +30,6 @@ from .guarded_clusters import MetadataClusters
 from .metadata_space import LEAST_WRITE
 
 BLOCK_CACHE_BYTES = 8 << 20
-_SECTOR_ENTRIES = 64
 
 
 class Block:
@@ -164,8 +163,8 @@ class RefcountBlocks:
 
     def table_part(self, first_block: int, n_blocks: int) -> tuple[int, int]:
         """Where the sectors of the table lie that name ``n_blocks`` blocks: host offset and bytes."""
-        start = first_block // _SECTOR_ENTRIES * _SECTOR_ENTRIES
-        end = min(round_up(first_block + n_blocks, _SECTOR_ENTRIES), len(self.table))
+        start = first_block // SECTOR_WORDS * SECTOR_WORDS
+        end = min(round_up(first_block + n_blocks, SECTOR_WORDS), len(self.table))
         return self.table_offset + WORD_SIZE * start, WORD_SIZE * (end - start)
 
     def take_dirty(self) -> DirtyRefcounts:
@@ -189,9 +188,9 @@ class RefcountBlocks:
             pointer = self.table_offset.to_bytes(8, "big") + n_clusters.to_bytes(4, "big")
             table.append(MetadataWrite(REFCOUNT_TABLE_FIELD, pointer))
         else:
-            for sector in sorted({index // _SECTOR_ENTRIES for index in self._new_entries}):
-                start = sector * _SECTOR_ENTRIES
-                end = min(start + _SECTOR_ENTRIES, len(self.table))
+            for sector in sorted({index // SECTOR_WORDS for index in self._new_entries}):
+                start = sector * SECTOR_WORDS
+                end = min(start + SECTOR_WORDS, len(self.table))
                 table.append(MetadataWrite(self.table_offset + 8 * start, serialise_table(self.table, start, end)))
         self._taken = (taken, self._new_entries, self._table_moved)
         self._being_written = self._dirty

@@ -12,13 +12,12 @@ from array import array
 
 from ...format.entries import MAX_HOST_OFFSET
 from ...format.geometry import WORD_SIZE, divide_up
+from ...format.header_fields import MAX_REFCOUNT_TABLE_SIZE
 from ..layers.host_run import HostRun
 from .allocation import SpaceMissing
 from .guarded_clusters import MetadataClusters
 from .metadata_space import MetadataSpace
 from .refcount_blocks import RefcountBlocks
-
-MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 
 
 class RefcountGrowth:
@@ -73,7 +72,7 @@ class RefcountGrowth:
             if wanted_table <= n_table and wanted_blocks <= n_blocks:
                 break
             n_table, n_blocks = max(n_table, wanted_table), max(n_blocks, wanted_blocks)
-        if n_table * cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+        if n_table * cluster_size > MAX_REFCOUNT_TABLE_SIZE:
             raise OSError(errno.ENOSPC, "the image's refcount table cannot grow beyond 8 MiB", self._name)
         self._metadata.check(start * cluster_size, (n_table + n_blocks) * cluster_size, "a larger refcount table")
         self.require_space((start * cluster_size, (n_table + n_blocks) * cluster_size))

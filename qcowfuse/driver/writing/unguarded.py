@@ -48,7 +48,6 @@ MAP_CLUSTERS = 1 << 26
 the tables of a larger one are looked at several times."""
 MAX_TABLES = 1 << 22
 MAX_FOUND = 1 << 15
-_ENTRIES_AT_ONCE = 1 << 16
 _CHUNK = 1 << 20
 _PART_BYTES = 64 << 10
 """Of a table, in one go: 1 ms."""
@@ -187,10 +186,9 @@ class UnguardedClusters:
                 # Of the last block only what counts clusters of the file: most of it, where the file is small.
                 data = await pread(self._storage, host_offset, (stop - block_start << order) + 7 >> 3)
                 free = _free_in(data, order)[start - block_start : stop - block_start]
-                await self._pause(per_block // 16)
             else:
                 free = b"\1" * (stop - start)
-                await self._pause(per_block // 16)
+            await self._pause(per_block // 16)
             if free.count(1):
                 if not self._free:
                     self._free = bytearray(end - first)

@@ -50,13 +50,13 @@ import trio
 
 from ...errors import QcowFuseError
 from ...format.entries import EntryFormat, Table, serialise_table
-from ...format.geometry import WORD_SIZE, divide_up, round_up
+from ...format.geometry import SECTOR_WORDS, WORD_SIZE, divide_up, round_up
 from ...storage.base import Storage
 from ...storage.held import Held
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping
 from ..layers.range_claims import InFlightEpochs
-from ..layers.table_cache import SECTOR_WORDS, L2Slice, TableCache
+from ..layers.table_cache import L2Slice, TableCache
 from .allocation import Allocator, DirtyRefcounts, MetadataWrite, in_parts, merged
 from .guarded_clusters import MetadataClusters
 from .metadata_space import LEAST_WRITE, NO_SPACE

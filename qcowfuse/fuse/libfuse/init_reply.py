@@ -21,8 +21,6 @@ from ...system.import_slot import LoadedObject, diverted
 from .callbacks import Callbacks
 
 HANDLE_KILLPRIV_V2 = 1 << 28
-MIN_PROTOCOL_MINOR = 33
-"""Of the kernel, not of libfuse: a kernel that is older has another use for the flag, or none."""
 
 _HEADER_BYTES = 16
 _MIN_REPLY_BYTES = 24

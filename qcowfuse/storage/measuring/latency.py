@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ...buffer import Buffer
-from ..base import Deliver, OnDelivered, Storage, StorageCounters
+from ..base import Deliver, OnDelivered, Storage, StorageCounters, pread
 from ..syscalls import timer_create, timer_start
 from .delay_model import DelayModel
 
@@ -108,8 +108,7 @@ class LatencyStorage:
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """The inner read, later."""
         async with self._access(host_offset, n_bytes):
-            data = self._inner.try_pread(host_offset, n_bytes)
-            return await self._inner.pread(host_offset, n_bytes) if data is None else data
+            return await pread(self._inner, host_offset, n_bytes)
 
     def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
         """False: the delay needs a task."""
