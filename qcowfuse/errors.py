@@ -66,7 +66,8 @@ class ImageLockedError(QcowFuseError):
 
 
 class BackingChainError(QcowFuseError):
-    """A backing file or data file cannot be used (missing, a loop, too deep, not a plain path); ``path``: whose."""
+    """A backing file or data file cannot be used (missing, a loop, too deep, not a plain path). ``path``: that file,
+    or the image that names it."""
 
     def __init__(self, path: str, detail: str) -> None:
         self.path = path

@@ -4,7 +4,7 @@ A library may import what its caller never uses: with their shared libraries tha
 daemon takes to start, and some MiB of its memory.
 
 1. A module that is imported already is left alone.
-2. Who imports the module afterwards gets the module itself, not its stand-in.
+2. An import after the block gives the module itself, not its stand-in.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ Here only ``__init__`` is compiled, since the event loop calls it all the time, 
 class is made.
 
 1. What is missing here is an error when the class is declared (an attribute or a keyword argument that there is not):
-   who imports then takes attrs itself. What is here does what attrs does (a test compares every class of trio).
+   :mod:`.trimmed_trio` then imports attrs itself. What is here does what attrs does (a test compares every class of
+   trio).
 2. Nothing can ask for the fields of a class afterwards.
 """
 

@@ -1,7 +1,7 @@
 """The import of trio and pyfuse3, without what this program never uses of them: half of the time, and 4 MiB less.
 
 1. Left out are TLS, sockets, processes, files and channels of trio; attrs (see :mod:`.plain_attrs`); and what reads
-   the metadata of packages. Who asks trio for one of its parts nevertheless gets it: it is imported then.
+   the metadata of packages. A part of trio that something asks for nevertheless is imported then.
 2. Anything unexpected is a doubt: then trio is imported as it is, as if none of this were here. That another version
    of trio has other modules inside is nothing unexpected, unless they need what is left out.
 """

@@ -1,4 +1,4 @@
-"""fusermount3, by which those unmount that are not root: root does without what it takes to run a program."""
+"""fusermount3, by which users who are not root unmount. Root needs no program for it: see :mod:`.mountpoint`."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """When a mount has not been used for so long that it may go.
 
-1. It is used while somebody has a file open: a loop device or a virtual machine has. Without an open file there are
-   neither reads nor writes, so that every other request is looked at, and those two cost nothing more.
-2. Whoever asks for names, attributes or counters uses it too: ``ls``, ``qcowfuse list``.
+1. It is used while a process has a file open: a loop device or a virtual machine, for example. Without an open file
+   there are neither reads nor writes. So these two are not watched, and cost nothing more.
+2. A request for names, attributes or counters (``ls``, ``qcowfuse list``) is a use, too.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ async def answer_metrics(
                 return
             try:
                 counters = statistics()
-            except Exception:  # who reads the image hears of it
+            except Exception:  # the requests that fail for the same reason report it
                 counters = {}
             with suppress(BlockingIOError):
                 channel.send(json.dumps([labels, counters]).encode())

@@ -1,7 +1,7 @@
 """What a daemon says of itself where its mount can't be asked: a text in memory, which others read below /proc.
 
-1. It is a memfd: nothing of it stays anywhere when the daemon is gone, however that ended. Whoever may look at the
-   daemon's descriptors may read it: root, and the daemon's user unless the image is encrypted.
+1. It is a memfd: nothing of it stays anywhere when the daemon is gone, however that ended. Users who may
+   look at the daemon's descriptors may read it: root, and the daemon's user unless the image is encrypted.
 2. A reader that has it open reads on after the daemon has ended: the last state says whether the image was closed.
 3. A reader distrusts it. Any process can have such a text, so it counts only where the kernel says that this process
    may be the server of that mount: see :func:`find_records`.

@@ -231,7 +231,7 @@ class MountSession:
 
     async def _mend(self, n_bytes: int, *, lowers: bool, syncs: bool, forgets: bool) -> None:
         if self._looks_keep_busy and (lowers or forgets):
-            # A user who has seen a copy fail unmounts now, or not so soon.
+            # A user whose copy has just failed may unmount at once: this look comes after that.
             await trio.sleep(_BUSY_LOOK_DELAY_SECONDS)
         if not (self._operations.enable_writeback_cache or forgets):
             # The kernel believes attributes then, but not during a truncation: reads would end too early meanwhile.

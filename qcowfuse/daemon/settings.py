@@ -16,14 +16,13 @@ class User(NamedTuple):
 class MountSettings(NamedTuple):
     """Where and how to serve. ``fuse_options`` are libfuse's own, as they would stand after its ``-o``.
 
-    ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the
-    background: for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
-    ``serves_partitions``: beside the file of the disk, a file of each partition.
-    ``image``: the whole path of the image that the user named, where another file takes the writes.
-    ``uid``, ``gid`` and ``umask`` None: the user who mounts, and mode 0600. ``uses_sandbox``: once it serves, the
-    daemon gives up what it does not need. ``user``: and becomes that user. ``idle_timeout``: seconds
-    without use after which it unmounts. ``lifeline``: a descriptor; when it is at
-    its end, that is an order to stop. ``removes_mount_point``: the mount point goes with the mount.
+    ``counts_allocated`` False leaves out the count of what is allocated, which reads all L2 tables in the background:
+    for measurements. ``growable``: truncating to more, and writing past the end, makes the disk larger.
+    ``serves_partitions``: beside the file of the disk, a file of each partition. ``image``: the whole path of the
+    image that the user named, where another file takes the writes. ``uid``, ``gid`` and ``umask`` None: the user who
+    mounts, and mode 0600. ``uses_sandbox``: once it serves, the daemon gives up what it does not need. ``user``: and
+    becomes that user. ``idle_timeout``: seconds without use after which it unmounts. ``lifeline``: a descriptor; when
+    it is at its end, the daemon stops. ``removes_mount_point``: the mount point is removed with the mount.
     """
 
     mount_point: str

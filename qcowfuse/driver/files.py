@@ -53,7 +53,7 @@ async def open_storage(path: str, writable: bool, options: OpenOptions) -> Stora
 
 
 async def open_ignoring_locks(path: str, writable: bool, options: OpenOptions) -> Storage:
-    """:func:`open_storage`, whoever has it open. Raises OSError."""
+    """:func:`open_storage`, whatever locks other processes hold. Raises OSError."""
     return await open_storage(path, writable, options._replace(ignore_locks=True))
 
 

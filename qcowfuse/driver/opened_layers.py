@@ -110,6 +110,7 @@ def _mapping_of(number: int, layer: OpenedLayer, cache: TableCache) -> Mapping:
 
 
 def geometry_of(header: Qcow1Header | Qcow2Header) -> Geometry:
+    """Sizes and shifts of the image with this header. Raises FormatError."""
     size = header.virtual_size
     if isinstance(header, Qcow1Header):
         return Geometry(cluster_bits=header.cluster_bits, l2_bits=header.l2_bits, size=size)

@@ -109,8 +109,8 @@ class PartitionWindow:
         await self._image.flush()
 
     def allocated_bytes(self) -> int:
-        """See Image. What the image has gained or lost since the count is the window's; where others change it, too,
-        what was gained may be, and the answer is rather too much than too little."""
+        """See Image. What the image has gained or lost since the count is taken for the window's. Where other windows
+        change the image, too, only gains are: the answer is then rather too much than too little."""
         total = self._image.allocated_bytes()
         if self._allocated_then is not None:
             change = total - self._allocated_then

@@ -109,14 +109,14 @@ class Qcow2Header(NamedTuple):
 
 
 def unknown_incompatible(header: Qcow2Header) -> tuple[str, ...]:
-    """Names of the set incompatible bits that qcowfuse has never heard of, by the image's own feature table,
-    "incompatible feature bit N" where that is silent."""
+    """Names of the set incompatible bits that qcowfuse does not know: those in the image's own feature name table,
+    and "incompatible feature bit N" for a bit without a name there."""
     table = find_extension(header.extensions, EXTENSION_FEATURE_NAMES) or b""
     return incompatible_names(header.incompatible_features, table)
 
 
 def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
-    """Raise UnsupportedFeatureError with the name of everything that this image needs and nobody here serves."""
+    """Raise UnsupportedFeatureError with the names of all that the image needs and qcowfuse does not have."""
     names: list[str] = []
     if header.crypt_method not in (CRYPT_NONE, CRYPT_AES, CRYPT_LUKS):
         names.append(f"encryption method {header.crypt_method}")
@@ -127,6 +127,7 @@ def refuse_unsupported(header: Qcow1Header | Qcow2Header) -> None:
 
 
 def incompatible_names(incompatible: int, table: bytes) -> tuple[str, ...]:
+    """As :func:`unknown_incompatible`, of the field ``incompatible`` and the bytes of a feature name table."""
     known = {
         feature.bit: feature.name
         for feature in reversed(parse_feature_names(table))

@@ -101,9 +101,9 @@ def parse_header(
 ) -> Qcow1Header | Qcow2Header:
     """The validated header in ``data``, the first :func:`header_length_needed` bytes of a file of ``file_size``.
 
-    ``data`` may be shorter where the file is. ``for_check``: an image without refcount table will do;
-    ``for_info``: so will one whose data cannot be found, which is not asked for. Raises
-    FormatError, of which UnsupportedFeatureError only for what keeps the rest of the header from being understood.
+    ``data`` may be shorter where the file is. ``for_check``: an image without a refcount table is accepted.
+    ``for_info``: so is an image whose data cannot be found, because nobody reads its data. Raises FormatError, and
+    UnsupportedFeatureError only for what keeps the rest of the header from being understood.
     """
     format_name = probe_format(data)
     if format_name is None:

@@ -1,4 +1,4 @@
-"""The ciphers of libgcrypt, for whole sectors in place: of what is here the only one with Serpent and Twofish.
+"""The ciphers of libgcrypt, for whole sectors in place. No other library that is used here has Serpent and Twofish.
 
 1. The library is looked for when this module is imported, and initialised then; :func:`is_there` says whether it was
    found. Nothing here opens a file later, so what is to run in a sandbox imports this before.

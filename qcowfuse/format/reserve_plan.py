@@ -30,7 +30,7 @@ def _is_owned(entries: array[int], entry_format: EntryFormat, index: int) -> boo
 
 
 def owned_run(entries: array[int], entry_format: EntryFormat, index: int, n_clusters: int) -> tuple[int, int]:
-    """The host offset, and how many clusters from ``index`` on are owned and contiguous there; 0 of them for none."""
+    """The host offset, and how many clusters from ``index`` on are owned and contiguous there, which may be 0."""
     host_offset = entries[index * entry_format.words] & entry_format.offset_mask
     number = 0
     while number < n_clusters and _is_owned(entries, entry_format, index + number):

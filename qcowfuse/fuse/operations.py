@@ -4,7 +4,7 @@
    :mod:`.errnos`; what is not in that table is a bug, logged with its traceback and answered with EIO
    (:mod:`.failures`).
 2. The size, and what the kernel believes of it, is in :mod:`.sizes`.
-3. A handler that waits for anything raises ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
+3. A handler that waits for anything counts itself in ``gate.n_slow`` meanwhile (rule 4 of :mod:`.request_gate`).
 4. Owner, mode and times can be changed, and live as long as the mount: :mod:`.attributes`.
 5. With the write-back cache the kernel may hold data that the image does not know of yet: see :mod:`.unsent_data`.
    Before anything is said about holes it is made to send that. Where that is not possible, all of the file counts as

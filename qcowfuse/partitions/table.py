@@ -70,7 +70,7 @@ def _mbr_table(mbr: Mbr, problems: tuple[str, ...]) -> PartitionTable:
 def _judged(
     partitions: tuple[Partition, ...], own: Iterable[tuple[int, int]], *, without_containers: bool = False
 ) -> tuple[Partition, ...]:
-    """The partitions, those with problems that lie over others or over the table itself, whose places are ``own``."""
+    """The partitions; those that overlap others, or the table itself in its places ``own``, with that problem."""
     # Parts of a table may share a place, but a partition in one is wrong.
     extents = [
         Extent(partition.start, partition.end, f"partition {partition.number}", index)

@@ -164,6 +164,8 @@ def find_file(start: Folder, name: str, allowed: Sequence[Folder] = ()) -> Found
 
 
 def refuse_unfit(fd: int, status: os.stat_result, *, takes_block_device: bool) -> None:
+    """Raises UnfitFileError for what is neither a regular file of an ordinary file system nor, where
+    ``takes_block_device``, a block device; OSError."""
     if not stat.S_ISREG(status.st_mode) and not (takes_block_device and stat.S_ISBLK(status.st_mode)):
         kind = _TYPES.get(stat.S_IFMT(status.st_mode), "no regular file")
         raise UnfitFileError(kind, is_block_device=stat.S_ISBLK(status.st_mode))
@@ -296,7 +298,7 @@ def _path_of(fd: int) -> str | None:
 
 
 def open_folders(paths: Iterable[str]) -> list[Folder]:
-    """Those of the folders that can be had: one that is missing holds no file, either."""
+    """Those of the folders that can be opened: a folder that is missing holds no file."""
     folders = []
     for path in paths:
         try:

@@ -19,7 +19,7 @@ LOCAL_FILE_SYSTEMS = PLAIN_WRITE_FILE_SYSTEMS | COPY_ON_WRITE_FILE_SYSTEMS | {"f
 
 CIFS = frozenset({"cifs", "smb3"})
 NETWORK_FILE_SYSTEMS = CIFS | {"nfs", "nfs4"}
-"""Whose locks may not reach all who can open a file: see :mod:`.lock_reach`."""
+"""Locks there may not be seen by all programs that can open the file: see :mod:`.lock_reach`."""
 
 
 def type_of(fd: int) -> str:
@@ -41,6 +41,7 @@ def mount_of(fd: int) -> MountEntry | None:
 
 
 def takes_nowait(fd: int) -> bool:
+    """Whether reads of ``fd`` take RWF_NOWAIT, by a trial."""
     try:
         os.preadv(fd, (bytearray(1),), 0, os.RWF_NOWAIT)
     except BlockingIOError:

@@ -18,7 +18,7 @@ from .ring import Ring, RingRequest, flush_result
 
 class DiskFlushes:
     """``fd`` gives the descriptor, ``is_changing`` says whether something may be changing the file, ``run`` is a call
-    with the descriptor in a thread. Whoever calls holds :attr:`Durability.lock`, or awaits nothing while it is free.
+    with the descriptor in a thread. The caller holds :attr:`Durability.lock`, or awaits nothing while it is free.
     """
 
     def __init__(

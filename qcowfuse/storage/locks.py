@@ -8,8 +8,8 @@
    together, a writer goes with nobody, and a reader under ``--force-share``, which only uses 0, goes with all.
    A raw backing file, where QEMU shares everything, is locked like the others: its writer would spoil the image.
 3. They belong to the open file description: a fork keeps them, closing the last descriptor drops them.
-4. Where the file system knows no locks, that is one warning, and the image is opened all the same. So it is where the
-   user wants no locks: they are not touched then, since a lock manager that is dead would not answer.
+4. Where the file system has no locks, the log warns, and the image is opened all the same. Where the user wants no
+   locks, none is asked for: a lock manager that is dead would not answer.
 """
 
 from __future__ import annotations

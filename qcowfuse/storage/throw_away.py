@@ -1,7 +1,7 @@
 """A file that nobody opens again: nothing of it needs to be durable, but what is written must be there to be read.
 
 A flush waits for no disk. It only asks whether the kernel has lost something that it had taken: that is final here as
-for any other file. Whoever needs room hears of it at once, as the file systems that delay allocation reserve it.
+for any other file. A write that finds no room fails at once: file systems that delay allocation reserve the space.
 
 Source: sync_file_range(2), which tells of errors since the last call as fsync(2) does.
 """

@@ -22,8 +22,8 @@ async def read_header_area(storage: Storage) -> bytes:
 async def read_header(
     storage: Storage, *, for_check: bool = False, for_info: bool = False
 ) -> Qcow1Header | Qcow2Header:
-    """The header of an open image; ``for_check``: one without refcount table will do, ``for_info``: one whose data
-    cannot be found.
+    """The header of an open image. ``for_check`` and ``for_info`` are those of
+    :func:`~qcowfuse.format.header_parsing.parse_header`.
 
     Raises FormatError, UnsupportedFeatureError (unknown features and methods of encryption), OSError.
     """

@@ -22,6 +22,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> _Parser:
+    """The parser of qcowfuse-img's command line."""
     codes = "\n".join(f"  {code:2}  {text}" for code, text in EXPLANATIONS.items())
     parser = _Parser(
         prog="qcowfuse-img",

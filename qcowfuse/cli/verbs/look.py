@@ -1,7 +1,7 @@
 """What mounts say of themselves: attributes of the file, and counters. It is asked by processes that may hang.
 
-1. Whoever asks a mount whose daemon stands still may wait for ever, and can't be killed. So each mount is asked by a
-   process of its own; one that has not answered in time is left behind, and ends with what it waits for.
+1. A process that asks a mount whose daemon stands still may wait for ever, and can't be killed. So each mount is
+   asked by a process of its own; one that has not answered in time is left behind, and ends with what it waits for.
 2. A look goes through a clone of the mount where that can be had, so that it keeps nobody from unmounting.
 3. Root may not look into another user's mount, so the process becomes that user.
 4. Any user's file system may call itself one of qcowfuse: names and numbers are bounded.

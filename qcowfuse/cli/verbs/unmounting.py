@@ -32,7 +32,7 @@ _ENDING = (State.CLOSING, State.CLOSED, State.FAILED)
 
 def unmount(mount: Mount, *, timeout: float, force: bool) -> ExitCode:
     """Unmount, and return when the image is closed; otherwise one line to standard error says why not."""
-    # Who serves it is asked of the mount only where that is not to be had without: it could hang.
+    # The mount could hang, so it is asked for its server only where there is no record of one.
     look = Look() if mount.found is not None else look_at([mount])[0]
     server = server_of(mount, look.counters.get("pid"))
     with nullcontext() if server is None else server:

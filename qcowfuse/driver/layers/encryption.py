@@ -58,7 +58,7 @@ class EncryptedData:
         self._cipher = cipher
         self._by_guest_offset = by_guest_offset
         self.places = None if by_guest_offset else EncryptedPlaces(self)
-        """The same data for those who have no guest offset; None where that is needed (rule 4)."""
+        """The same data for callers without a guest offset; None where sectors are numbered by it (rule 4)."""
         self._writes = Claims()
         self._reads = Claims()
         self._scratch = bytearray()

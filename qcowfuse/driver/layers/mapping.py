@@ -195,8 +195,8 @@ class Mapping:
         return self.cache.get(self.key(guest_offset))
 
     def locate(self, guest_offset: int, n_bytes: int) -> tuple[L2Slice, int] | None:
-        """The slice that maps all of a range and the index in it of the first entry, if it is in memory; that is no
-        use of it."""
+        """The slice that maps all of a range and the index in it of the first entry, if it is in memory. The slice
+        does not count as used."""
         slice_ = self.cache.slices.get(self.key(guest_offset))
         if slice_ is None or guest_offset + n_bytes > min(self.slice_end(guest_offset), self.size):
             return None

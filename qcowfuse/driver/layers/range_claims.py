@@ -3,8 +3,8 @@
 1. A claim is taken without waiting, after a look at the mapping in the same step, and given up after the link or the
    failure. A request that meets a claim waits for it and looks at the mapping again: there is no queue to order.
 2. Claims are ranges of guest clusters ``start`` to ``end`` (exclusive) and never overlap.
-3. A host cluster that was unlinked while epoch g was current is not handed out again before every
-   operation of epoch g or older has ended (:class:`InFlightEpochs`).
+3. A host cluster that was unlinked while epoch E was current is not handed out again before every operation of epoch
+   E or older has ended (:class:`InFlightEpochs`).
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class DecodedCache:
         return [len(run.buffer) for run in self._runs.values()]
 
     def has(self, key: Key, n_bytes: int) -> bool:
-        """Whether at least ``n_bytes`` of the cluster are here; that is no use of it."""
+        """Whether at least ``n_bytes`` of the cluster are here. The cluster does not count as used."""
         cluster = self._clusters.get(key)
         return cluster is not None and cluster.n_bytes >= n_bytes
 

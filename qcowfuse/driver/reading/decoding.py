@@ -66,6 +66,7 @@ class Job:
 
     @property
     def source(self) -> CompressedSource:
+        """That of all clusters of the job."""
         return self.clusters[0].source
 
     def run(self) -> Outcomes:
@@ -156,6 +157,7 @@ async def read_all(clusters: Sequence[ClusterRequest], space: bytearray | None) 
 
 
 def try_read_packed(wanted: ClusterRequest) -> Buffer | None:
+    """The packed bytes of a cluster, if they can be read at once. Raises FormatError, OSError."""
     where = wanted.source.entry_format.compressed_cluster(wanted.entry)
     return wanted.source.storage.try_pread(where.host_offset, where.n_bytes)
 

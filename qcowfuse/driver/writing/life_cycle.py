@@ -1,7 +1,7 @@
 """The life of an open image: read, written from the first write on, frozen when it is found corrupt, closed.
 
-1. Header bits that the first write makes untrue are cleared before it, durably (rule R5); so do bitmaps say that they
-   are in use.
+1. Header bits that the first write makes untrue are cleared before it, durably (rule R5). Before it, too, bitmaps are
+   marked as in use.
 2. Metadata that is found impossible freezes the image: no write after that, the corrupt bit set on disk where the
    version has one; what was written before is still flushed.
 3. After a failed flush nothing is written either.

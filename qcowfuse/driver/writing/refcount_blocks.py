@@ -44,6 +44,7 @@ class Block:
         self.dirty_end = 0
 
     def mark_dirty(self, start: int, end: int) -> None:
+        """The counts ``start`` to ``end`` (exclusive) have changed."""
         self.dirty_start = min(self.dirty_start, start)
         self.dirty_end = max(self.dirty_end, end)
 

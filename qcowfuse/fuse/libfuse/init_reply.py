@@ -29,14 +29,20 @@ _log = logging.getLogger(__name__)
 
 
 class IoVector(ctypes.Structure):
+    """``struct iovec``."""
+
     _fields_ = (("base", ctypes.c_void_p), ("n_bytes", ctypes.c_size_t))
 
 
 class ReplyHeader(ctypes.Structure):
+    """``struct fuse_out_header`` of linux/fuse.h."""
+
     _fields_ = (("n_bytes", ctypes.c_uint32), ("error", ctypes.c_int32), ("unique", ctypes.c_uint64))
 
 
 class InitReply(ctypes.Structure):
+    """The head of ``struct fuse_init_out`` of linux/fuse.h."""
+
     _fields_ = tuple((name, ctypes.c_uint32) for name in ("major", "minor", "max_readahead", "flags"))
 
 
