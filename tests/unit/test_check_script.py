@@ -97,9 +97,9 @@ def test_mistakes_are_found(tmp_path: Path, mistake: str) -> None:
     (project / "scripts" / "check").write_bytes(CHECK.read_bytes())
     for name in ("qcowfuse", "tests", "scripts/benchlib"):
         (project / name).mkdir()
-        (project / name / "__init__.py").touch()
+        (project / name / "__init__.py").write_text('"""A package."""\n')
     (project / "pyproject.toml").write_bytes((REPOSITORY / "pyproject.toml").read_bytes())
-    (project / "qcowfuse" / "wrong.py").write_text(text)
+    (project / "qcowfuse" / "wrong.py").write_text(f'"""A module."""\n\n{text}')
     done = subprocess.run(
         ["bash", "scripts/check"],
         cwd=project,

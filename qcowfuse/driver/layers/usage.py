@@ -1,8 +1,7 @@
 """How many bytes of the virtual disk hold data: what ``du`` should say of the served file.
 
-1. Data is what some layer of the chain has as a data or a compressed cluster; zero clusters and what no layer
-   has are holes. Of a raw layer the share counts of which the host has
-   blocks.
+1. Data is what some layer of the chain has as a data or a compressed cluster; zero clusters and what no layer has are
+   holes. Of a raw layer the share counts of which the host has blocks.
 2. Counting reads every L2 table once, slice by slice and past the cache, so it may take a while on a large
    image; until it is done the answer is the size of the image file on the host.
 3. Links made meanwhile are added when they lie in the part that is counted already.

@@ -23,6 +23,7 @@ _REPAIRS = {"leaks": Fix.LEAKS, "all": Fix.ALL}
 
 
 def run(given: Given) -> int:
+    """Check the image and print the findings; with ``-r``, mend them."""
     fix = _REPAIRS.get(given.repair, Fix.NOTHING)
     if fix and given.force_share:
         print(printable(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U"), file=sys.stderr)

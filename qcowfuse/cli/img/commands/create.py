@@ -15,6 +15,7 @@ from ..progress import ProgressLine
 
 
 def run(given: Given) -> int:
+    """Make an image."""
     options = parse_create_options(
         given.format, given.options, size=given.size, backing_file=given.backing, backing_format=given.backing_format
     )

@@ -15,6 +15,7 @@ from ..exit_codes import ImgExit
 
 
 def run(given: Given) -> int:
+    """Print which extent of the disk lies where."""
     names = options_of_names(given)
 
     async def work() -> int:

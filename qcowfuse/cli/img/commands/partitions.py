@@ -27,6 +27,7 @@ _TO_THE_RIGHT = frozenset((0, 1, 2, 3))
 
 
 def run(given: Given) -> int:
+    """Print the partitions of the disk inside."""
     options = options_of_names(given)._replace(read_only=True, force_share=given.force_share, snapshot=given.snapshot)
     key = KeySource(given.key_file, os.environ)
     key.prepare(given.image, options)

@@ -16,6 +16,7 @@ from ..exit_codes import ImgExit
 
 
 def run(given: Given) -> int:
+    """Make the disk larger."""
     options = options_of_names(given)._replace(ignore_locks=given.ignore_locks)
     key = KeySource(given.key_file, os.environ)
     key.prepare(given.image, options)
