@@ -14,7 +14,9 @@ from trio.testing import wait_all_tasks_blocked
 from qcowfuse.driver.layers import table_cache
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.errors import CorruptImageError
 from tests.support.checker import check_image_bytes
+from tests.support.damage import COPIED, Tables
 from tests.support.faults import FaultyStorage, Hold, Operation
 from tests.support.images import (
     TOP,
@@ -25,6 +27,7 @@ from tests.support.images import (
     qemu_read,
     written_at_once,
 )
+from tests.support.limited_space import LimitedStorage, Room
 from tests.support.memory_storage import MemoryStorage
 from tests.support.old_bytes import UsedFile
 from tests.support.scenarios import Fault, Scenario, run_scenario
@@ -212,6 +215,64 @@ async def test_a_storage_that_does_not_write_at_once() -> None:
     await disk.image.aclose()
     report = check_image_bytes(bytes(disk.memory.data))
     assert (report.exit_code, report.leaks) == (0, 0)
+
+
+@pytest.mark.parametrize("inline", [True, False], ids=["at-once", "awaited"])
+async def test_a_new_table_is_guarded(inline: bool) -> None:
+    """A damaged entry that points behind the end of the file, where the table is made, leads no guest data into it."""
+    cluster = 4 * KIB
+    memory = MemoryStorage(build_image(SPECS["clusters of 4 KiB"]).top)
+    image = await open_memory_image({TOP: memory})
+    await image.write(0, b"x" * cluster)
+    await image.aclose()
+    data = memory.data
+    place = next(Tables(data).l2_entries())
+    table = (-(-len(data) // cluster) + 2) * cluster
+    data[place + 8 : place + 16] = (COPIED | table).to_bytes(8, "big")
+    made: list[FaultyStorage] = []
+
+    def wrap(inner: MemoryStorage) -> FaultyStorage:
+        made.append(FaultyStorage(inner, inline=inline))
+        return made[0]
+
+    damaged = MemoryStorage(bytes(data))
+    image = await open_memory_image({TOP: damaged}, wrap=wrap)
+    await image.write(4 << 20, b"y" * cluster)  # in a table, too
+    assert written_at_once(image, 2 << 20, b"z" * cluster) is inline
+    if not inline:
+        await image.write(2 << 20, b"z" * cluster)
+    with pytest.raises(CorruptImageError):
+        await image.write(cluster, b"w" * cluster)
+    assert bytes(await image.read(2 << 20, cluster)) == b"z" * cluster
+    assert bytes(damaged.data[table : table + cluster]) == bytes(cluster), "the new table, not linked yet"
+    await image.aclose()
+
+
+async def test_a_table_is_not_made_before_its_link_has_space() -> None:
+    """The L1 table has a hole where the entry comes to lie. Whatever room there is: a write that succeeded, at once or
+    not, can be flushed."""
+    spec = ImageSpec(size=4 << 20)
+    memory = MemoryStorage(build_image(spec).top)
+    image = await open_memory_image({TOP: memory})
+    await image.write(0, b"x" * 512)
+    await image.aclose()
+    n_accepted = 0
+    for n_blocks in range(6):
+        room = Room()
+        image = await open_memory_image({TOP: LimitedStorage(memory.data, room)})
+        await image.write(1024, b"y" * 512)
+        room.limit = n_blocks
+        place = 100 * 32 * KIB
+        try:
+            if not written_at_once(image, place, b"z" * 512):
+                await image.write(place, b"z" * 512)
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+        else:
+            n_accepted += 1
+        await image.flush()
+        await image.aclose()
+    assert 0 < n_accepted < 6
 
 
 async def test_dirty_tables_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
