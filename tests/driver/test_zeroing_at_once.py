@@ -6,14 +6,18 @@ import errno
 import random
 from array import array
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.layers.mapping import Mapping
+from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.driver.writing import zeroing_at_once
+from qcowfuse.driver.writing import changes, zeroing_at_once
 from qcowfuse.format.entries import ClusterKind
 from tests.driver.test_discard_of_zeroes import CLUSTER, KIB, PATTERN, SIZE, SPECS
+from tests.support import qemu
 from tests.support.checker import check_image_bytes
 from tests.support.faults import FaultyStorage
 from tests.support.images import TOP, ImageSpec, build_image, open_memory_image, qemu_check, qemu_read
@@ -40,6 +44,7 @@ async def test_the_outcome_is_that_of_waiting(kind: str, unmap: bool) -> None:
     for at_once in (False, True):
         memory = {path: MemoryStorage(part) for path, part in build_image(spec).files.items()}
         image = await open_memory_image(memory)
+        await image.count_allocated()
         await image.write(0, PATTERN[: 8 * CLUSTER])
         await image.write_zeroes(6 * CLUSTER, CLUSTER, unmap=False)
         await image.write(spec.size - KIB, PATTERN[:KIB])
@@ -118,6 +123,7 @@ async def test_long_ranges_with_odd_ends_are_zeroed_at_once(kind: str, unmap: bo
     for at_once in (False, True):
         memory = {path: MemoryStorage(part) for path, part in build_image(spec).files.items()}
         image = await open_memory_image(memory)
+        await image.count_allocated()
         for place, n_bytes in places:
             await image.write(place, PATTERN[: min(n_bytes, image.size - place)])
         for place, n_bytes in places[::3]:
@@ -166,6 +172,65 @@ async def test_data_files_take_the_other_way(kind: str) -> None:
     await image.aclose()
 
 
+@pytest.mark.parametrize("unmap", [False, True], ids=["zero", "discard"])
+@pytest.mark.parametrize(
+    "spec", [ImageSpec(version=1), ImageSpec(version=2, backing="raw", backing_size=64 * KIB)], ids=["v1", "v2"]
+)
+async def test_where_no_entry_can_say_zeroes_they_are_written(spec: ImageSpec, unmap: bool) -> None:
+    """Whole clusters are left to the way that writes; what is below them does not show through."""
+    files = build_image(spec).files
+    image = await open_memory_image(files)
+    await image.write(0, PATTERN[: 32 * KIB])
+    await image.write_zeroes(0, 4 * KIB, unmap=unmap)
+    assert not image.try_write_zeroes(8 * KIB, 8 * KIB, unmap=unmap)
+    assert bytes(await image.read(8 * KIB, 8 * KIB)) == PATTERN[8 * KIB : 16 * KIB]
+    await image.write_zeroes(8 * KIB, 8 * KIB, unmap=unmap)
+    assert not any(await image.read(8 * KIB, 8 * KIB))
+    await image.aclose()
+
+
+async def test_what_is_let_go_of_does_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond a bound a flush comes first, and that waits."""
+    monkeypatch.setattr(changes, "MAX_UNLINKED", 4)
+    image = await open_memory_image(build_image(PLAIN).files)
+    await image.write(0, PATTERN)
+    at_once = [image.try_write_zeroes(2 * number * CLUSTER, CLUSTER, unmap=True) for number in range(6)]
+    assert at_once == [True] * 4 + [False] * 2
+    await image.flush()
+    assert image.try_write_zeroes(8 * CLUSTER, CLUSTER, unmap=True)
+    await image.aclose()
+
+
+async def test_nothing_is_done_at_once_after_a_failed_flush() -> None:
+    """The image is read-only then, and goes on showing what it held."""
+    memory = MemoryStorage(build_image(PLAIN).top)
+    faulty = FaultyStorage(memory, inline=True)
+    image = await open_memory_image({TOP: memory}, wrap=lambda inner: faulty)
+    await image.write(0, PATTERN)
+    faulty.check = lambda operation: errno.EIO if operation.kind == "flush" else 0
+    with pytest.raises(OSError, match="error"):
+        await image.flush()
+    faulty.check = None
+    assert not image.try_write_zeroes(0, 4 * CLUSTER, unmap=True)
+    assert bytes(await image.read(0, 4 * CLUSTER)) == PATTERN[: 4 * CLUSTER]
+    with pytest.raises(OSError, match="may be lost"):
+        await image.aclose()
+
+
+async def test_a_discard_that_only_zeroes_keeps_the_space(tmp_path: Path) -> None:
+    """At once, too, where that was asked for (``--discard ignore``)."""
+    path = tmp_path / "image"
+    path.write_bytes(build_image(PLAIN).top)
+    image = await open_image(str(path), OpenOptions(discard=False))
+    await image.write(0, PATTERN)
+    await image.flush()
+    assert image.try_write_zeroes(0, 4 * CLUSTER, unmap=True)
+    await image.aclose()
+    clusters = [extent for extent in qemu.map_extents(path) if extent["start"] < 4 * CLUSTER]
+    assert all(extent["zero"] and "offset" in extent for extent in clusters)
+    assert qemu.check(path).clean
+
+
 async def test_nothing_is_done_at_once_before_the_first_write() -> None:
     """What has to happen before it takes waiting; and never in an image that is only read, or is closed."""
     built = build_image(ImageSpec(cluster_size=CLUSTER, size=SIZE, fill=1.0))
@@ -188,11 +253,10 @@ async def test_a_cluster_that_a_write_is_making_is_left_alone() -> None:
     memory = {path: MemoryStorage(part) for path, part in build_image(PLAIN).files.items()}
     image = await open_memory_image(memory)
     await image.write(0, PATTERN[:CLUSTER])
-    changes = image.changes
-    assert changes is not None
-    claim = changes.writer.claims.take(0, 1)
+    assert image.changes is not None
+    claim = image.changes.writer.claims.take(0, 1)
     assert not image.try_write_zeroes(0, CLUSTER, unmap=True)
-    changes.writer.claims.release(claim)
+    image.changes.writer.claims.release(claim)
     assert image.try_write_zeroes(0, CLUSTER, unmap=True)
     await image.aclose()
 
