@@ -219,7 +219,7 @@ async def test_a_storage_that_does_not_write_at_once() -> None:
 
 @pytest.mark.parametrize("inline", [True, False], ids=["at-once", "awaited"])
 async def test_a_new_table_is_guarded(inline: bool) -> None:
-    """A damaged entry that points behind the end of the file, where the table is made, leads no guest data into it."""
+    """A damaged entry that points behind the end of the file, where the table is made, leads no data into it."""
     cluster = 4 * KIB
     memory = MemoryStorage(build_image(SPECS["clusters of 4 KiB"]).top)
     image = await open_memory_image({TOP: memory})
@@ -249,8 +249,8 @@ async def test_a_new_table_is_guarded(inline: bool) -> None:
 
 
 async def test_a_table_is_not_made_before_its_link_has_space() -> None:
-    """The L1 table has a hole where the entry comes to lie. Whatever room there is: a write that succeeded, at once or
-    not, can be flushed."""
+    """The L1 table has a hole where the entry comes to lie. Whatever room there is: a write that succeeded, at once
+    or not, can be flushed."""
     spec = ImageSpec(size=4 << 20)
     memory = MemoryStorage(build_image(spec).top)
     image = await open_memory_image({TOP: memory})
@@ -267,7 +267,8 @@ async def test_a_table_is_not_made_before_its_link_has_space() -> None:
             if not written_at_once(image, place, b"z" * 512):
                 await image.write(place, b"z" * 512)
         except OSError as error:
-            assert error.errno == errno.ENOSPC
+            if error.errno != errno.ENOSPC:
+                raise
         else:
             n_accepted += 1
         await image.flush()

@@ -313,6 +313,30 @@ async def test_of_the_counts_only_those_of_the_file_are_read() -> None:
     await image.aclose()
 
 
+@pytest.mark.parametrize("n_clusters", [1, 4])
+async def test_what_is_freed_opens_no_way_into_the_file(n_clusters: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The look was given up. A discard frees clusters, one or a run of them; behind them lies one that is in use and
+    not counted: no write takes it."""
+    monkeypatch.setattr(unguarded, "MAX_FILE_CLUSTERS", 0)
+    damaged = build(fill=1.0)
+    places = [damaged.word(damaged.l2 + 8 * number) & OFFSET for number in range(SIZE // CLUSTER)]
+    run = next(
+        n for n in range(8, 50) if places[n : n + n_clusters] == [places[n] + i * CLUSTER for i in range(n_clusters)]
+    )
+    victim = max(places)
+    before = damaged.lose(victim)
+    memory = MemoryStorage(bytes(damaged.data))
+    image = await open_memory_image({TOP: memory})
+    await image.write_zeroes(run * CLUSTER, n_clusters * CLUSTER, unmap=True)
+    await image.flush()
+    await image.flush()
+    for _ in range(4):
+        await image.write(run * CLUSTER, b"n" * n_clusters * CLUSTER)
+        await image.write_zeroes(run * CLUSTER, n_clusters * CLUSTER, unmap=True)
+    await image.aclose()
+    assert bytes(memory.data[victim : victim + CLUSTER]) == before
+
+
 async def test_until_it_is_known_the_file_grows(monkeypatch: pytest.MonkeyPatch) -> None:
     """While the look goes on, nothing inside the file is taken; it is given up when the image is closed."""
     monkeypatch.setattr(unguarded, "INLINE_BYTES", 0)

@@ -275,6 +275,9 @@ class RefcountAllocator:
                 return
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._storage.name)
 
+    def _note_free(self, cluster: int) -> None:
+        self._first_maybe_free = max(min(self._first_maybe_free, cluster), self._held_back)
+
     def _decrement(self, cluster: int) -> None:
         block_index, index = divmod(cluster, self._per_block)
         if not self._blocks.has(block_index):
@@ -283,7 +286,7 @@ class RefcountAllocator:
         count = decremented(block.counts[index], cluster)
         self._blocks.set_counts(block_index, block, index, index + 1, count)
         if not count:
-            self._first_maybe_free = max(min(self._first_maybe_free, cluster), self._held_back)
+            self._note_free(cluster)
 
     def _decrement_all(self, first: int, n_clusters: int) -> None:
         """Clusters of one block: all, or with an exception some or, for BlockMissing, none."""
@@ -293,7 +296,7 @@ class RefcountAllocator:
             end = index + n_clusters
             if block.counts[index:end].count(1) == n_clusters:
                 self._blocks.clear_counts(block_index, block, index, end)
-                self._first_maybe_free = min(self._first_maybe_free, first)
+                self._note_free(first)
                 return
         for cluster in range(first, first + n_clusters):
             self._decrement(cluster)
