@@ -12,6 +12,7 @@ from ..errors import (
     MountError,
     QcowFuseError,
 )
+from .failures import lacks_memory
 
 
 class ExitCode(IntEnum):
@@ -52,4 +53,4 @@ def exit_code_of(exc: BaseException) -> ExitCode:
     for kind, code in _BY_EXCEPTION:
         if isinstance(exc, kind):
             return code
-    return ExitCode.UNEXPECTED
+    return ExitCode.SYSTEM if lacks_memory(exc) else ExitCode.UNEXPECTED

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 
-from ..errors import FormatError, ImageLockedError, QcowFuseError
+from ..errors import FormatError, ImageLockedError
 
 
-def describe_known(exc: OSError | QcowFuseError, image: str) -> str:
-    """What was met with ``image``, for any program, not yet printable."""
+def describe_known(exc: BaseException, image: str) -> str:
+    """What was met with ``image``, for any program, not yet printable. An OSError, a QcowFuseError, or one of which
+    :func:`lacks_memory` is true."""
     if isinstance(exc, OSError):
-        path = image if exc.filename is None else os.fsdecode(exc.filename)
-        return f"{path}: {exc.strerror or exc}"
+        return describe_os_error(exc, image)
+    if lacks_memory(exc):
+        return f"{image}: not enough memory, or too many processes (ulimit -v and ulimit -u say how much is allowed)"
     text = str(exc)
     if isinstance(exc, ImageLockedError):
         text += _where_mounted(exc.path)
@@ -22,6 +25,20 @@ def describe_known(exc: OSError | QcowFuseError, image: str) -> str:
         if found is not None:
             return f"{image}: is {found}"
     return text if image in text else f"{image}: {text}"
+
+
+def describe_os_error(exc: OSError, place: str) -> str:
+    """The place, ``place`` where the failure names none, and the system's reason."""
+    if exc.errno == errno.EMFILE:  # which file was one too many says nothing
+        return f"{place}: {exc.strerror}: no more than {os.sysconf('SC_OPEN_MAX')} are allowed here (ulimit -n)"
+    return f"{place if exc.filename is None else os.fsdecode(exc.filename)}: {exc.strerror or exc}"
+
+
+def lacks_memory(exc: BaseException) -> bool:
+    """Whether the system gave no memory, or no thread; an event loop may have wrapped that."""
+    if isinstance(exc, BaseExceptionGroup):
+        return any(lacks_memory(part) for part in exc.exceptions)
+    return isinstance(exc, MemoryError) or (isinstance(exc, RuntimeError) and "start new thread" in str(exc))
 
 
 def _where_mounted(image: str) -> str:

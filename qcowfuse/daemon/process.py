@@ -19,11 +19,11 @@ import gc
 import logging
 import os
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from ..printable import flush_output
 from .settings import User
 
 STOP_SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT})
@@ -77,8 +77,7 @@ def start_daemon(
     itself, and ``kept``, which are closed when it has reported. Stop signals are held back from the child; here they
     are passed on to it, still so after this function has returned.
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     read_end, write_end = os.pipe()
     lifeline, held = os.pipe() if stays else (None, -1)
     with stop_signals_held_back():
@@ -88,6 +87,8 @@ def start_daemon(
             try:
                 own = needed | {write_end} | ({lifeline} if lifeline is not None else set())
                 code = child(Starter(write_end, _close_inherited(own, kept), lifeline))
+            except OSError as exc:  # not of the child, which reports its own
+                Starter(write_end).report(code, f"qcowfuse: {exc.filename}: {exc.strerror}")
             finally:
                 logging.shutdown()
                 os._exit(code)
@@ -116,8 +117,9 @@ def _close_inherited(needed: frozenset[int], kept: frozenset[int]) -> frozenset[
 
 
 def _print_line(line: str) -> None:
-    sys.stderr.flush()
-    os.write(2, f"{line}\n".encode("utf-8", "surrogateescape"))
+    flush_output()
+    with suppress(OSError):  # where it can't be written, the exit code has to do
+        os.write(2, f"{line}\n".encode("utf-8", "surrogateescape"))
 
 
 def _died_silently(pid: int) -> int:
@@ -199,7 +201,7 @@ def become_io_flusher() -> None:
 @contextmanager
 def captured_stderr() -> Iterator[Callable[[], str]]:
     """Catch what C code and child processes print to standard error; what is yielded gives the text so far."""
-    sys.stderr.flush()
+    flush_output()
     saved = os.dup(2)
     catcher = os.memfd_create("qcowfuse-stderr", os.MFD_CLOEXEC)
 
@@ -210,7 +212,7 @@ def captured_stderr() -> Iterator[Callable[[], str]]:
     try:
         yield text
     finally:
-        sys.stderr.flush()
+        flush_output()
         os.dup2(saved, 2)
         os.close(saved)
         os.close(catcher)

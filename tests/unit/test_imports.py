@@ -32,7 +32,7 @@ ROOMS = {
     "tools": f"{IMAGE} driver driver.layers driver.writing driver.facade",
     "fuse": "errors buffer driver",
     "fuse.libfuse": "errors buffer driver fuse system",
-    "daemon": "errors buffer driver fuse fuse.libfuse system",
+    "daemon": "errors buffer printable driver fuse fuse.libfuse system",
     "cli": "errors partitions driver printable system tools driver.facade daemon",
     "cli.mount": "errors driver printable driver.facade tools daemon _version cli",
     "cli.img": "errors partitions driver printable driver.facade consistency tools _version cli",

@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ...errors import QcowFuseError
-from ...printable import printable
+from ...printable import print_error
 from .. import logs
-from ..failures import describe_known, is_interrupt
+from ..failures import describe_known, is_interrupt, lacks_memory
 from ..stopping import StoppedError
 from .arguments import Given, parse
 from .exit_codes import ImgExit
@@ -50,10 +50,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BaseException as exc:
         if is_interrupt(exc):
             return 128 + 2
+        if lacks_memory(exc):
+            return _fail(exc, given.image)
         raise
 
 
-def _fail(exc: QcowFuseError | OSError, image: str) -> int:
+def _fail(exc: BaseException, image: str) -> int:
     hint = " (qcowfuse-img create --force overwrites it)" if isinstance(exc, FileExistsError) else ""
-    print(f"qcowfuse-img: {printable(describe_known(exc, image) + hint)}", file=sys.stderr)
+    print_error(f"qcowfuse-img: {describe_known(exc, image)}{hint}")
     return ImgExit.FAILED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TextIO
 
@@ -32,7 +33,8 @@ class ProgressLine:
     def print_above(self, text: str) -> None:
         """A line of text for the same stream, the progress below it."""
         self._wipe()
-        print(text, file=self._stream)
+        with suppress(OSError):  # the exit code has to do
+            print(text, file=self._stream)
 
     def _wipe(self) -> None:
         if self._line:

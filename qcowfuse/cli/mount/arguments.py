@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from ...daemon.settings import MountSettings, User
 from ...driver.options import DetectZeroes, OpenOptions
-from ...printable import printable
+from ...printable import print_error
 from ..exit_codes import ExitCode
 from ..image_names import check_names, configured_folders
 from .mount_options import MountOptionError, sort_options, with_values_listed
@@ -116,7 +115,7 @@ def _plain(argv: Sequence[str]) -> dict[str, Any] | None:
 
 
 def _refuse(message: str) -> NoReturn:
-    sys.stderr.write(printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
+    print_error(f"qcowfuse: {message} (qcowfuse --help says more)")
     raise SystemExit(ExitCode.USAGE)
 
 

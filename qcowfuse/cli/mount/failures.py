@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ...errors import MountError, QcowFuseError, StoppedEarlyError
 from ...printable import printable
-from ..failures import describe_known
+from ..failures import describe_known, lacks_memory
 
 if TYPE_CHECKING:
     from .arguments import Arguments
@@ -25,7 +25,7 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         text = f"{arguments.image}: {exc.strerror or exc}"
     elif isinstance(exc, QcowFuseError) and has_served:
         text = str(exc) if arguments.image in str(exc) else f"{arguments.image}: {exc}"
-    elif isinstance(exc, OSError | QcowFuseError):
+    elif isinstance(exc, OSError | QcowFuseError) or (lacks_memory(exc) and not has_served):
         text = describe_known(exc, arguments.image)
         if isinstance(exc, OSError) and exc.errno == errno.EROFS and not _is_only_read(arguments):
             text += " (-r serves the image read-only)"

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ...daemon.process import Starter, collect_own_garbage, run_as_daemon, stop_signals_held_back
 from ...errors import ImageUsageError
+from ...printable import flush_output, print_error
 from .. import logs
 from ..exit_codes import ExitCode, exit_code_of
 from ..failures import is_interrupt
@@ -56,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 return run(arguments, key, None)
         code = run_as_daemon(functools.partial(run, arguments, key), key.descriptors, arguments.descriptors)
     except ImageUsageError as exc:
-        print(f"qcowfuse: {describe(exc, arguments)}", file=sys.stderr)
+        print_error(f"qcowfuse: {describe(exc, arguments)}")
         return exit_code_of(exc)
     except BaseException as exc:
         if is_interrupt(exc):
@@ -65,14 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     finally:
         key.close()
     # The interpreter's own way out takes a few milliseconds, and the shell waits for them.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     os._exit(code)
 
 
 def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     """Serve to the end; gives the exit code, after at most one line to ``starter``, standard error or the log."""
-    is_ready = False
+    is_ready = has_log_file = False
 
     def on_ready() -> None:
         nonlocal is_ready
@@ -82,6 +82,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
     try:
         if arguments.log_file is not None:
             logs.log_to_file(arguments.log_file)
+            has_log_file = True
         settings = arguments.mount_settings()
         if starter is not None and starter.lifeline is not None:
             settings = settings._replace(lifeline=starter.lifeline, removes_mount_point=True)
@@ -97,7 +98,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
             )
     except BaseException as exc:
         code, line = exit_code_of(exc), describe(exc, arguments, has_served=is_ready)
-        if is_ready or arguments.log_file is not None:
+        if is_ready or has_log_file:
             _log.error("%s", line, exc_info=arguments.debug or code is ExitCode.UNEXPECTED)
         elif arguments.debug:
             _log.debug("traceback of the failure", exc_info=True)
@@ -106,7 +107,7 @@ def run(arguments: Arguments, key: KeySource, starter: Starter | None) -> int:
         if starter is not None:
             starter.report(code, f"qcowfuse: {line}")
         else:
-            print(f"qcowfuse: {line}", file=sys.stderr)
+            print_error(f"qcowfuse: {line}")
         return code
     finally:
         gc.enable()

@@ -15,7 +15,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from ...errors import QcowFuseError
-from ...printable import printable
+from ...printable import print_error
 from ..exit_codes import ExitCode, exit_code_of
 from ..near_misses import with_near_misses
 from ..option_table import add_options
@@ -46,14 +46,20 @@ def main(argv: Sequence[str]) -> int:
     except SystemExit:  # after the help
         return ExitCode.OK
     try:
-        return _RUN[verb](given)
+        code = _RUN[verb](given)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         return 128 + 2
     except BrokenPipeError:  # of standard output: its reader has seen enough
         with suppress(OSError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return ExitCode.OK
-    except (QcowFuseError, OSError) as exc:
+    except OSError as exc:
+        from ..failures import describe_os_error
+
+        return _fail(verb, exit_code_of(exc), describe_os_error(exc, given.get("target") or verb))
+    except QcowFuseError as exc:
         return _fail(verb, exit_code_of(exc), str(exc))
 
 
@@ -165,5 +171,5 @@ def _not_mounted(verb: str, target: str) -> int:
 
 def _fail(verb: str, code: ExitCode, text: str) -> int:
     assert verb in VERBS
-    sys.stderr.write(printable(f"qcowfuse {verb}: {text}") + "\n")
+    print_error(f"qcowfuse {verb}: {text}")
     return code

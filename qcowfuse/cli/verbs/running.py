@@ -15,7 +15,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -24,7 +23,7 @@ from contextlib import suppress
 from ...daemon import mountpoint
 from ...daemon.process import start_daemon
 from ...errors import MountError
-from ...printable import printable
+from ...printable import flush_output, print_error
 from .. import logs
 from ..exit_codes import ExitCode
 from ..mount.arguments import Arguments, parse_arguments
@@ -71,8 +70,7 @@ def run(before: Sequence[str], command: Sequence[str]) -> int:
     finally:
         key.close()
         _remove(folder)
-    sys.stdout.flush()
-    sys.stderr.flush()
+    flush_output()
     return code
 
 
@@ -177,4 +175,4 @@ def _remove(folder: str) -> None:
 
 
 def _say(text: str) -> None:
-    print(printable(f"qcowfuse run: {text}"), file=sys.stderr, flush=True)
+    print_error(f"qcowfuse run: {text}")

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import time
 from contextlib import nullcontext, suppress
 
@@ -19,7 +18,7 @@ from ...daemon import mountpoint
 from ...daemon.mount_users import users_of
 from ...daemon.mountpoint import MountBusyError
 from ...daemon.record import State
-from ...printable import printable
+from ...printable import print_error
 from ..exit_codes import ExitCode
 from .look import Look, look_at
 from .mounts import Mount, Server, server_of, waits
@@ -117,7 +116,7 @@ def _sync() -> None:
 
 
 def _say(text: str) -> None:
-    print(printable(f"qcowfuse umount: {text}"), file=sys.stderr, flush=True)
+    print_error(f"qcowfuse umount: {text}")
 
 
 def _tell(code: ExitCode, text: str) -> ExitCode:

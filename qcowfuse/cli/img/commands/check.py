@@ -8,7 +8,7 @@ from typing import Any
 
 from ....consistency.compare import LEAK
 from ....consistency.result import CheckResult, Fix
-from ....printable import printable
+from ....printable import print_error, printable
 from ....tools.check import check_image
 from ....tools.info import is_version_1
 from ...stopping import run_alone_until_stopped, run_until_stopped
@@ -26,12 +26,12 @@ def run(given: Given) -> int:
     """Check the image and print the findings; with ``-r``, mend them."""
     fix = _REPAIRS.get(given.repair, Fix.NOTHING)
     if fix and given.force_share:
-        print(printable(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U"), file=sys.stderr)
+        print_error(f"qcowfuse-img: {given.image}: -r needs the image for itself: not with -U")
         return ImgExit.FAILED
 
     async def work() -> int:
         if await is_version_1(given.image, force_share=given.force_share or given.ignore_locks):
-            print("qcowfuse-img: This image format does not support checks", file=sys.stderr)
+            print_error("qcowfuse-img: This image format does not support checks")
             return ImgExit.NOT_SUPPORTED
         n_left_out = 0
         n_printable = {True: MAX_LEAKS, False: MAX_FINDINGS}
@@ -55,7 +55,7 @@ def run(given: Given) -> int:
                 fix=fix,
             )
         if n_left_out and not given.quiet:
-            print(f"... and {n_left_out} more", file=sys.stderr)
+            print_error(f"... and {n_left_out} more")
         if given.output == "json":
             from ...json_text import to_text
 
