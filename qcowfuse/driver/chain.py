@@ -93,13 +93,15 @@ async def open_image(
 
 
 @asynccontextmanager
-async def open_layers(path: str, options: OpenOptions) -> AsyncIterator[Sequence[Layer]]:
+async def open_layers(
+    path: str, options: OpenOptions, *, opener: StorageOpener | None = None
+) -> AsyncIterator[Sequence[Layer]]:
     """The layers of a chain, the image itself first, to look at their tables alone: nothing is unlocked, nothing
     written. Raises what :func:`open_image` raises."""
     options = options._replace(read_only=True, tables_only=True)
     async with AsyncExitStack() as stack:
         parts = TableParts()
-        with ChainFiles(options, None) as files, _Unlocking(options) as unlocking:
+        with ChainFiles(options, opener) as files, _Unlocking(options) as unlocking:
             opened = await _open_chain(path, options, files, stack, parts)
             if options.snapshot is not None:
                 opened[0] = await _at_snapshot(opened[0], options.snapshot, parts)

@@ -24,17 +24,16 @@ async def mapped(data: bytes) -> tuple[list[MapEntry], int]:
     """All entries, and how many looks at a layer they took."""
     image = await open_memory_image({TOP: data}, read_only=True)
     walk = MapWalk(image.layers)
-    walk.recursive = [False]
-    entries = [entry async for entry in walk.run()]
+    entries = [entry async for batch in walk.run() for entry in batch]
     await image.aclose()
-    return entries, walk.n_looks
+    return entries, walk.n_loads
 
 
 @pytest.mark.parametrize(("entry", "present"), [(READS_ZERO, True), (0, False)])
 async def test_one_entry_and_one_look_a_table_where_all_is_alike(entry: int, present: bool) -> None:
     """Not one a cluster, of which a table has 64 here and 8192 in most images."""
     entries, n_looks = await mapped(with_one_table(SPEC, entry))
-    assert [(one.guest_offset, one.n_bytes, one.present, one.zero) for one in entries] == [
+    assert [(one.guest_offset, one.n_bytes, one.how.present, one.how.zero) for one in entries] == [
         (0, SPEC.size, present, True)
     ]
     assert n_looks == N_TABLES

@@ -21,10 +21,20 @@ DISK_SIZE = N_ENTRIES << 2 * CLUSTER_BITS - 3
 
 @pytest.fixture(scope="module")
 def idle(tmp_path_factory: pytest.TempPathFactory) -> int:
-    """The peak, in KiB, of a command on an image with nothing in it."""
+    """The peak, in KiB, of a command that looks at an image with nothing in it."""
     folder = tmp_path_factory.mktemp("idle")
     image = write_sparse(folder / "small.qcow2", {0: header()}, L1_OFFSET + 8)
     done = run_img(folder, "map", image)
+    assert done.code == 0, done.stderr
+    return done.peak
+
+
+@pytest.fixture(scope="module")
+def idle_writer(tmp_path_factory: pytest.TempPathFactory) -> int:
+    """The peak, in KiB, of a command that writes one: it has an event loop, and all of the driver."""
+    folder = tmp_path_factory.mktemp("idle")
+    assert run_img(folder, "create", folder / "small.qcow2", "1M").code == 0
+    done = run_img(folder, "resize", folder / "small.qcow2", "+512")
     assert done.code == 0, done.stderr
     return done.peak
 
@@ -92,7 +102,7 @@ def test_counts_have_a_limit_that_follows_the_size_on_the_host(tmp_path: Path, i
     [(1200, CLUSTER_BITS, 1 << 13), pytest.param(2900, 21, 1300, id="2 MiB")],
 )
 def test_a_repair_takes_no_memory_for_what_lies_between(
-    n_clusters: int, cluster_bits: int, distance: int, tmp_path: Path, idle: int
+    n_clusters: int, cluster_bits: int, distance: int, tmp_path: Path, idle_writer: int
 ) -> None:
     """A small dirty image, repaired when it is opened for writing; with clusters of 2 MiB there is a page of counts
     for each, which is as many as there may be, and a block of 2 MiB for hundreds of them."""
@@ -101,7 +111,7 @@ def test_a_repair_takes_no_memory_for_what_lies_between(
     )
     done = run_img(tmp_path, "resize", image, "+512")
     assert done.code == 0, done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB
     assert run_img(tmp_path, "check", image).code == 0
 
 
@@ -138,24 +148,24 @@ def with_names_of_snapshots(path: Path) -> Path:
     return write_sparse(path, {0: start, 2 * L1_OFFSET: bytes(entries)}, 2 * L1_OFFSET + len(entries))
 
 
-def test_names_of_snapshots_are_not_kept(tmp_path: Path, idle: int) -> None:
+def test_names_of_snapshots_are_not_kept(tmp_path: Path, idle_writer: int) -> None:
     """check, info and the list, and an image that is opened for writing."""
     image = with_names_of_snapshots(tmp_path / "a.qcow2")
     done = run_img(tmp_path, "check", image)
     assert done.code == 2
     assert b"errors were found" in done.stdout
-    assert done.peak - idle < LIMIT_KIB // 4
+    assert done.peak - idle_writer < LIMIT_KIB // 4
     done = run_img(tmp_path, "resize", image, "1M")
     assert done.code == 0, done.stderr
-    assert done.peak - idle < LIMIT_KIB // 4
+    assert done.peak - idle_writer < LIMIT_KIB // 4
     for command in (["info", "--output=json"], ["info"], ["snapshot", "-l"], ["snapshot", "-l", "--output=json"]):
         done = run_img(tmp_path, *command, image)
         assert done.code == 0, done.stderr
         assert done.stdout.count(b"n" * 65000) == 1000
-        assert done.peak - idle < LIMIT_KIB // 4
+        assert done.peak - idle_writer < LIMIT_KIB // 4
 
 
-def test_names_of_bitmaps_are_not_kept(tmp_path: Path, idle: int) -> None:
+def test_names_of_bitmaps_are_not_kept(tmp_path: Path, idle_writer: int) -> None:
     """A directory of 40 MiB; such a one is given up by the first write, which a warning says."""
     name = "\U0001f600".encode() + b"n" * 900
     fixed = struct.pack(">QIIBBHI", L1_OFFSET + (1 << CLUSTER_BITS), 1, 0, 1, 16, len(name), 0)
@@ -167,14 +177,14 @@ def test_names_of_bitmaps_are_not_kept(tmp_path: Path, idle: int) -> None:
         done = run_img(tmp_path, *command, image)
         assert done.code == 0, done.stderr
         assert done.stdout.count(b"n" * 900) == 43000
-        assert done.peak - idle < LIMIT_KIB // 4
+        assert done.peak - idle_writer < LIMIT_KIB // 4
     done = run_img(tmp_path, "check", image)
     assert done.code == 2
-    assert done.peak - idle < LIMIT_KIB // 4
+    assert done.peak - idle_writer < LIMIT_KIB // 4
     done = run_img(tmp_path, "resize", image, "1M")
     assert done.code == 0, done.stderr
     assert "more than 4194304; the disk can be used, but its persistent bitmaps will be given up" in done.stderr
-    assert done.peak - idle < LIMIT_KIB // 4
+    assert done.peak - idle_writer < LIMIT_KIB // 4
 
 
 def with_bitmaps_of_ones(path: Path, n_bitmaps: int, *, cluster_bits: int, size: int) -> Path:
@@ -207,13 +217,15 @@ def with_bitmaps_of_ones(path: Path, n_bitmaps: int, *, cluster_bits: int, size:
     ("n_bitmaps", "size", "n_kept"),
     [pytest.param(1, 1 << 36, 1, id="one of 256 parts"), pytest.param(2000, 1 << 20, 765, id="many of one part")],
 )
-def test_bitmaps_of_ones_take_no_memory(n_bitmaps: int, size: int, n_kept: int, tmp_path: Path, idle: int) -> None:
+def test_bitmaps_of_ones_take_no_memory(
+    n_bitmaps: int, size: int, n_kept: int, tmp_path: Path, idle_writer: int
+) -> None:
     """The first write loads them. The last part of each takes a cluster; those that do not fit are marked."""
     image = with_bitmaps_of_ones(tmp_path / "a.qcow2", n_bitmaps, cluster_bits=16, size=size)
     assert run_img(tmp_path, "check", image).code == 0
     done = run_img(tmp_path, "resize", image, "+512")
     assert done.code == 0, done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB
     assert done.stderr.count("can't be kept") == min(n_bitmaps - n_kept, 21)
     listed = json.loads(run_img(tmp_path, "info", "--output=json", image).stdout)
     flags = [bitmap["flags"] for bitmap in listed["format-specific"]["data"]["bitmaps"]]
@@ -222,7 +234,7 @@ def test_bitmaps_of_ones_take_no_memory(n_bitmaps: int, size: int, n_kept: int, 
     assert run_img(tmp_path, "check", image).code == 0
 
 
-def test_more_bitmaps_than_can_be_kept_are_given_up(tmp_path: Path, idle: int) -> None:
+def test_more_bitmaps_than_can_be_kept_are_given_up(tmp_path: Path, idle_writer: int) -> None:
     """65,535 of them, in a directory of 2 MiB, by the first write."""
     place = L1_OFFSET + (1 << CLUSTER_BITS)
     entries = b"".join(struct.pack(">QIIBBHI8s", place, 1, 0, 1, 16, 8, 0, b"%08d" % n) for n in range(65535))
@@ -232,21 +244,21 @@ def test_more_bitmaps_than_can_be_kept_are_given_up(tmp_path: Path, idle: int) -
     done = run_img(tmp_path, "resize", image, "1M")
     assert done.code == 0, done.stderr
     assert "65535 bitmaps, more than 4096; the disk can be used, but its persistent bitmaps will be" in done.stderr
-    assert done.peak - idle < LIMIT_KIB // 4
+    assert done.peak - idle_writer < LIMIT_KIB // 4
 
 
-def test_a_very_long_table_of_snapshots_is_not_changed(tmp_path: Path, idle: int) -> None:
+def test_a_very_long_table_of_snapshots_is_not_changed(tmp_path: Path, idle_writer: int) -> None:
     """It would have to be held in memory as a whole; the limit is named."""
     image = with_names_of_snapshots(tmp_path / "a.qcow2")
     before = image.read_bytes()[:L1_OFFSET]
     done = run_img(tmp_path, "snapshot", "-c", "new", image)
     assert done.code == 1
     assert "the table of its 1000 snapshots has more than 8 MiB" in done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB
     assert image.read_bytes()[:L1_OFFSET] == before
 
 
-def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle: int) -> None:
+def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle_writer: int) -> None:
     """Of an image that is opened for writing, with four million entries that name the same table."""
     table, size = L1_OFFSET + MAX_L1_SIZE, 1 << CLUSTER_BITS
     start = header(l1_size=N_ENTRIES, size=DISK_SIZE)
@@ -254,7 +266,7 @@ def test_the_largest_l1_table_is_held_once(tmp_path: Path, idle: int) -> None:
     image = write_sparse(tmp_path / "a.qcow2", parts, table + size)
     done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
     assert done.code == 0, done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB
 
 
 def shuffled(n_entries: int, first: int, flags: int = 0) -> bytes:
@@ -265,7 +277,7 @@ def shuffled(n_entries: int, first: int, flags: int = 0) -> bytes:
     return entries.tobytes()
 
 
-def test_as_many_tables_as_there_can_be_are_guarded_in_little_memory(tmp_path: Path, idle: int) -> None:
+def test_as_many_tables_as_there_can_be_are_guarded_in_little_memory(tmp_path: Path, idle_writer: int) -> None:
     """Of an image that is opened for writing: as many L2 tables as an L1 table can name, and as many refcount blocks
     as a refcount table, each another one and all of them holes."""
     first, n_blocks = L1_OFFSET + MAX_L1_SIZE, MAX_REFCOUNT_TABLE_SIZE // 8
@@ -278,7 +290,7 @@ def test_as_many_tables_as_there_can_be_are_guarded_in_little_memory(tmp_path: P
     image = write_sparse(tmp_path / "a.qcow2", parts, first_block + (n_blocks << CLUSTER_BITS))
     done = run_img(tmp_path, "resize", image, str(DISK_SIZE))
     assert done.code == 0, done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB
 
 
 def test_tables_in_a_file_of_very_many_clusters_are_guarded_up_to_a_limit(tmp_path: Path, idle: int) -> None:
@@ -300,7 +312,9 @@ def test_tables_in_a_file_of_very_many_clusters_are_guarded_up_to_a_limit(tmp_pa
 @pytest.mark.parametrize(
     ("l1_mib", "message"), [(32, "has 4194304 L2 tables"), (40, "has more than 32 MiB in use, too much to write")]
 )
-def test_too_many_tables_of_version_1_are_not_written(l1_mib: int, message: str, tmp_path: Path, idle: int) -> None:
+def test_too_many_tables_of_version_1_are_not_written(
+    l1_mib: int, message: str, tmp_path: Path, idle_writer: int
+) -> None:
     """An L1 table that is full: it would be held in memory, with the places of its tables."""
     cluster_bits, l2_bits, n_entries = 12, 9, l1_mib << 17
     size = n_entries << cluster_bits + l2_bits
@@ -312,4 +326,4 @@ def test_too_many_tables_of_version_1_are_not_written(l1_mib: int, message: str,
     assert done.code == 1
     assert message in done.stderr
     assert "serve it read-only (qcowfuse -r)" in done.stderr
-    assert done.peak - idle < LIMIT_KIB
+    assert done.peak - idle_writer < LIMIT_KIB

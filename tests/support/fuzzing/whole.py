@@ -20,7 +20,7 @@ import trio
 from qcowfuse.consistency.compare import check_storage
 from qcowfuse.consistency.repair import repair_storage
 from qcowfuse.consistency.result import Fix
-from qcowfuse.driver.chain import open_image
+from qcowfuse.driver.chain import open_image, open_layers
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.errors import FormatError, ImageUsageError, QcowFuseError
@@ -408,13 +408,14 @@ class _Session:
                     pass
 
     async def off_map(self, _: str) -> None:
-        with patch.object(extent_map, "open_image", partial(open_image, opener=self.opener)):
+        with patch.object(extent_map, "open_layers", partial(open_layers, opener=self.opener)):
             end = 0
-            async with extent_map.map_image(TOP) as entries:
-                async for entry in entries:
-                    if entry.guest_offset != end or (entry.n_bytes <= 0 and end) or entry.n_bytes < 0:
-                        raise BrokenError(f"map has {entry} behind {end:#x}")
-                    end += entry.n_bytes
+            async with extent_map.map_image(TOP) as batches:
+                async for entries in batches:
+                    for entry in entries:
+                        if entry.guest_offset != end or (entry.n_bytes <= 0 and end) or entry.n_bytes < 0:
+                            raise BrokenError(f"map has {entry} behind {end:#x}")
+                        end += entry.n_bytes
                     if end > MAX_DISK:
                         break
 
