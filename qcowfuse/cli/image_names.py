@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import stat
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from ..driver.options import OpenOptions
 from ..errors import ImageUsageError
+from ..system.late_logging import LateLogger
 from .option_table import Option
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ MAX_CONFIGURATION = 1 << 16
 """Bytes of it that are read."""
 
 _BACKING_FORMATS = ("raw", "qcow2", "auto")
-_log = logging.getLogger(__name__)
+_log = LateLogger(__name__)
 
 
 def backing_format(text: str) -> str:

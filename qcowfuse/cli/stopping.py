@@ -7,13 +7,13 @@
 from __future__ import annotations
 
 import signal
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from ..errors import QcowFuseError
 from ..system.alone import run_alone
+from ..system.late_logging import expect_messages
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -39,6 +39,8 @@ def run_until_stopped(function: Callable[[], Awaitable[int]]) -> int:
 
     import_trio()
     import trio
+
+    expect_messages()
 
     async def main() -> int:
         token = trio.lowlevel.current_trio_token()
@@ -69,16 +71,17 @@ def run_alone_until_stopped(function: Callable[[], Awaitable[int]]) -> int:
 def _heard(received: list[int], then: Callable[[], None]) -> Iterator[None]:
     """Inside of the block, stop signals are added to ``received``, and ``then`` is called. Signals are the main
     thread's: in any other there are none."""
-    numbers: list[signal.Signals] = []
-    if threading.current_thread() is threading.main_thread():
-        numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
+    numbers = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_DFL]
 
     def stop(number: int, _frame: FrameType | None) -> None:
         received.append(number)
         then()
 
-    for number in numbers:
-        signal.signal(number, stop)
+    try:
+        for number in numbers:
+            signal.signal(number, stop)
+    except ValueError:  # another thread
+        numbers.clear()
     try:
         yield
     finally:

@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import heapq
-import logging
 from array import array
 from collections.abc import Iterable, Iterator
 
@@ -28,10 +27,11 @@ from ..format.header import Qcow1Header, Qcow2Header
 from ..format.header_fields import V1_HEADER_LENGTH
 from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
 from ..storage.base import Storage, pread
+from ..system.late_logging import LateLogger
 from ..tables.paged_table import PagedTable
 from ..tables.snapshot_table import parts_in_use
 
-log = logging.getLogger(__name__)
+log = LateLogger(__name__)
 
 _MAX_TABLES_SEARCHED = 8
 

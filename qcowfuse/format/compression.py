@@ -1,4 +1,4 @@
-"""Compressed clusters: where one lies in the image file, and its bytes as they were before.
+"""Compressed clusters: the bytes of one as they were before.
 
 1. Output is bounded by one cluster, whatever the stream claims to hold.
 2. Bytes behind the stream are ignored: the format knows a stream's end only to a sector of 512 bytes.
@@ -18,11 +18,10 @@ import sys
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..buffer import Buffer
 from ..errors import FormatError
-from .geometry import SECTOR_SIZE
 from .header_fields import COMPRESSION_DEFLATE, COMPRESSION_ZSTD
 
 try:
@@ -51,34 +50,6 @@ Outcome = bytes | memoryview | FormatError
 # A decompressor serves one thread at a time, and a new one costs half as much as a cluster. Taking from a list and
 # giving back are atomic; there are never more than threads that decode.
 _idle_zstd: list[zstandard.ZstdDecompressor] = []
-
-
-class CompressedCluster(NamedTuple):
-    """Where a compressed cluster lies: ``host_offset`` at any byte, ``n_bytes`` (1 to two clusters) to read."""
-
-    host_offset: int
-    n_bytes: int
-
-
-def parse_compressed_entry(entry: int, cluster_bits: int) -> CompressedCluster:
-    """The place that a QCOW2 L2 entry with the compressed flag (bit 62) names; the flags are ignored."""
-    offset_bits = 62 - (cluster_bits - 8)
-    host_offset = entry & ((1 << offset_bits) - 1)
-    n_more_sectors = (entry >> offset_bits) & ((1 << (cluster_bits - 8)) - 1)
-    return CompressedCluster(host_offset, (n_more_sectors + 1) * SECTOR_SIZE - host_offset % SECTOR_SIZE)
-
-
-def parse_compressed_entry_v1(entry: int, cluster_bits: int) -> CompressedCluster:
-    """The place that a version 1 L2 entry with the compressed flag (bit 63) names.
-
-    Raises FormatError for a length of 0, which no stream has.
-    """
-    offset_bits = 63 - cluster_bits
-    host_offset = entry & ((1 << offset_bits) - 1)
-    n_bytes = (entry >> offset_bits) & ((1 << cluster_bits) - 1)
-    if n_bytes == 0:
-        raise FormatError("L2 entry", None, f"{entry:#018x} names 0 compressed bytes, expected at least 1")
-    return CompressedCluster(host_offset=host_offset, n_bytes=n_bytes)
 
 
 def decompress_cluster(data: Buffer, compression_type: int, cluster_size: int) -> bytes:

@@ -21,7 +21,7 @@ from typing import TypeAlias
 
 from ..buffer import Buffer
 from ..errors import CorruptImageError
-from .compression import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
+from .compressed_entries import CompressedCluster, parse_compressed_entry, parse_compressed_entry_v1
 from .geometry import SECTOR_SIZE
 
 Table: TypeAlias = "array[int] | memoryview"

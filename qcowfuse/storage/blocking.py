@@ -7,7 +7,6 @@ import os
 from collections.abc import Sequence
 
 from ..buffer import Buffer
-from .syscalls import fallocate
 
 IOV_MAX = 1024
 """Buffers that one pwritev takes (Linux: UIO_MAXIOV)."""
@@ -88,6 +87,8 @@ def zero_range(fd: int, mode: int, host_offset: int, n_bytes: int) -> bool:
     """Zero by fallocate ``mode`` (0: not), or by writing; blocks. False when the file system has no such fallocate.
     Raises OSError."""
     if mode:
+        from .syscalls import fallocate
+
         try:
             fallocate(fd, mode, host_offset, n_bytes)
             return True

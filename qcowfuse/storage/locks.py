@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 import os
 import struct
 
 from ..errors import ImageLockedError
+from ..system.late_logging import LateLogger
 
-_log = logging.getLogger(__name__)
+_log = LateLogger(__name__)
 
 _USES_BASE = 100
 _UNSHARED_BASE = 200

@@ -6,5 +6,5 @@
 Modules: ``mountinfo`` (the table of mounts), ``import_slot`` (divert a function that a shared object imports),
 ``landlock``, ``seccomp`` with ``syscall_numbers``, ``privileges`` (capabilities, core dumps), ``every_thread`` (run
 something in each thread), ``short_wait`` (a wait that is shorter than a turn of the event loop), ``alone``
-(coroutines without an event loop).
+(coroutines without an event loop), ``late_logging`` (loggers that cost nothing until they are used).
 """

@@ -24,7 +24,6 @@ from ..errors import ImageUsageError
 from ..storage.blocking import write_all, zero_range
 from ..storage.locks import acquire_image_lock
 from ..storage.opened import is_block_device, length_of, open_descriptor
-from ..storage.syscalls import FALLOC_ZERO_RANGE
 from ..system.alone import run_blocking
 
 Progress = Callable[[int, int], None]
@@ -216,6 +215,8 @@ def _open_folder(path: str) -> int:
 
 
 def _zero_device(fd: int, start: int, n_bytes: int) -> None:
+    from ..storage.syscalls import FALLOC_ZERO_RANGE
+
     zero_range(fd, FALLOC_ZERO_RANGE, start, n_bytes)
 
 

@@ -43,7 +43,7 @@ from ..driver.options import OpenOptions
 from ..driver.writing.guarded_clusters import MetadataClusters, find_metadata
 from ..errors import CorruptImageError, FormatError, ImageUsageError, UnsupportedFeatureError
 from ..format.bitmap_directory import bitmap_directory_place
-from ..format.compression import parse_compressed_entry
+from ..format.compressed_entries import parse_compressed_entry
 from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, entry_format, parse_table, serialise_table
 from ..format.geometry import SECTOR_SIZE, WORD_SIZE, divide_up
 from ..format.header import Qcow2Header

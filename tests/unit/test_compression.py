@@ -17,13 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qcowfuse.errors import FormatError
-from qcowfuse.format.compression import (
+from qcowfuse.format.compressed_entries import (
     CompressedCluster,
-    decompress_cluster,
-    decompress_clusters,
     parse_compressed_entry,
     parse_compressed_entry_v1,
 )
+from qcowfuse.format.compression import decompress_cluster, decompress_clusters
 
 COMPRESSED = 1 << 62
 CLUSTER = 65536

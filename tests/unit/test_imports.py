@@ -35,7 +35,7 @@ ROOMS = {
     "daemon": "errors buffer printable driver fuse fuse.libfuse system",
     "cli": "errors partitions driver printable system tools driver.facade daemon",
     "cli.mount": "errors driver printable driver.facade tools daemon _version cli",
-    "cli.img": "errors partitions driver printable driver.facade consistency tools _version cli",
+    "cli.img": "errors partitions driver printable system driver.facade consistency tools _version cli",
     "cli.verbs": "errors printable system daemon cli cli.mount",
     "cli.entry": "cli cli.mount cli.img cli.verbs",
     "__init__": "_version",

@@ -15,7 +15,7 @@ from importlib import import_module
 
 from ...errors import QcowFuseError
 from ...printable import print_error
-from .. import logs
+from ...system.late_logging import before_messages
 from ..failures import describe_known, is_interrupt, lacks_memory
 from ..stopping import StoppedError
 from .arguments import Given, parse
@@ -24,7 +24,7 @@ from .exit_codes import ImgExit
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with ``argv`` (without the program's name; by default the process's own); returns the exit code."""
-    logs.warn_to_stderr("qcowfuse-img")
+    before_messages(_log_to_stderr)
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         given = parse(words)
@@ -53,6 +53,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if lacks_memory(exc):
             return _fail(exc, given.image)
         raise
+
+
+def _log_to_stderr() -> None:
+    from ..logs import warn_to_stderr
+
+    warn_to_stderr("qcowfuse-img")
 
 
 def _fail(exc: BaseException, image: str) -> int:

@@ -17,7 +17,6 @@ Source: QEMU's do_alloc_cluster_offset(), qcow2_get_host_offset(), qcow2_subclus
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from array import array
@@ -31,12 +30,13 @@ from ...format.header_fields import AUTOCLEAR_RAW_DATA_FILE, CRYPT_NONE, INCOMPA
 from ...format.subclusters import ALL_ALLOCATED, SUBCLUSTER_BITS
 from ...format.zero_plan import clusters_to_give_back
 from ...storage.base import Storage
+from ...system.late_logging import LateLogger
 from ..files import ChainFile, ChainFiles
 from .host_run import HostRun
 from .mapping import Mapping
 from .table_cache import L2Slice
 
-log = logging.getLogger(__name__)
+log = LateLogger(__name__)
 _MAX_TABLES_SEARCHED = 4
 
 

@@ -15,8 +15,8 @@ import trio
 
 from ...buffer import Buffer
 from ...errors import QcowFuseError
+from ...format.compressed_entries import CompressedCluster
 from ...format.compression import (
-    CompressedCluster,
     decompress_cluster,
     decompress_clusters,
     decompress_start,
