@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from ...daemon.settings import MountSettings, User
@@ -16,7 +16,7 @@ from ...driver.options import DetectZeroes, OpenOptions
 from ...printable import print_error
 from ..exit_codes import ExitCode
 from ..image_names import check_names, configured_folders
-from .mount_options import MountOptionError, sort_options, with_values_listed
+from .mount_options import GivenOptions, MountOptionError, sort_options, with_values_listed
 from .options import DEFAULT_LOCK_WAIT, OPTIONS
 
 _MAX_NAME_OF_PARTS = 255 - len(".p8192")
@@ -133,39 +133,24 @@ def _check_metrics() -> None:
         )
 
 
-def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Arguments:
-    """Parse a command line, or all of it but ``mount_point``. Raises SystemExit, after one line to standard error or
-    the help to standard output."""
-    given = _plain(argv) if mount_point is None else None
-    if mount_point is not None:
-        from .parser import build_parser
+class _Given:
+    """What was given of each option by its long name: with dashes (``words``, by argparse's names), and in the lists
+    after ``-o``."""
 
-        given = {**vars(build_parser(takes_mount_point=False).parse_args(argv)), "mountpoint": mount_point}
-    elif given is None:
-        from ..near_misses import verb_meant
-        from .parser import build_parser
+    def __init__(self, words: Mapping[str, Any], listed: GivenOptions) -> None:
+        self._words = words
+        self._listed = listed
 
-        parser = build_parser()
-        known, more = parser.parse_known_args(with_values_listed(argv))
-        if more:
-            hint = "" if os.path.lexists(known.image) else verb_meant(known.image)
-            parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
-        given = vars(known)
-    if not given["image"] or not given["mountpoint"]:
-        _refuse("IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf of qcowfuse@NAME both must be set")
-    try:
-        listed = sort_options(given.get("o", ()))
-    except MountOptionError as exc:
-        _refuse(str(exc))
+    def flag(self, name: str) -> bool:
+        """Whether a flag was given."""
+        return bool(self._words.get(_BY_NAME[name].key)) or name in self._listed.flags
 
-    def flag(name: str) -> bool:
-        return bool(given.get(_BY_NAME[name].key)) or name in listed.flags
-
-    def value(name: str) -> Any:
-        """None where the option was not given; what the command line says goes before the list after ``-o``."""
+    def value(self, name: str) -> Any:
+        """The value of an option, None where it was not given; what stands with dashes goes before a list. Ends the
+        program where the text is none."""
         option = _BY_NAME[name]
-        text = given.get(option.key)
-        text = text or listed.values.get(name, text)
+        text = self._words.get(option.key)
+        text = text or self._listed.values.get(name, text)
         if text is None:
             return None
         try:
@@ -173,26 +158,45 @@ def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Argu
         except ValueError as exc:
             _refuse(f"{name}: {exc}")
 
-    def is_given(name: str) -> bool:
-        return given.get(_BY_NAME[name].key) is not None or name in listed.values
+    def is_given(self, name: str) -> bool:
+        """Whether an option with a value was given."""
+        return self._words.get(_BY_NAME[name].key) is not None or name in self._listed.values
 
-    def repeated(name: str) -> tuple[str, ...]:
-        return (*given.get(_BY_NAME[name].key, ()), *listed.repeated.get(name, ()))
+    def repeated(self, name: str) -> tuple[str, ...]:
+        """All values of an option that may be repeated."""
+        return (*self._words.get(_BY_NAME[name].key, ()), *self._listed.repeated.get(name, ()))
 
-    fuse_options = set(listed.fuse)
-    if flag("allow-other"):
-        fuse_options.add("allow_other")
-    if {"allow_other", "allow_root"} <= fuse_options:
+
+def _words_of(argv: Sequence[str], mount_point: str | None) -> Mapping[str, Any]:
+    """The words of a command line by the names that argparse has for them. Raises SystemExit."""
+    if mount_point is not None:
+        from .parser import build_parser
+
+        return {**vars(build_parser(takes_mount_point=False).parse_args(argv)), "mountpoint": mount_point}
+    plain = _plain(argv)
+    if plain is not None:
+        return plain
+    from ..near_misses import verb_meant
+    from .parser import build_parser
+
+    parser = build_parser()
+    known, more = parser.parse_known_args(with_values_listed(argv))
+    if more:
+        hint = "" if os.path.lexists(known.image) else verb_meant(known.image)
+        parser.error(f"unrecognized arguments: {' '.join(more)}{hint}")
+    return vars(known)
+
+
+def _refuse_contradictions(given: _Given, fuse_options: Container[str]) -> None:
+    """Ends the program where options exclude each other."""
+    flag, value = given.flag, given.value
+    if "allow_other" in fuse_options and "allow_root" in fuse_options:
         _refuse("allow_other and allow_root exclude each other")
-    lock_wait, io_delay = value("lock-wait"), value("debug-io-delay")
-    discard = value("discard") is not False
-    detect_zeroes = value("detect-zeroes") or DetectZeroes.OFF
-    if detect_zeroes is DetectZeroes.UNMAP and not discard:
+    if value("detect-zeroes") is DetectZeroes.UNMAP and value("discard") is False:
         _refuse("--detect-zeroes unmap and --discard ignore exclude each other")
-    partition, growable = value("partition"), flag("growable")
-    if partition is not None and growable:
+    partition, partitions = value("partition"), flag("partitions")
+    if partition is not None and flag("growable"):
         _refuse("--growable and --partition exclude each other: what follows a partition belongs to others")
-    partitions = flag("partitions")
     if partition is not None and partitions:
         _refuse("--partition and --partitions exclude each other")
     if partitions and len(os.fsencode(value("name") or "")) > _MAX_NAME_OF_PARTS:
@@ -212,39 +216,67 @@ def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Argu
         _refuse("--force-share goes with -r or --ephemeral alone: an image that is written needs its lock")
     if force_share and overlay is not None:
         _refuse("--force-share and --overlay exclude each other: an overlay over an image that changes means nothing")
-    backing_file, no_backing = value("backing-file"), flag("no-backing")
-    has_metrics = is_given("metrics")
-    if has_metrics:
-        _check_metrics()
-    allow_dirs = repeated("allow-dir")
     try:
-        check_names(backing_file=backing_file, allow_dirs=allow_dirs, no_backing=no_backing)
+        check_names(
+            backing_file=value("backing-file"),
+            allow_dirs=given.repeated("allow-dir"),
+            no_backing=flag("no-backing"),
+        )
     except ValueError as exc:
         _refuse(str(exc))
+
+
+def _open_options(given: _Given) -> OpenOptions:
+    """How the image is to be opened."""
+    flag, value = given.flag, given.value
+    lock_wait = value("lock-wait")
+    return OpenOptions(
+        read_only=flag("read-only"),
+        l2_cache_size=value("l2-cache-size"),
+        discard=value("discard") is not False,
+        detect_zeroes=value("detect-zeroes") or DetectZeroes.OFF,
+        snapshot=value("snapshot"),
+        backing_format=value("backing-format"),
+        backing_file=value("backing-file"),
+        data_file=value("data-file"),
+        allow_dirs=(*given.repeated("allow-dir"), *configured_folders()),
+        no_backing=flag("no-backing"),
+        force_share=flag("force-share"),
+        ignore_locks=flag("ignore-locks"),
+        lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
+        io_uring=value("aio") is not False,
+        io_delay=value("debug-io-delay"),
+        image_in_memory=flag("debug-image-in-memory"),
+    )
+
+
+def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Arguments:
+    """Parse a command line, or all of it but ``mount_point``. Raises SystemExit, after one line to standard error or
+    the help to standard output."""
+    words = _words_of(argv, mount_point)
+    if not words["image"] or not words["mountpoint"]:
+        _refuse("IMAGE or MOUNTPOINT is empty; in /etc/qcowfuse/NAME.conf of qcowfuse@NAME both must be set")
+    try:
+        listed = sort_options(words.get("o", ()))
+    except MountOptionError as exc:
+        _refuse(str(exc))
+    given = _Given(words, listed)
+    flag, value = given.flag, given.value
+    fuse_options = set(listed.fuse)
+    if flag("allow-other"):
+        fuse_options.add("allow_other")
+    _refuse_contradictions(given, fuse_options)
+    has_metrics = given.is_given("metrics")
+    if has_metrics:
+        _check_metrics()
+    open_options = _open_options(given)
     return Arguments(
-        image=given["image"],
-        mount_point=given["mountpoint"],
-        open_options=OpenOptions(
-            read_only=read_only,
-            l2_cache_size=value("l2-cache-size"),
-            discard=discard,
-            detect_zeroes=detect_zeroes,
-            snapshot=snapshot,
-            backing_format=value("backing-format"),
-            backing_file=backing_file,
-            data_file=value("data-file"),
-            allow_dirs=(*allow_dirs, *configured_folders()),
-            no_backing=no_backing,
-            force_share=force_share,
-            ignore_locks=flag("ignore-locks"),
-            lock_wait=DEFAULT_LOCK_WAIT if lock_wait is None else lock_wait,
-            io_uring=value("aio") is not False,
-            io_delay=io_delay,
-            image_in_memory=flag("debug-image-in-memory"),
-        ),
-        ephemeral=ephemeral,
-        overlay=overlay,
-        partition=partition,
+        image=words["image"],
+        mount_point=words["mountpoint"],
+        open_options=open_options,
+        ephemeral=value("ephemeral"),
+        overlay=value("overlay"),
+        partition=value("partition"),
         foreground=flag("foreground") or flag("debug"),
         debug=flag("debug"),
         log_file=value("log-file"),
@@ -257,9 +289,9 @@ def parse_arguments(argv: Sequence[str], mount_point: str | None = None) -> Argu
         uid=value("uid"),
         gid=value("gid"),
         umask=value("umask"),
-        counts_allocated=io_delay is None,
-        growable=growable,
-        partitions=partitions,
+        counts_allocated=open_options.io_delay is None,
+        growable=flag("growable"),
+        partitions=flag("partitions"),
         uses_sandbox=not flag("no-sandbox"),
         user=value("user"),
         idle_timeout=value("idle-timeout"),
