@@ -17,13 +17,18 @@ from typing import Protocol
 from ..buffer import Buffer
 from .pending import PendingRead, PendingWrite
 
-LARGE_READ = 512 << 10
-"""Bytes. From here on the copies of a read take so long that the caller may have another thread make them."""
+LARGE_READ = LARGE_WRITE = 512 << 10
+"""Bytes. From here on copying takes so long that the caller may have another thread do that."""
 
 
 def never() -> bool:
     """For ``is_alone``: somebody may be waiting."""
     return False
+
+
+def always() -> bool:
+    """For ``is_alone``: nobody waits."""
+    return True
 
 
 class StartRead(Protocol):
@@ -40,10 +45,12 @@ class StartRead(Protocol):
 class StartWrite(Protocol):
     """``start_write`` of an Image."""
 
-    def __call__(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+    def __call__(
+        self, guest_offset: int, data: Buffer, is_alone: Callable[[], bool] = never, /
+    ) -> PendingWrite | None:
         """None when all of the data was written at once, into new clusters where that was needed. ``data`` is only
-        lent to a write that ends here, and to a pending one until it is finished. Raises OutOfRangeError,
-        ReadOnlyImageError, OSError."""
+        lent to a write that ends here, and to a pending one until it is finished. ``is_alone``: as for a read.
+        Raises OutOfRangeError, ReadOnlyImageError, OSError."""
 
 
 class Image(Protocol):

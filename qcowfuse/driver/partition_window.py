@@ -60,10 +60,12 @@ class PartitionWindow:
             return self._start_read(self._start + guest_offset, n_bytes, is_alone)
         raise self._out_of_range(guest_offset, n_bytes)
 
-    def start_write(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+    def start_write(
+        self, guest_offset: int, data: Buffer, is_alone: Callable[[], bool] = never, /
+    ) -> PendingWrite | None:
         """See Image."""
         if 0 <= guest_offset <= self.size - len(data):
-            return self._start_write(self._start + guest_offset, data)
+            return self._start_write(self._start + guest_offset, data, is_alone)
         raise self._out_of_range(guest_offset, len(data))
 
     async def read(self, guest_offset: int, n_bytes: int) -> Buffer:

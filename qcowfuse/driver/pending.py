@@ -15,7 +15,7 @@ from typing import NoReturn, Protocol
 
 from ..buffer import Buffer
 from ..errors import CorruptImageError
-from ..storage.base import Deliver, OnDelivered
+from ..storage.base import Deliver, OnEnd, OnWritten
 
 
 class Epochs(Protocol):
@@ -39,13 +39,20 @@ class RequestGuard(Protocol):
         """The image was found corrupt: nothing is written from now on."""
 
 
+class Place(Protocol):
+    """Where all the bytes of a write go."""
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """See Storage."""
+
+
 class Source(Protocol):
     """Where all the bytes of a read lie: each call as Storage has it."""
 
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """See Storage."""
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """See Storage."""
 
 
@@ -59,7 +66,7 @@ class PendingRead:
         self._rest = rest
         self._epoch = guard.epochs.enter()
 
-    def start_delivery(self, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, deliver: Deliver, on_end: OnEnd) -> bool:
         """Have the bytes handed to ``deliver`` in another thread, and the read ended, before ``on_end`` is called in
         this one (:meth:`~qcowfuse.storage.base.Storage.start_delivery`). False where the way to them is longer: then
         nothing has happened."""
@@ -91,7 +98,7 @@ class PendingSource(PendingRead):
         self._host_offset = host_offset
         self._n_bytes = n_bytes
 
-    def start_delivery(self, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, deliver: Deliver, on_end: OnEnd) -> bool:
         """See PendingRead."""
 
         def end(error: Exception | None) -> None:
@@ -115,6 +122,13 @@ class PendingWrite:
         self._data = data
         self._epoch = guard.epochs.enter()
 
+    def start_in_thread(self, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """Have another thread write all of the data, which stays as it is until the end, and call ``on_written``
+        there; then the write is ended, and ``on_end`` called in this one
+        (:meth:`~qcowfuse.storage.base.Storage.start_pwrite`). False where there is more to do: then nothing has
+        happened."""
+        return False
+
     def use(self, data: Buffer) -> None:
         """Take the same bytes from ``data`` from now on."""
         self._data = data
@@ -132,6 +146,34 @@ class PendingWrite:
     def abandon(self) -> None:
         """Leave it as it is: a first part of the data may have been written."""
         self._guard.epochs.leave(self._epoch)
+
+
+class PendingPlace(PendingWrite):
+    """A write to ``host_offset`` of ``place``, of which nothing is done yet, and which changes no entry."""
+
+    __slots__ = ("_host_offset", "_place")
+
+    def __init__(
+        self,
+        guard: RequestGuard,
+        rest: Callable[[Buffer], Awaitable[None]],
+        data: Buffer,
+        *,
+        place: Place,
+        host_offset: int,
+    ) -> None:
+        super().__init__(guard, rest, data)
+        self._place = place
+        self._host_offset = host_offset
+
+    def start_in_thread(self, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """See PendingWrite."""
+
+        def end(error: Exception | None) -> None:
+            self.abandon()
+            on_end(error)
+
+        return self._place.start_pwrite(self._host_offset, self._data, on_written, end)
 
 
 async def fail_with(error: Exception, data: Buffer = b"") -> NoReturn:

@@ -8,7 +8,7 @@ freezes and ends is in :mod:`.writing.life_cycle`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import trio
 
@@ -16,7 +16,7 @@ from ..buffer import Buffer
 from ..errors import ReadOnlyImageError
 from ..storage.base import Storage
 from .counters import counters_of
-from .image import StartRead, StartWrite
+from .image import StartRead, StartWrite, never
 from .layers.holes import HoleFinder
 from .layers.mapping import Layer, Mapping
 from .layers.table_cache import TableCache
@@ -91,7 +91,9 @@ class QcowImage:
         if pending is not None:
             await pending.finish()
 
-    def _refuse_write(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+    def _refuse_write(
+        self, guest_offset: int, data: Buffer, is_alone: Callable[[], bool] = never, /
+    ) -> PendingWrite | None:
         """What ``start_write`` is for an image that is only read."""
         check_range(self._mapping, guest_offset, len(data))
         self.life.require_writable()

@@ -18,44 +18,42 @@ from pyfuse3 import EntryAttributes
 from ..driver.image import Image
 from .attributes import Attributes
 from .sizes import Sizes
+from .writes_at_once import WritesAtOnce
 
 WRITER = 1 << 32
 """Set in the handle of a file that is open for writing."""
 
 
 class FsyncAtOnce:
-    """``file`` is what the file shows, ``show`` all of it with the size. ``on_durable`` is told of each success;
-    ``is_durable`` says whether one was told since the last write."""
+    """``file`` is what the file shows, ``show`` all of it with the size. ``writes`` are told of each success."""
 
     def __init__(
         self,
         image: Image,
         file: Attributes,
         sizes: Sizes,
+        writes: WritesAtOnce,
         *,
         show: Callable[[], EntryAttributes],
-        is_durable: Callable[[], bool],
-        on_durable: Callable[[], None],
     ) -> None:
         self._image = image
         self._file = file
         self._sizes = sizes
         self._show = show
-        self._is_durable = is_durable
-        self._on_durable = on_durable
+        self._writes = writes
 
     def start_fsync(self) -> bool:
         """Whether everything written is durable now; False by rule 1."""
         if not self._image.try_flush():
             return False
-        self._on_durable()
+        self._writes.note_durable(self._writes.n_changes)
         return True
 
     def start_flush(self, handle: int) -> bool:
         """Whether a descriptor of the open file ``handle`` may be closed now; False by rules 1 and 3."""
         if not handle & WRITER:
             return True
-        return self._sizes.is_mended and (self._is_durable() or self.start_fsync())
+        return self._sizes.is_mended and (self._writes.is_durable or self.start_fsync())
 
     def start_getattr(self) -> EntryAttributes | None:
         """What the file shows; None where its size has to be put right first. Raises FUSEError."""

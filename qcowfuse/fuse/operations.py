@@ -18,7 +18,6 @@ import errno
 import logging
 import os
 import stat
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -28,7 +27,7 @@ from pyfuse3 import EntryAttributes, FileInfo, FUSEError, RequestContext, Setatt
 
 from ..buffer import Buffer
 from ..driver.image import Image
-from ..driver.pending import PendingRead, PendingWrite
+from ..driver.pending import PendingRead
 from .attributes import Attributes, Ownership
 from .copying import Copies
 from .failures import Failures
@@ -40,6 +39,7 @@ from .seeking import Seeker, never
 from .sizes import Mend, Sizes
 from .started import StartedRequest
 from .unsent_data import WORTHWHILE_HOLE, UnsentData
+from .writes_at_once import WritesAtOnce
 
 XATTR_PREFIX = b"user.qcowfuse."
 FILE_INODE_IN_DIRECTORY = 2
@@ -84,30 +84,29 @@ class Operations(pyfuse3.Operations):
             image, self._seeker, knows_all=lambda: not self.unsent.may_be, on_change=self._note_zeroes
         )
         self.started = StartedRequest()
-        self.start_read, self._start_write = image.start_read, image.start_write
+        self.start_read = image.start_read
         self._name = file_name
         self._file_inode = pyfuse3.ROOT_INODE if file_name is None else file_inode
         self.opens = OpenFiles(image, self._file_inode, self.unsent, is_cached=is_cached, on_release=on_release)
+        self._file = Attributes(self._file_inode, ownership, mtime_ns)
+        self.writes = WritesAtOnce(image, self._file)
         self.sizes = Sizes(
             image,
             self._file_inode,
             growable=growable,
             slow=self._slow,
-            note_write=self._note_write,
+            note_write=self.writes.note_change,
             trusts_kernel=lambda: self.enable_writeback_cache,
         )
-        self.copies = Copies(image, self.sizes, self._slow, self._fail, self._note_write, self._note_zeroes)
-        self._file = Attributes(self._file_inode, ownership, mtime_ns)
+        self.copies = Copies(image, self.sizes, self._slow, self._fail, self.writes.note_change, self._note_zeroes)
         self._folder = Attributes(pyfuse3.ROOT_INODE, ownership.copy(mode=folder_mode), mtime_ns)
         self.fsyncs = FsyncAtOnce(
             image,
             self._file,
             self.sizes,
+            self.writes,
             show=self.file_attributes,
-            is_durable=lambda: self._n_flushed >= self._n_writes,
-            on_durable=self._note_durable,
         )
-        self._n_writes = self._n_flushed = 0
         self._on_discard = on_discard
         self.failures = Failures()
 
@@ -131,22 +130,9 @@ class Operations(pyfuse3.Operations):
         """See :meth:`Sizes.watch`; for every file that there is."""
         await self.sizes.watch(mend)
 
-    def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
-        """None when all of ``data``, which is only lent, was written at once; else :meth:`write` goes on with what it
-        finds in :attr:`started`. Raises what the image raises."""
-        pending = self._start_write(off, data)
-        if pending is None:  # what _note_write does: a call costs as much
-            self._n_writes += 1
-            self._file.mtime_ns = self._file.ctime_ns = time.time_ns()
-        return pending
-
     def _note_zeroes(self) -> None:
-        self._note_write()
+        self.writes.note_change()
         self._on_discard()
-
-    def _note_write(self) -> None:
-        self._n_writes += 1
-        self._file.mtime_ns = self._file.ctime_ns = time.time_ns()
 
     async def read(self, fh: int, off: int, size: int) -> Buffer:  # type: ignore[override]  # any buffer will do
         """The bytes at ``off``, less at the end of the disk."""
@@ -175,13 +161,13 @@ class Operations(pyfuse3.Operations):
             try:
                 pending = self.started.take_write(off, len(buf))
                 if pending is None:
-                    pending = self._start_write(off, buf)
+                    pending = self._image.start_write(off, buf)
                 if pending is not None:
                     pending.use(buf)
                     with self._slow():
                         await pending.finish()
             finally:
-                self._note_write()
+                self.writes.note_change()
         except Exception as exc:
             self._fail("write", exc)
         return len(buf)
@@ -216,7 +202,7 @@ class Operations(pyfuse3.Operations):
                 self.sizes.is_wrong(forgets=True)
                 raise
             finally:
-                self._note_write()
+                self.writes.note_change()
             self._on_discard()
         except Exception as exc:
             self._fail("fallocate", exc)
@@ -256,21 +242,18 @@ class Operations(pyfuse3.Operations):
         """Every close of a descriptor that could write: durable as well, where anything was written since the last
         time. One that only reads has no part in that, and does not hear of its failure."""
         if fh & WRITER:
-            if self._n_flushed < self._n_writes:
+            if not self.writes.is_durable:
                 await self._flush_image("flush")
             await self.sizes.wait_until_mended()
 
-    def _note_durable(self) -> None:
-        self._n_flushed = self._n_writes
-
     async def _flush_image(self, operation: str) -> None:
-        n_writes = self._n_writes
+        n_changes = self.writes.n_changes
         try:
             with self._slow():
                 await self._image.flush()
         except Exception as exc:
             self._fail(operation, exc)
-        self._n_flushed = max(self._n_flushed, n_writes)
+        self.writes.note_durable(n_changes)
 
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
         """There is nothing in the folder to make durable."""

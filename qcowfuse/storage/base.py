@@ -64,9 +64,11 @@ class TryPwritev(Protocol):
 
 Deliver = Callable[[Buffer], None]
 """Takes what was read, in the thread that has read it. The bytes are only lent. Raises nothing."""
-OnDelivered = Callable[[Exception | None], None]
-"""Called in the trio thread when a delivery has ended: with None, or with why nothing was delivered. Raises
+OnEnd = Callable[[Exception | None], None]
+"""Called in the trio thread when what a thread was to do has ended: with None, or with why it was not done. Raises
 nothing."""
+OnWritten = Callable[[], None]
+"""Called in the thread that has written, where that went well. Raises nothing."""
 
 
 class Storage(Protocol):
@@ -110,7 +112,7 @@ class Storage(Protocol):
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """All ``n_bytes``, zero-filled past the end."""
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """Have a thread read all ``n_bytes`` (zero-filled past the end) and hand them to ``deliver``, so that the
         trio thread has no part in it; ``on_end`` is called in any case, after this has returned. False where there
         is no such thread: nothing has happened then, and the caller awaits :meth:`pread`. Raises nothing."""
@@ -124,6 +126,12 @@ class Storage(Protocol):
 
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers back to back (any number of them), however many system calls it takes."""
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """Have a thread write ``data``, which stays as it is until then, and call ``on_written`` when it is written
+        and visible to every read. ``on_end`` is called in any case, after this has returned; after a failure any part
+        may be written. False where there is no such thread, and where ``data`` would make the storage longer: nothing
+        has happened then, and the caller awaits :meth:`pwritev`. Raises nothing."""
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Make the range read as zeroes, keeping its space allocated where the file system can; may grow. ``unmap``:

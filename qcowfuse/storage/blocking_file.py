@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from ..buffer import Buffer
-from .base import Deliver, OnDelivered
+from .base import Deliver, OnEnd, OnWritten
 from .blocking import read_all, read_all_into
 from .opened_file import OpenedFile
 
@@ -39,7 +39,7 @@ class BlockingFile(OpenedFile):
         """See Storage. Raises OSError."""
         self.try_pread_into(host_offset, buffer)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """There is no thread for it."""
         return False
 
@@ -50,6 +50,10 @@ class BlockingFile(OpenedFile):
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Raises OSError."""
         raise self._refusal()
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """There is no thread for it."""
+        return False
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Raises OSError."""

@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar
 
 import trio
 
-from .blocking import read_all, read_all_into
+from ..buffer import Buffer
+from .blocking import read_all, read_all_into, write_all
 from .workers import WorkerPool
 
 T = TypeVar("T")
@@ -62,6 +64,26 @@ class CallsInFlight:
         on_end: Callable[[Exception | None], None],
     ) -> bool:
         """:meth:`Storage.start_delivery` with a descriptor. Raises nothing."""
+        return self._start(partial(self._deliver, fd, host_offset, n_bytes, deliver), on_end)
+
+    def start_pwrite(
+        self,
+        fd: int,
+        host_offset: int,
+        data: Buffer,
+        on_written: Callable[[], None],
+        on_end: Callable[[Exception | None], None],
+    ) -> bool:
+        """:meth:`Storage.start_pwrite` with a descriptor. Raises nothing."""
+
+        def write() -> None:
+            write_all(fd, host_offset, (data,))
+            on_written()
+
+        return self._start(write, on_end)
+
+    def _start(self, function: Callable[[], None], on_end: Callable[[Exception | None], None]) -> bool:
+        """Have a thread call ``function``; False where none may, or can. Raises nothing."""
         if self.is_closing:
             return False
         self._enter()
@@ -71,7 +93,7 @@ class CallsInFlight:
             on_end(error if error is None or isinstance(error, Exception) else OSError(errno.EIO, repr(error)))
 
         try:
-            self.pool.start(self._deliver, fd, host_offset, n_bytes, deliver, on_end=end)
+            self.pool.start(function, on_end=end)
         except RuntimeError:  # there is no thread: a task can wait for one
             self._leave()
             return False

@@ -1,6 +1,7 @@
 """FileStorage: a regular file or block device, inline where the kernel answers at once, else in a thread or a ring.
 
-1. How to read and write inline is found out once, at open, from the file system and one trial read:
+1. How to read (:mod:`.inline_reads`) and write inline is found out once, at open, from the file system and one trial
+   read:
 
    ==================  ==========================================  ==========================
    file system         reads inline                                writes inline
@@ -14,8 +15,7 @@
    seen to take 30 ms.
 2. The descriptor is looked up on each call and is -1 after :meth:`FileStorage.aclose` (see :mod:`.opened_file`).
 3. Buffers are bytes, bytearrays, or contiguous memoryviews of bytes.
-4. A refused RWF_NOWAIT read has set the disk to work already; the caller goes on to :meth:`FileStorage.pread`.
-5. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB, and so do
+4. Reads that wait go by io_uring (:mod:`.ring`) where that was asked for and can be had, up to 128 KiB, and so do
    flushes of local file systems and devices; all else goes to a thread.
 """
 
@@ -30,12 +30,13 @@ import trio
 
 from ..buffer import Buffer
 from . import file_systems
-from .base import Deliver, OnDelivered, TryPread, TryPreadInto, TryPwritev
+from .base import Deliver, OnEnd, OnWritten, TryPread, TryPreadInto, TryPwritev
 from .blocking import read_all, read_all_into, write_all, zero_range
 from .calls_in_flight import CallsInFlight
 from .durability import Durability
 from .flushes import DiskFlushes
 from .held import Held
+from .inline_reads import InlineReads, decline_pread, decline_pread_into
 from .opened import length_of
 from .opened_file import OpenedFile
 from .ring import MAX_READ_BYTES, Ring, retain_ring
@@ -46,10 +47,6 @@ from .workers import retain_worker_pool
 MAX_INLINE_WRITE = 1 << 20
 """Bytes; longer writes to a disk file system go to a thread, which copies them without the interpreter lock."""
 
-
-_RWF_NOWAIT = os.RWF_NOWAIT
-sys_pread = os.pread
-sys_preadv = os.preadv
 sys_pwrite = os.pwrite
 
 T = TypeVar("T")
@@ -93,24 +90,22 @@ class FileStorage(OpenedFile):
             run=self._run,
             ring=self.ring if is_local else None,
         )
+        self._reads = InlineReads(fd, self.counters, self.size, self._decline_reads)
         self._bind()
 
     def _bind(self) -> None:
         self.try_pwritev = self._decline_pwritev
         if self._in_memory:
-            self.try_pread = self._plain_pread
-            self.try_pread_into = self._plain_pread_into
+            self.try_pread, self.try_pread_into = self._reads.plain_pread, self._reads.plain_pread_into
         elif file_systems.takes_nowait(self._fd):
-            self.try_pread = self._nowait_pread
-            self.try_pread_into = self._nowait_pread_into
+            self.try_pread, self.try_pread_into = self._reads.nowait_pread, self._reads.nowait_pread_into
         else:
             self._decline_reads()
         if self._writable and (self._in_memory or self._file_system in file_systems.PLAIN_WRITE_FILE_SYSTEMS):
             self.try_pwritev = self._plain_pwritev
 
     def _decline_reads(self) -> None:
-        self.try_pread = self._decline_pread
-        self.try_pread_into = self._decline_pread_into
+        self.try_pread, self.try_pread_into = decline_pread, decline_pread_into
 
     @property
     def writable(self) -> bool:
@@ -128,68 +123,6 @@ class FileStorage(OpenedFile):
         return self._calls.n
 
     # -- inline
-
-    def _plain_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        data = sys_pread(self._fd, n_bytes, host_offset)
-        counters = self.counters
-        counters.reads += 1
-        counters.read_bytes += n_bytes
-        if len(data) == n_bytes:
-            return data
-        return data + read_all(self._fd, host_offset + len(data), n_bytes - len(data))
-
-    def _nowait_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        buffer = bytearray(n_bytes)
-        try:
-            n_read = sys_preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            self._on_nowait_error(error)
-            return None
-        # Short: either only a part is cached, or that was the end of the file and the rest is zero already.
-        if n_read != n_bytes and host_offset + n_read < self._size:
-            return None
-        counters = self.counters
-        counters.reads += 1
-        counters.read_bytes += n_bytes
-        return buffer
-
-    def _decline_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
-        return None
-
-    def _plain_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
-        read_all_into(self._fd, host_offset, buffer)
-        counters = self.counters
-        counters.reads += 1
-        counters.read_bytes += len(buffer)
-        return True
-
-    def _nowait_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
-        try:
-            n_read = sys_preadv(self._fd, (buffer,), host_offset, _RWF_NOWAIT)
-        except BlockingIOError:
-            return False
-        except OSError as error:
-            self._on_nowait_error(error)
-            return False
-        n_bytes = len(buffer)
-        if n_read != n_bytes:
-            if host_offset + n_read < self._size:
-                return False
-            buffer[n_read:] = bytes(n_bytes - n_read)
-        counters = self.counters
-        counters.reads += 1
-        counters.read_bytes += n_bytes
-        return True
-
-    def _decline_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
-        return False
-
-    def _on_nowait_error(self, error: OSError) -> None:
-        if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-            raise error
-        self._decline_reads()
 
     def _plain_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
         n_bytes = len(buffers[0]) if len(buffers) == 1 else sum(map(len, buffers))
@@ -231,7 +164,7 @@ class FileStorage(OpenedFile):
             return await self._run_in_ring(self.ring, host_offset, n_bytes)
         return await self._run(read_all, host_offset, n_bytes)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """See Storage. False for what goes by io_uring."""
         if self.ring is not None and n_bytes <= MAX_READ_BYTES:
             return False
@@ -259,6 +192,17 @@ class FileStorage(OpenedFile):
         await self._run_growing(write_all, host_offset, buffers)
         if n_bytes:
             self._grow_to(host_offset + n_bytes)
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """See Storage."""
+        n_bytes = len(data)
+        if not self._writable or host_offset + n_bytes > self._size:
+            return False
+        if not self._calls.start_pwrite(self._fd, host_offset, data, on_written, on_end):
+            return False
+        self.counters.writes += 1
+        self.counters.written_bytes += n_bytes
+        return True
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Zero the range, growing the file where it reaches past the end. ``unmap``: only what lies within the file,
@@ -363,6 +307,7 @@ class FileStorage(OpenedFile):
                 await self._flushes.abandon()
             await self._calls.close()
         fd, self._fd = self._fd, -1
+        self._reads.fd = -1
         if self.ring is not None:
             self.ring.release()
         if self._reserve_fd is not None:

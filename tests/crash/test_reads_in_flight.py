@@ -6,7 +6,6 @@ Crash points: counts-not-lowered, holes-partly-punched.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Awaitable, Callable
 from functools import partial
 
@@ -16,13 +15,12 @@ from qcowfuse.buffer import Buffer
 from qcowfuse.driver.image import LARGE_READ
 from qcowfuse.driver.layers.range_claims import InFlightEpochs
 from qcowfuse.driver.pending import PendingRead, PendingSource
-from qcowfuse.storage.base import Deliver, OnDelivered, Storage
-from tests.support.forwarding import ForwardingStorage
 from tests.support.images import ImageSpec, StorageKind
 from tests.support.mutation import break_line
 from tests.support.old_bytes import build_over_old_bytes
 from tests.support.powercut import Guest, Recorded, check_cuts, record_workload
 from tests.support.recording import SECTOR
+from tests.support.slow_threads import SlowThreads, Transfer
 
 KIB = 1 << 10
 N_REGIONS = 4
@@ -34,54 +32,12 @@ SPECS: dict[str, tuple[ImageSpec, StorageKind]] = {
 }
 
 
-class SlowThread:
-    """A delivery that is under way: a thread copies some of the bytes when it is told to."""
-
-    def __init__(
-        self, storage: Storage, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered
-    ) -> None:
-        self._storage = storage
-        self._host_offset = host_offset
-        self._n_bytes = n_bytes
-        self._deliver = deliver
-        self._on_end = on_end
-        self._copied = bytearray()
-
-    def copy(self, n_bytes: int) -> None:
-        """Up to ``n_bytes`` more; with the last of them the read ends."""
-        thread = threading.Thread(target=self._copy, args=(min(n_bytes, self._n_bytes - len(self._copied)),))
-        thread.start()
-        thread.join()
-        if len(self._copied) == self._n_bytes:
-            self._on_end(None)
-
-    def _copy(self, n_bytes: int) -> None:
-        part = self._storage.try_pread(self._host_offset + len(self._copied), n_bytes)
-        assert part is not None
-        self._copied += part
-        if len(self._copied) == self._n_bytes:
-            self._deliver(self._copied)
-
-
-class SlowThreads(ForwardingStorage):
-    """Deliveries by :class:`SlowThread`; those that have begun are in ``under_way``."""
-
-    def __init__(self, inner: Storage, under_way: list[SlowThread]) -> None:
-        super().__init__(inner)
-        self._under_way = under_way
-
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
-        """See Storage."""
-        self._under_way.append(SlowThread(self.inner, host_offset, n_bytes, deliver, on_end))
-        return True
-
-
 class ReadingGuest:
     """Reads a region of the disk while it is discarded, and others are written; ``wrong``: sectors, by round, that
     were delivered and that hold neither what was there nor what was written there meanwhile."""
 
     def __init__(self) -> None:
-        self.under_way: list[SlowThread] = []
+        self.under_way: list[Transfer] = []
         self.n_delivered = 0
         self.wrong: list[tuple[int, int]] = []
 
@@ -120,9 +76,9 @@ class ReadingGuest:
         for step in steps:
             await step()
             if self.under_way and guest.chooser.random() < 0.4:
-                self.under_way[0].copy(guest.chooser.randrange(1, 64) * KIB)
+                self.under_way[0].move(guest.chooser.randrange(1, 64) * KIB)
         while self.under_way:
-            self.under_way[0].copy(LARGE_READ)
+            self.under_way[0].move(LARGE_READ)
             if ended:
                 self.under_way.clear()
         for data in delivered:

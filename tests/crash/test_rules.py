@@ -92,7 +92,7 @@ BREAKAGES = {
         Writer,
         "_allocate_and_link",
         "        await self._write_data(parts,",
-        "        self._link(slice_, plan, guest_offset=start, host_offset=host_offset)\n"
+        "        self.link(slice_, plan, guest_offset=start, host_offset=host_offset)\n"
         "        await self._write_data(parts,",
         specs=(SHARED,),
         suspend=True,

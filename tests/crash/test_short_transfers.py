@@ -14,7 +14,7 @@ from qcowfuse.buffer import Buffer
 from qcowfuse.driver.chain import open_image
 from qcowfuse.driver.options import OpenOptions
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.storage import blocking
+from qcowfuse.storage import blocking, inline_reads
 from qcowfuse.storage import file as file_module
 from tests.support.checker import check_image_bytes
 from tests.support.images import ImageSpec, build_image, write_chain
@@ -37,9 +37,10 @@ class ShortCalls:
         self.chooser = chooser
         self.n_writes = n_writes
         self.n_short = 0
-        for module in (file_module, blocking):
+        for module in (inline_reads, blocking):
             monkeypatch.setattr(module, "sys_pread", self.pread)
             monkeypatch.setattr(module, "sys_preadv", self.preadv)
+        for module in (file_module, blocking):
             monkeypatch.setattr(module, "sys_pwrite", self.pwrite)
         monkeypatch.setattr(os, "pwritev", self.pwritev)
         self._real = os.pread, os.preadv, os.pwrite

@@ -163,7 +163,7 @@ async def test_a_write_in_one_step_keeps_off_a_claim() -> None:
         await wait_all_tasks_blocked()
         made[0].inline = True
         assert image.changes is not None
-        image.changes.writer.too_long = sys.maxsize  # it was put off when the storage declined
+        image.changes.writer_at_once.too_long = sys.maxsize  # it was put off when the storage declined
         nursery.start_soon(image.write, 8 * KIB + 10, b"second")
         await wait_all_tasks_blocked()
         hold.release()

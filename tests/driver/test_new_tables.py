@@ -151,7 +151,7 @@ async def test_others_are_made_while_one_is_waited_for() -> None:
     hold = Hold(lambda operation: operation.kind == "write")
     disk.storage.gate = hold
     assert disk.image.changes is not None
-    writer = disk.image.changes.writer
+    writer = disk.image.changes.writer_at_once
     disk.storage.inline, writer.too_long = False, 0
     async with trio.open_nursery() as nursery:
         nursery.start_soon(disk.image.write, 100 * KIB, b"first")

@@ -18,7 +18,8 @@ from pyfuse3 import FUSEError, RequestContext
 
 from qcowfuse.fuse.attributes import Ownership
 from qcowfuse.fuse.libfuse import direct_requests
-from qcowfuse.fuse.libfuse.direct_requests import DirectRequests, _Buffer, _FuseBuf
+from qcowfuse.fuse.libfuse.direct_requests import DirectRequests
+from qcowfuse.fuse.libfuse.request_memory import FuseBuf, RequestBuffer, RequestMemory
 from qcowfuse.fuse.operations import FILE_INODE_IN_DIRECTORY, Operations
 from qcowfuse.fuse.request_gate import RequestGate
 from qcowfuse.system.import_slot import SlotError
@@ -78,6 +79,24 @@ def setattr_request(valid: int, mtime: tuple[int, int], ctime: tuple[int, int], 
     return header(SETATTR, 128, **extra) + struct.pack("<IIQQQ", valid, 0, 9, 4711, 0) + times + bytes(20)
 
 
+_LIBC = ctypes.CDLL(None)
+_LIBC.malloc.restype, _LIBC.malloc.argtypes = ctypes.c_void_p, (ctypes.c_size_t,)
+_LIBC.free.restype, _LIBC.free.argtypes = None, (ctypes.c_void_p,)
+
+
+def allocated(n_bytes: int) -> int:
+    """The address of memory such as libfuse has."""
+    address = _LIBC.malloc(n_bytes)
+    assert isinstance(address, int)
+    return address
+
+
+def freed(fuse_buf: FuseBuf) -> None:
+    """What libfuse does in the end."""
+    _LIBC.free(fuse_buf.mem)
+    fuse_buf.mem = None
+
+
 class Kernel:
     """The kernel's side of the connection, and an :class:`DirectRequests` on the other."""
 
@@ -92,9 +111,9 @@ class Kernel:
         self.at_once = DirectRequests(operations, self.gate)
         self.at_once.answers_lseek = self.at_once.answers_fallocate = True
         self.at_once._fd = self._ours.fileno()
-        self._memory = ctypes.create_string_buffer(N_BUFFER)
-        self.fuse_buf = _FuseBuf(flags=5, mem=ctypes.addressof(self._memory))
-        self._buffer = _Buffer(self.fuse_buf, ctypes.addressof(self._memory), N_BUFFER)
+        self.at_once.memory = RequestMemory()
+        self.fuse_buf = FuseBuf(flags=5)
+        self._buffer = RequestBuffer(self.fuse_buf, allocated(N_BUFFER), N_BUFFER)
 
     def receive(self, *requests: bytes) -> int:
         for request in requests:
@@ -104,7 +123,8 @@ class Kernel:
     def handed_on(self, n_bytes: int) -> bytes:
         assert self.fuse_buf.size == n_bytes
         assert self.fuse_buf.flags == 0
-        return self._memory.raw[:n_bytes]
+        assert self.fuse_buf.mem is not None
+        return ctypes.string_at(self.fuse_buf.mem, n_bytes)
 
     def reply(self) -> tuple[int, int, bytes]:
         """Unique number, error, the rest."""
@@ -124,6 +144,7 @@ class Kernel:
     def close(self) -> None:
         self.socket.close()
         self._ours.close()
+        freed(self.fuse_buf)
 
 
 @pytest.fixture
@@ -155,7 +176,7 @@ def test_a_write_is_answered(kernel: Kernel, image: MemoryImage) -> None:
     unique, error, rest = kernel.reply()
     assert (unique, error, struct.unpack("<II", rest)) == (5, 0, (5000, 0))
     assert bytes(image.data[123:5123]) == data
-    assert kernel.operations._n_writes == 1
+    assert kernel.operations.writes.n_changes == 1
 
 
 class HoleyImage(MemoryImage):
@@ -548,7 +569,7 @@ async def test_what_was_started_is_finished_by_its_handler(image: MemoryImage) -
         n_starts += 1
         return start_read(guest_offset, n_bytes)
 
-    def counted_write(guest_offset: int, data: bytes, /) -> object:
+    def counted_write(guest_offset: int, data: bytes, is_alone: object = None, /) -> object:
         nonlocal n_starts
         n_starts += 1
         return start_write(guest_offset, data)
@@ -683,15 +704,11 @@ class Libfuse:
 
     def __init__(self, kernel: Kernel, request_: bytes) -> None:
         self.kernel, self.request = kernel, request_
-        libc = ctypes.CDLL(None)
-        libc.malloc.restype = ctypes.c_void_p
-        self.memory = libc.malloc(ctypes.c_size_t(N_BUFFER))
-        self.fuse_buf = _FuseBuf()
+        self.memory = allocated(N_BUFFER)
+        self.fuse_buf = FuseBuf()
         at_once = kernel.at_once
         at_once._receive_by_libfuse = self.receive
         at_once._fd_of = lambda session: at_once._fd
-        at_once._usable_size = libc.malloc_usable_size
-        at_once._usable_size.argtypes, at_once._usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
         self.n_received = 0
 
     @property

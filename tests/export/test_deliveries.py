@@ -15,7 +15,7 @@ import trio.testing
 from qcowfuse.buffer import Buffer
 from qcowfuse.driver.image import LARGE_READ, never
 from qcowfuse.driver.pending import PendingRead, PendingSource
-from qcowfuse.storage.base import Deliver, OnDelivered
+from qcowfuse.storage.base import Deliver, OnEnd
 from qcowfuse.storage.file import FileStorage, open_file_storage
 from tests.export.test_at_once import Kernel, read_request
 from tests.support.memory_image import MemoryImage
@@ -28,12 +28,12 @@ class HeldSource:
         self.data = data
         self.failure: Exception | None = None
         self.takes = True
-        self.held: list[tuple[int, int, Deliver, OnDelivered]] = []
+        self.held: list[tuple[int, int, Deliver, OnEnd]] = []
 
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         return self.data[host_offset : host_offset + n_bytes]
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         if self.takes:
             self.held.append((host_offset, n_bytes, deliver, on_end))
         return self.takes
@@ -128,8 +128,8 @@ def test_no_more_at_a_time_than_processors(kernel: Kernel, image: ApartImage) ->
 async def test_the_end_waits(kernel: Kernel, image: ApartImage) -> None:
     """Until the last thread has answered, cancelled or not."""
     source = image.source
-    deliveries = kernel.at_once.deliveries
-    await deliveries.wait_until_ended()
+    threads = kernel.at_once.threads
+    await threads.wait_until_ended()
     kernel.gate.max_elsewhere = 2
     kernel.receive(read_request(0, 4096, unique=1), read_request(0, 4096, unique=2))
     assert len(source.held) == 2
@@ -139,7 +139,7 @@ async def test_the_end_waits(kernel: Kernel, image: ApartImage) -> None:
     async def wait() -> None:
         nonlocal has_ended
         with scope:
-            await deliveries.wait_until_ended()
+            await threads.wait_until_ended()
             has_ended = True
 
     async with trio.open_nursery() as nursery:

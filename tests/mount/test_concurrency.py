@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import random
@@ -32,6 +33,7 @@ pytestmark = [pytest.mark.mount, pytest.mark.root]
 SIZE = 16 << 20
 N_THREADS = 64
 MIN_DEPTH = 16
+BLKDISCARD = 0x1277
 CONNECTIONS = Path("/sys/fs/fuse/connections")
 
 
@@ -239,6 +241,37 @@ def write_at_once(image: Path, writes: list[Write], model: DiskModel, *options: 
         with loops.loop_device(mount.file, direct_io=True) as device, DepthGauge(mount) as gauge:
             write_all(device, writes, model, meanwhile=flush_now_and_then)
     assert gauge.largest >= MIN_DEPTH
+
+
+@pytest.mark.parametrize("options", ["", "cluster_size=4k", "extended_l2=on,cluster_size=128k", "cluster_size=2M"])
+def test_large_blocks_keep_their_own_data(tmp_path: Path, options: str) -> None:
+    """Each of many blocks of 512 KiB and more that are written at once, in place, holds its own number in the end,
+    whatever is discarded and flushed beside them: threads write some of them, out of the memory of the requests."""
+    start = Start("full", options=options, full=True)
+    image, model = prepare(tmp_path, start, 64 << 20)
+    chooser = random.Random(8)
+    writes = [
+        Write((area << 20) + chooser.randrange(256) * 512, (512 << 10) + chooser.randrange(512) * 512, number)
+        for number in (1, 2)
+        for area in range(60)
+    ]
+    discarded = iter(range(60 << 20, 64 << 20, 64 << 10))
+    n_left = 64
+
+    def discard_and_flush(fd: int) -> None:
+        nonlocal n_left
+        if n_left:
+            n_left -= 1
+            fcntl.ioctl(fd, BLKDISCARD, struct.pack("QQ", next(discarded), 64 << 10))
+        os.fsync(fd)
+        time.sleep(0.005)
+
+    with served(image) as mount, loops.loop_device(mount.file, direct_io=True) as device:
+        write_all(device, writes[:60], model, meanwhile=discard_and_flush)
+        write_all(device, writes[60:], model, meanwhile=discard_and_flush)
+    for position in range(60 << 20, (64 << 20) - n_left * (64 << 10), 64 << 10):
+        model.write(position, bytes(64 << 10))
+    assert_holds(image, start, model)
 
 
 def test_readers_see_whole_sectors_while_clusters_move(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Literal, NamedTuple
 import trio
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Deliver, OnDelivered, Storage
+from qcowfuse.storage.base import Deliver, OnEnd, OnWritten, Storage
 
 from .forwarding import ForwardingStorage
 from .recording import SECTOR
@@ -75,7 +75,7 @@ class FaultyStorage(ForwardingStorage):
         await self._pass(self._note("read", host_offset, n_bytes))
         return await self.inner.pread(host_offset, n_bytes)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """False: a fault is for a task to meet."""
         return False
 
@@ -109,6 +109,10 @@ class FaultyStorage(ForwardingStorage):
                 await self.inner.pwritev(host_offset, (part,))
             raise OSError(code, os.strerror(code))
         await self.inner.pwritev(host_offset, buffers)
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """False: a fault is for a task to meet."""
+        return False
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """A write like any other; with ``unmap`` like a hole."""

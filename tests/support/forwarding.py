@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Deliver, OnDelivered, Storage, StorageCounters
+from qcowfuse.storage.base import Deliver, OnEnd, OnWritten, Storage, StorageCounters
 
 
 class ForwardingStorage:
@@ -62,7 +62,7 @@ class ForwardingStorage:
         """As the inner one."""
         return await self.inner.pread(host_offset, n_bytes)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """As the inner one."""
         return self.inner.start_delivery(host_offset, n_bytes, deliver, on_end)
 
@@ -77,6 +77,10 @@ class ForwardingStorage:
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """As the inner one."""
         await self.inner.pwritev(host_offset, buffers)
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """As the inner one."""
+        return self.inner.start_pwrite(host_offset, data, on_written, on_end)
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """As the inner one."""

@@ -59,7 +59,9 @@ class MemoryImage:
             return memoryview(self.data)[guest_offset : guest_offset + n_bytes]
         return PendingRead(self.guard, partial(self.read_later, guest_offset, n_bytes))
 
-    def start_write(self, guest_offset: int, data: Buffer, /) -> PendingWrite | None:
+    def start_write(
+        self, guest_offset: int, data: Buffer, is_alone: Callable[[], bool] = never, /
+    ) -> PendingWrite | None:
         self._check(guest_offset, len(data))
         if self.read_only:
             raise ReadOnlyImageError("the image is read-only")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import trio
 
 from qcowfuse.buffer import Buffer
-from qcowfuse.storage.base import Deliver, OnDelivered, StorageCounters
+from qcowfuse.storage.base import Deliver, OnEnd, OnWritten, StorageCounters
 
 
 class MemoryStorage:
@@ -64,7 +64,7 @@ class MemoryStorage:
         await self._checkpoint()
         return self._read(host_offset, n_bytes)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """False: there are no threads."""
         return False
 
@@ -86,6 +86,10 @@ class MemoryStorage:
         self._must_be_writable()
         await self._checkpoint()
         self._write(host_offset, b"".join(buffers))
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """False: there are no threads."""
+        return False
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Write zeroes; within the length with ``unmap``."""

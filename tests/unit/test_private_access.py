@@ -22,7 +22,7 @@ ALLOWED: dict[str, int] = {
     "tests/crash/test_rules.py": 13,
     "tests/crash/test_scenarios.py": 1,
     "tests/driver/test_unguarded.py": 1,
-    "tests/export/test_at_once.py": 15,
+    "tests/export/test_at_once.py": 9,
     "tests/export/test_outside.py": 1,
     "tests/export/test_seeking.py": 2,
     "tests/fuzz/test_fuzz_program.py": 3,

@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.storage import blocking, file_systems, space
+from qcowfuse.storage import blocking, file_systems, inline_reads, space
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage.blocking import IOV_MAX
 from qcowfuse.storage.file import FileStorage, open_file_storage
@@ -123,7 +123,7 @@ async def test_a_short_nowait_read_inside_the_file_declines(
 ) -> None:
     """A short answer before the end of the file means a thread; the same at the end is zero-filled."""
     await write(nowait_storage, 0, b"z" * 8192)
-    monkeypatch.setattr(file_module, "sys_preadv", lambda fd, buffers, offset, flags: 100)
+    monkeypatch.setattr(inline_reads, "sys_preadv", lambda fd, buffers, offset, flags: 100)
     assert nowait_storage.try_pread(0, 4096) is None
     assert nowait_storage.try_pread_into(0, memoryview(bytearray(4096))) is False
     assert nowait_storage.counters.reads == 0
@@ -138,7 +138,7 @@ async def test_a_file_system_that_refuses_nowait_later_is_not_asked_again(
     def refuse(*_: object) -> int:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(file_module, "sys_preadv", refuse)
+    monkeypatch.setattr(inline_reads, "sys_preadv", refuse)
     number = errno.EIO
     with pytest.raises(OSError, match="error") as caught:
         nowait_storage.try_pread(0, 4096)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 import trio
 
-from qcowfuse.storage import file as file_module
+from qcowfuse.storage import inline_reads
 from qcowfuse.storage import ring as ring_module
 from qcowfuse.storage.file import FileStorage, open_file_storage
 from qcowfuse.storage.restricted_ring import restricted_context
@@ -206,7 +206,7 @@ async def test_a_refused_read_is_read_by_the_ring(storage: FileStorage, monkeypa
         asked.append(offset)
         raise BlockingIOError
 
-    monkeypatch.setattr(file_module, "sys_preadv", refuse)
+    monkeypatch.setattr(inline_reads, "sys_preadv", refuse)
     assert storage.try_pread(4096, 4096) is None
     assert storage.try_pread(4096, 4096) is None
     assert storage.try_pread(8192, 4096) is None

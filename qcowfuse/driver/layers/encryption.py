@@ -36,7 +36,7 @@ from ...format.luks import (
     parse_luks_header,
     require_available,
 )
-from ...storage.base import Deliver, OnDelivered, Storage, pread
+from ...storage.base import Deliver, OnEnd, Storage, pread
 from ..options import PassphraseSource
 from .range_claims import Claim, Claims
 
@@ -221,7 +221,7 @@ class EncryptedPlaces:
         await self._encrypted.read_into(memoryview(data), host_offset=host_offset, guest_offset=host_offset)
         return data
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """False: ciphers run in the trio thread."""
         return False
 

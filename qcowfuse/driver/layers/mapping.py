@@ -21,7 +21,7 @@ from ...format.extents import MISS, Extent, Run, lookup_run
 from ...format.geometry import Geometry
 from ...format.presence import presence_run
 from ...format.subclusters import lookup_run_extended
-from ...storage.base import Deliver, OnDelivered, Storage, pread
+from ...storage.base import Deliver, OnEnd, Storage, pread
 from ...tables.paged_table import PagedTable
 from .table_cache import LAYER_BITS, L2Slice, TableCache
 
@@ -54,7 +54,7 @@ class Places(Protocol):
     async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
         """See Storage."""
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """See Storage."""
 
     def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:

@@ -26,6 +26,7 @@ from .requests import DataFileWrites, PlainWrites, StartsWrites, TrackedWrites, 
 from .reserving import Reserver
 from .write_back import WriteBack
 from .writer import Writer
+from .writer_at_once import WriterAtOnce
 from .zeroing import Zeroer
 from .zeroing_at_once import ZeroerAtOnce
 
@@ -99,6 +100,16 @@ class Changes:
             usage=usage,
             data_clusters=parts.data_clusters,
         )
+        self.writer_at_once = WriterAtOnce(
+            self.writer,
+            mapping=mapping,
+            reader=reader,
+            cache=cache,
+            allocator=parts.allocator,
+            metadata=parts.metadata,
+            usage=usage,
+            data_clusters=parts.data_clusters,
+        )
         self._zeroer = Zeroer(
             mapping=mapping,
             reader=reader,
@@ -151,13 +162,14 @@ class Changes:
         writes: StartsWrites
         places = mapping.places
         if places is None or mapping.entry_format.is_extended:
-            writes = Writes(mapping, cache, self.writer, life, bitmaps)
+            writes = Writes(mapping, cache, self.writer, self.writer_at_once, life, bitmaps)
         else:
             kind = PlainWrites if mapping.data is mapping.storage else DataFileWrites
             writes = kind(
                 mapping,
                 cache,
                 self.writer,
+                self.writer_at_once,
                 life,
                 bitmaps,
                 places=places,

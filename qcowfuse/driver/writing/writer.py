@@ -9,9 +9,7 @@ The way of a write that is not in place:
 2. Zeroes around the data are not written where the host clusters were never written: they read as zeroes.
 3. An error or a cancellation at any await leaves "not linked" (the clusters are given back) or "linked and
    complete".
-4. A write to clusters that read as zeroes is done in one step without an await, where all it needs is in memory
-   and the storage writes at once: then nobody can be in between, and it needs neither pin nor claim. So is a write
-   in place, as far as :mod:`.requests` has no quicker way for it, and one to subclusters around which all is zeroes.
+4. What needs no waiting at all is done in one step by :mod:`.writer_at_once`.
 5. With an external data file, data goes to its own place there (:mod:`~qcowfuse.driver.layers.data_file`). What a
    failed write has left in a raw one is linked, on either way.
 6. Guest data of an encrypted layer goes through its cipher, zeroes too: a hole would not decrypt to them.
@@ -19,7 +17,6 @@ The way of a write that is not in place:
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 
@@ -27,13 +24,13 @@ import trio
 
 from ...buffer import Buffer
 from ...errors import QcowFuseError
-from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, plan_write, shortened
+from ...format.cow_plan import Action, CowPlan, plan_write, shortened
 from ...format.entries import ClusterKind
 from ...format.extents import Extent, clipped
 from ...format.subclusters import link_extended, plan_write_extended
 from ..layers.data_file import DataClusters
 from ..layers.host_run import HostRun
-from ..layers.mapping import Mapping, Missing, lookup_chain
+from ..layers.mapping import Mapping
 from ..layers.range_claims import Claims
 from ..layers.table_cache import LAYER_BITS, L2Slice, TableCache
 from ..layers.usage import Usage
@@ -76,7 +73,7 @@ class Writer:
         self._holes_are_zeroes = mapping.encrypted is None
         self._write_data = self._write_plain if mapping.encrypted is None else mapping.encrypted.write
         self.claims = Claims()
-        self._tables = NewTables(
+        self.tables = NewTables(
             mapping=mapping,
             cache=cache,
             allocator=allocator,
@@ -84,17 +81,14 @@ class Writer:
             write_back=write_back,
             give_back=self.give_back,
         )
-        self._owns_table = self._tables.owns
-        self._plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
-        self._has_plain_entries = len(reader.layers) == 1 and not mapping.entry_format.is_extended
+        self._owns_table = self.tables.owns
+        self.plan_write = plan_write_extended if mapping.entry_format.is_extended else plan_write
         self._cluster_bits = mapping.geometry.cluster_bits
         self._slice_shift = mapping.slice_shift
         self._l1_shift = mapping.geometry.l1_shift
         self._words = mapping.entry_format.words
         self._cluster_mask = self.cluster_size - 1
         self._try_pwritev = mapping.data.try_pwritev
-        self.too_long = sys.maxsize
-        """Bytes that the storage of plain data did not write at once: it is not asked for so many again."""
 
     async def writable_slice(self, guest_offset: int) -> L2Slice:
         """The slice that maps ``guest_offset``, pinned, in a table that this image owns alone."""
@@ -103,7 +97,7 @@ class Writer:
         mapping = self._mapping
         l1_index = mapping.l1_index(guest_offset)
         if not self._owns_table(l1_index):
-            await self._tables.make(l1_index)
+            await self.tables.make(l1_index)
         if self._metadata.shared:
             table = mapping.entry_format.l1_host_offset(mapping.l1_table[l1_index])
             self._metadata.check_own(table, mapping.geometry.l2_table_size, "L2 table")
@@ -136,122 +130,7 @@ class Writer:
         else:
             slice_.has_space = True
 
-    def try_write_some(self, guest_offset: int, view: memoryview) -> int:
-        """:meth:`write_some` by rule 4; 0 where it has to be awaited.
-
-        Raises OSError, CorruptImageError.
-        """
-        mapping = self._mapping
-        if len(view) >= self.too_long or self._metadata.shared:
-            return 0
-        slice_ = self._cache.slices.get(guest_offset >> self._slice_shift << LAYER_BITS)
-        if slice_ is None or not self._owns_table(guest_offset >> self._l1_shift):
-            made = self._tables.try_make(guest_offset) if slice_ is None else None
-            if made is None:
-                return 0
-            try:
-                return self.try_write_some(guest_offset, view)
-            finally:
-                self._cache.unpin(made)
-        in_cluster = guest_offset & self._cluster_mask
-        index = guest_offset >> self._cluster_bits & mapping.slice_mask
-        start = guest_offset - in_cluster
-        n_bytes = len(view)
-        n_clusters = in_cluster + n_bytes + self._cluster_mask >> self._cluster_bits
-        entries = slice_.entries
-        is_new = self._has_plain_entries and n_clusters <= min(len(entries) - index, MAX_CLUSTERS_PER_ALLOCATION)
-        if is_new and not any(entries[index : index + n_clusters]):
-            # The usual case, where nothing lies below: what the general way finds out, for a tenth of its time.
-            if not slice_.has_space:
-                return 0
-            tail = (n_clusters << self._cluster_bits) - in_cluster - n_bytes
-            plan = CowPlan(Action.ALLOCATE, n_clusters, 0, in_cluster, n_bytes, tail)
-            n_holes = min(n_clusters << self._cluster_bits, mapping.size - start)
-        else:
-            plan = self._plan_write(entries, mapping.entry_format, index, in_cluster, n_bytes)
-            if plan.action is Action.IN_PLACE:
-                return self._try_in_place(plan, slice_, guest_offset, view)
-            if not slice_.has_space:
-                return 0
-            start = guest_offset - plan.head
-            n_covered = min(plan.head + plan.n_bytes + plan.tail, mapping.size - start)
-            try:
-                extents = lookup_chain(self._reader.layers, start, n_covered)
-            except Missing:
-                return 0
-            n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
-            if plan.action is Action.REUSE:
-                self._check_place(plan, guest_offset)
-                tail_start = guest_offset + plan.n_bytes
-                if not self._is_zero(extents, start, plan.head) or not self._is_zero(extents, tail_start, plan.tail):
-                    return 0
-            elif n_holes < n_covered:
-                return 0
-        first = guest_offset >> self._cluster_bits
-        if self.claims.first_conflict(first, first + plan.n_clusters):
-            return 0
-        n_written = plan.head + plan.n_bytes + plan.tail
-        if self._encrypted is not None and not self._encrypted.may_write_at_once(n_written):
-            return 0
-        run = self._take_at_once(plan, guest_offset)
-        if run is None:
-            return 0
-        is_written = False
-        try:
-            plan = shortened(plan, run.n_clusters, in_cluster, self._cluster_bits)
-            parts: list[Buffer] = [view[: plan.n_bytes]]
-            host_offset = run.host_offset + (start & self._cluster_mask)
-            if run.is_fresh and self._holes_are_zeroes:
-                host_offset += plan.head
-            else:
-                parts = [part for part in (ZEROES[: plan.head], *parts, ZEROES[: plan.tail]) if len(part)]
-            if self._encrypted is not None:
-                is_written = self._encrypted.try_write(parts, host_offset=host_offset, guest_offset=start)
-            elif (n_parts := sum(map(len, parts))) < self.too_long:
-                is_written = self._try_pwritev(host_offset, parts)
-                if not is_written:
-                    self.too_long = n_parts
-        except OSError:
-            if self.has_raw_data_file:
-                self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
-            raise
-        finally:
-            if not is_written and self._data_clusters is None and plan.action is Action.ALLOCATE:
-                self._allocator.give_back(run)
-        if not is_written:
-            return 0
-        self._cache.use(slice_)
-        self._link(slice_, plan, guest_offset=start, host_offset=run.host_offset)
-        self._usage.add(start, min(n_holes, plan.head + plan.n_bytes + plan.tail))
-        return plan.n_bytes
-
-    def _take_at_once(self, plan: CowPlan, guest_offset: int) -> HostRun | None:
-        """Clusters for the data at ``guest_offset``, if that takes no waiting."""
-        if plan.action is Action.REUSE:
-            return None if self._space.has_reserve else HostRun(plan.host_offset, plan.n_clusters)
-        if self._data_clusters is None:
-            return self._allocator.try_allocate(plan.n_clusters)
-        if not self._space.is_ready or self._space.has_reserve:
-            return None
-        return self._data_clusters.take(guest_offset & ~self._cluster_mask, plan.n_clusters)
-
-    def _try_in_place(self, plan: CowPlan, slice_: L2Slice, guest_offset: int, view: memoryview) -> int:
-        """What :meth:`write_some` does with clusters that are written in place; 0 where that has to wait."""
-        n_bytes, encrypted = plan.n_bytes, self._encrypted
-        if n_bytes >= self.too_long or (encrypted is not None and not encrypted.may_write_at_once(n_bytes)):
-            return 0
-        self._check_place(plan, guest_offset)
-        host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
-        if encrypted is not None:
-            if not encrypted.try_write([view[:n_bytes]], host_offset=host_offset, guest_offset=guest_offset):
-                return 0
-        elif not self._try_pwritev(host_offset, [view[:n_bytes]]):
-            self.too_long = n_bytes
-            return 0
-        self._cache.use(slice_)
-        return n_bytes
-
-    def _check_place(self, plan: CowPlan, guest_offset: int) -> None:
+    def check_place(self, plan: CowPlan, guest_offset: int) -> None:
         """Raises CorruptImageError where the clusters of a plan that allocates none are not for guest data."""
         if self._data_clusters is None:
             self._metadata.check(plan.host_offset, plan.n_clusters << self._cluster_bits, "a guest write")
@@ -269,7 +148,7 @@ class Writer:
                 await self.secure(slice_, guest_offset, n_clusters)
                 plan = self._plan(slice_, guest_offset, len(view))
             if plan.action is not Action.ALLOCATE:
-                self._check_place(plan, guest_offset)
+                self.check_place(plan, guest_offset)
             if plan.action is Action.IN_PLACE:
                 host_offset = plan.host_offset + (guest_offset & self._cluster_mask)
                 await self._write_data([view[: plan.n_bytes]], host_offset=host_offset, guest_offset=guest_offset)
@@ -291,7 +170,7 @@ class Writer:
 
     def _plan(self, slice_: L2Slice, guest_offset: int, n_bytes: int) -> CowPlan:
         index, in_cluster = self._mapping.index(guest_offset), guest_offset & self._cluster_mask
-        return self._plan_write(slice_.entries, self._mapping.entry_format, index, in_cluster, n_bytes)
+        return self.plan_write(slice_.entries, self._mapping.entry_format, index, in_cluster, n_bytes)
 
     async def link_some(self, guest_offset: int, n_bytes: int) -> int:
         """Link the start of a range of a raw data file as it stands; returns how many bytes that was. Needs no claim:
@@ -307,7 +186,7 @@ class Writer:
                 start, min(n_clusters << self._cluster_bits, self._mapping.size - start)
             )
             plan = CowPlan(Action.ALLOCATE, n_clusters, start, 0, n_clusters << self._cluster_bits, 0)
-            self._link(slice_, plan, guest_offset=start, host_offset=start)
+            self.link(slice_, plan, guest_offset=start, host_offset=start)
         finally:
             self._cache.unpin(slice_)
         self._usage.add(start, sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO))
@@ -356,16 +235,16 @@ class Writer:
         except BaseException as error:
             if self._data_clusters is not None:
                 if self._data_clusters.is_raw and not isinstance(error, QcowFuseError):
-                    self._link(slice_, plan, guest_offset=start, host_offset=host_offset)
+                    self.link(slice_, plan, guest_offset=start, host_offset=host_offset)
             elif run is not None:
                 await self.give_back(run)
             raise
-        self._link(slice_, plan, guest_offset=start, host_offset=host_offset)
+        self.link(slice_, plan, guest_offset=start, host_offset=host_offset)
         n_holes = sum(extent.n_bytes for extent in extents if extent.kind == ClusterKind.ZERO)
         self._usage.add(start, n_holes)
         return plan.n_bytes
 
-    def _link(self, slice_: L2Slice, plan: CowPlan, *, guest_offset: int, host_offset: int) -> None:
+    def link(self, slice_: L2Slice, plan: CowPlan, *, guest_offset: int, host_offset: int) -> None:
         """Point the entries of a plan whose bytes begin at ``guest_offset`` at the clusters written."""
         entries = slice_.entries
         entry_format = self._mapping.entry_format
@@ -406,13 +285,13 @@ class Writer:
     async def _old_bytes(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> Buffer | None:
         """What the guest sees now of a range that ``extents`` cover up to the end of the disk, zeroes behind that;
         None where all of it is zeroes."""
-        if self._is_zero(extents, guest_offset, n_bytes):
+        if self.is_zero(extents, guest_offset, n_bytes):
             return None
         inside = min(n_bytes, self._mapping.size - guest_offset)
         old = await self._reader.read_extents(clipped(extents, guest_offset, inside), guest_offset, inside)
         return old if inside == n_bytes else bytes(old) + bytes(n_bytes - inside)
 
-    def _is_zero(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> bool:
+    def is_zero(self, extents: list[Extent], guest_offset: int, n_bytes: int) -> bool:
         """Whether all of a range, as far as it lies in the disk, reads as zeroes; ``extents`` cover it."""
         inside = min(n_bytes, self._mapping.size - guest_offset)
         return inside <= 0 or all(

@@ -12,16 +12,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from ...buffer import Buffer
 from ...format.zero_plan import can_zero_by_entry
+from ..image import StartWrite
 from ..layers.holes import HoleFinder
 from ..layers.mapping import Mapping
 from ..layers.table_cache import L2Slice, TableCache
 from ..layers.usage import Usage
-from ..pending import PendingWrite
 from ..reading.reader import ChainReader
 from .new_tables import ZEROES
 from .writer import Writer
@@ -67,7 +65,7 @@ class ZeroerAtOnce:
         cache: TableCache,
         writer: Writer,
         usage: Usage,
-        start_write: Callable[[int, Buffer], PendingWrite | None],
+        start_write: StartWrite,
     ) -> None:
         self._zeroer = zeroer
         self._mapping = mapping

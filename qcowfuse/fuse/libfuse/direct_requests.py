@@ -14,7 +14,7 @@ answers them at all.
    must: so memory and layout are known. Until then, and for good on any surprise, requests are libfuse's to receive.
 3. Nothing raised here gets to libfuse: ctypes would swallow it.
 4. No data is kept: the memory that a write is handed in is overwritten by the next request. A pending write gets the
-   copy that its handler is given.
+   copy that its handler is given, or, where a thread makes it, that memory itself (:mod:`.request_memory`).
 5. The gate counts what is answered here (rule 3 of :mod:`..request_gate`), and spins here when there is no request.
    An answer about holes may take longer than any other: it counts for as many as could be given meanwhile.
 """
@@ -24,7 +24,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import logging
-import mmap
 import os
 import struct
 import time
@@ -36,9 +35,8 @@ from typing import Protocol
 import pyfuse3
 from pyfuse3 import FUSEError
 
-from ...buffer import Buffer
-from ...driver.image import StartRead
-from ...driver.pending import PendingRead, PendingWrite
+from ...driver.image import LARGE_WRITE, StartRead, always
+from ...driver.pending import PendingPlace, PendingRead, PendingWrite
 from ...errors import OutOfRangeError
 from ...system.import_slot import LoadedObject, SlotError, diverted
 from ...system.short_wait import allow_short_waits
@@ -49,14 +47,18 @@ from ..open_files import OpenFiles
 from ..request_gate import RequestGate
 from ..seeking import NO_DATA
 from ..started import StartedRequest
+from ..writes_at_once import WritesAtOnce
 from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
-from .replies import Deliveries, send_data, send_error, send_written
+from .replies import AnsweringThreads, send_data, send_error, send_written
+from .request_memory import RequestBuffer, RequestMemory
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
 _HEADER = struct.Struct("<IIQ")
 _HEADER_BYTES = 40
 _WRITE_BYTES = _HEADER_BYTES + 40
+_WRITE_FLAGS, _FUSE_WRITE_CACHE = struct.Struct("<60xI"), 1
+"""Where the flags of a write are, and the one of what the page cache sends: no client waits for that."""
 _FUSE_GETATTR, _FUSE_SETATTR, _FUSE_OPEN, _FUSE_READ, _FUSE_WRITE, _FUSE_RELEASE = 3, 4, 14, 15, 16, 18
 _FUSE_FSYNC, _FUSE_FLUSH, _FUSE_FALLOCATE, _FUSE_LSEEK = 20, 25, 43, 46
 # What stands behind the header, and the length of both: fuse_{fsync,getattr,setattr,flush,...}_in.
@@ -70,8 +72,6 @@ _FALLOCATE, _FALLOCATE_BYTES = struct.Struct("<8xQQI"), _HEADER_BYTES + 32
 _SOUGHT = struct.Struct("<Q")
 _USUAL_SECONDS = 100e-6
 """What the answer to a request takes at most, as the bounds of the gate suppose."""
-_MIN_BUFFER = (128 << 10) + mmap.PAGESIZE
-_MAX_BUFFER = (64 << 20) + mmap.PAGESIZE
 
 _Answer = Callable[[memoryview, int], bytes | int | None]
 """Takes a request and its length; gives what stands behind the header of the reply, the number of an error, or None
@@ -94,8 +94,9 @@ class RequestHandlers(Protocol):
     def start_read(self) -> StartRead:
         """Starts reads."""
 
-    def start_write(self, off: int, data: Buffer) -> PendingWrite | None:
-        """None when all of it was written. ``data`` is only lent."""
+    @property
+    def writes(self) -> WritesAtOnce:
+        """What answers WRITE."""
 
     @property
     def opens(self) -> OpenFiles:
@@ -110,28 +111,6 @@ class RequestHandlers(Protocol):
         """What answers LSEEK and FALLOCATE."""
 
 
-class _FuseBuf(ctypes.Structure):
-    """The head of libfuse's ``struct fuse_buf``, which has been the same since 3.0."""
-
-    size: int
-    flags: int
-    mem: int | None
-
-    _fields_ = (("size", ctypes.c_size_t), ("flags", ctypes.c_int), ("mem", ctypes.c_void_p))
-
-
-class _Buffer:
-    """A buffer of libfuse's, at ``address``, that requests can be read into."""
-
-    __slots__ = ("address", "fuse_buf", "view", "views")
-
-    def __init__(self, fuse_buf: _FuseBuf, address: int, n_bytes: int) -> None:
-        self.fuse_buf = fuse_buf
-        self.address = address
-        self.view = memoryview((ctypes.c_char * n_bytes).from_address(address)).cast("B")
-        self.views = (self.view,)
-
-
 _RECEIVE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
 
 
@@ -142,11 +121,12 @@ class DirectRequests:
         self.refusal: str | None = None
         self.answers_lseek = self.answers_fallocate = False
         self.n_answered = 0
-        self.deliveries = Deliveries(gate, partial(handlers.failures.note, "read"))
+        self.threads = AnsweringThreads(gate, handlers.failures.note)
         self._handlers = handlers
         self._gate = gate
         self._fd = -1
-        self._buffers: dict[int, _Buffer] = {}
+        self._buffers: dict[int, RequestBuffer] = {}
+        self.memory: RequestMemory | None = None
         self._undo: Callable[[], None] | None = None
         self._answers: dict[int, _Answer] = {
             _FUSE_FSYNC: self._fsync,
@@ -170,8 +150,7 @@ class DirectRequests:
             self._fd_of: Callable[[int], int] = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p)(
                 ("fuse_session_fd", library)
             )
-            self._usable_size = ctypes.CDLL(None).malloc_usable_size
-            self._usable_size.argtypes, self._usable_size.restype = (ctypes.c_void_p,), ctypes.c_size_t
+            self.memory = RequestMemory()
             callback = _RECEIVE(self._receive)
             target = ctypes.cast(callback, ctypes.c_void_p).value
             assert target is not None
@@ -187,6 +166,13 @@ class DirectRequests:
             diversion.__exit__(None, None, None)
             self._handlers.started.drop()
             _log.debug("%d requests were answered at once", self.n_answered)
+
+    async def wait_until_ended(self) -> None:
+        """Return when no thread answers a request any more; no request may be received any more. A cancellation
+        waits."""
+        await self.threads.wait_until_ended()
+        if self.memory is not None:
+            self.memory.release()
 
     def _refuse(self, reason: str) -> None:
         self.refusal = reason
@@ -219,25 +205,21 @@ class DirectRequests:
 
     def _learn(self, session: int, address: int, n_bytes: int) -> None:
         """Make the buffer that libfuse has just received with one of ours (rule 2). Raises SlotError, OSError."""
-        fuse_buf = _FuseBuf.from_address(address)
-        if fuse_buf.size != n_bytes or fuse_buf.flags or not fuse_buf.mem:
-            raise SlotError("libfuse's buffer is of an unknown kind")
-        n_usable = self._usable_size(fuse_buf.mem) & -mmap.PAGESIZE
-        if not _MIN_BUFFER <= n_usable <= _MAX_BUFFER or n_bytes < _HEADER_BYTES:
-            raise SlotError("libfuse's buffer is of an odd size")
-        if _HEADER.unpack(ctypes.string_at(fuse_buf.mem, _HEADER.size))[0] != n_bytes:
+        assert self.memory is not None
+        buffer = self.memory.buffer_of(address, n_bytes)
+        if n_bytes < _HEADER_BYTES or _HEADER.unpack_from(buffer.view)[0] != n_bytes:
             raise SlotError("libfuse's buffer holds no request")
         if self._fd < 0:
             fd = self._fd_of(session)
             os.set_blocking(fd, False)  # libfuse copes: see EAGAIN above
             self._fd = fd
             allow_short_waits(fd, lambda: self._gate.n_slow)
-        self._buffers[address] = _Buffer(fuse_buf, fuse_buf.mem, n_usable)
+        self._buffers[address] = buffer
 
-    def _receive_into(self, buffer: _Buffer) -> int:
+    def _receive_into(self, buffer: RequestBuffer) -> int:
         fd, view, gate = self._fd, buffer.view, self._gate
-        handlers, deliveries = self._handlers, self.deliveries
-        start_read, start_write, file_inode = handlers.start_read, handlers.start_write, handlers.file_inode
+        handlers, threads = self._handlers, self.threads
+        start_read, start_write, file_inode = handlers.start_read, handlers.writes.start, handlers.file_inode
         is_idle, answers = gate.is_idle, self._answers
         n_answered, n_others, n_allowed = 0, 0, gate.n_left_in_burst()
         try:
@@ -262,21 +244,27 @@ class DirectRequests:
                                 del data
                                 n_answered += 1
                                 continue
-                            if deliveries.start(fd, unique, data):
+                            if threads.start_read(fd, unique, data):
                                 n_answered += 1
                                 del data
                                 continue
                             handlers.started.keep(PendingRead, off, size, data)
                             del data
                     elif opcode == _FUSE_WRITE and n_bytes == _WRITE_BYTES + size and size:
+                        may_wait = size < LARGE_WRITE or not _WRITE_FLAGS.unpack_from(view)[0] & _FUSE_WRITE_CACHE
                         try:
-                            pending = start_write(off, view[_WRITE_BYTES:n_bytes])
+                            pending = start_write(off, view[_WRITE_BYTES:n_bytes], is_idle if may_wait else always)
                         except Exception as exc:
                             self._keep(PendingWrite, off, size, exc)
                         else:
                             if pending is None:
                                 send_written(fd, unique, size)
                                 n_answered += 1
+                                continue
+                            if isinstance(pending, PendingPlace) and self._lend(buffer, unique, size, pending):
+                                n_answered += 1
+                                view = buffer.view
+                                del pending
                                 continue
                             handlers.started.keep(PendingWrite, off, size, pending)
                     elif opcode in answers:
@@ -292,6 +280,19 @@ class DirectRequests:
         finally:
             gate.count(n_answered + n_others)
             self.n_answered += n_answered
+
+    def _lend(self, buffer: RequestBuffer, unique: int, n_bytes: int, pending: PendingPlace) -> bool:
+        """Have a thread make the write that was read into ``buffer``, and answer it; False where that can't be: then
+        it is as before, in ``buffer``."""
+        loan = None if self.memory is None else self.memory.lend(buffer)
+        if loan is None:
+            return False
+        writes = self._handlers.writes
+        if not self.threads.start_write(self._fd, unique, n_bytes, pending, loan.give_back, writes.end_elsewhere):
+            loan.undo()
+            return False
+        writes.begin_elsewhere()
+        return True
 
     def _answer(self, answer: _Answer, unique: int, view: memoryview, n_bytes: int) -> int:
         """Answer a request by ``answer``; as how many it counts, 0 where it has to be handed on."""

@@ -237,7 +237,7 @@ class ExtendedSession:
                 await pyfuse3.main(min_tasks, max_tasks)
             finally:
                 if self._direct is not None:
-                    await self._direct.deliveries.wait_until_ended()
+                    await self._direct.wait_until_ended()
 
 
 def libfuse_version(library: ctypes.CDLL) -> int:

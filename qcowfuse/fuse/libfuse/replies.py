@@ -1,10 +1,10 @@
-"""Replies written to /dev/fuse by us, and reads that a thread answers on its own.
+"""Replies written to /dev/fuse by us, and reads and writes that a thread answers on its own.
 
 1. A request is answered once, whatever becomes of the answer: where the kernel refuses one, it gets an error.
-2. A delivery is a read whose bytes the thread that has read them hands to the kernel. The thread writes that reply
-   and nothing else; what failed is answered in the trio thread, which knows what to say.
-3. The connection stays open until the last delivery has ended (:meth:`Deliveries.wait_until_ended`): a thread must
-   not find another file under the number of its descriptor.
+2. The thread that has read the bytes of a read hands them to the kernel, and the one that has made a write tells it.
+   A thread writes that reply and nothing else; what failed is answered in the trio thread, which knows what to say.
+3. The connection stays open until the last of them has ended (:meth:`AnsweringThreads.wait_until_ended`): a thread
+   must not find another file under the number of its descriptor.
 4. The gate knows how many threads are at work for us (rule 6 of :mod:`..request_gate`).
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable
 import trio
 
 from ...buffer import Buffer
-from ...driver.pending import PendingRead
+from ...driver.pending import PendingRead, PendingWrite
 from ..request_gate import RequestGate
 
 # linux/fuse.h: fuse_out_header (the length of all, minus an error number, the request), and fuse_write_out behind it.
@@ -64,16 +64,16 @@ def _on_refusal(fd: int, unique: int, exc: OSError) -> None:
         send_error(fd, unique, errno.EIO)
 
 
-class Deliveries:
-    """The deliveries of one connection. ``errno_of_read`` says what to answer to a read that failed, and logs it."""
+class AnsweringThreads:
+    """Of one connection. ``errno_of`` says what to answer to an operation that failed, and logs it."""
 
-    def __init__(self, gate: RequestGate, errno_of_read: Callable[[Exception], int]) -> None:
+    def __init__(self, gate: RequestGate, errno_of: Callable[[str, Exception], int]) -> None:
         self._gate = gate
-        self._errno_of_read = errno_of_read
+        self._errno_of = errno_of
         self._n_in_flight = 0
         self._ended = trio.Event()
 
-    def start(self, fd: int, unique: int, pending: PendingRead) -> bool:
+    def start_read(self, fd: int, unique: int, pending: PendingRead) -> bool:
         """Have a thread answer; False where the read has a longer way: then it is as before. Raises nothing."""
         elsewhere = self._gate.elsewhere
 
@@ -82,22 +82,56 @@ class Deliveries:
             elsewhere.pop()
 
         def end(error: Exception | None) -> None:
-            self._n_in_flight -= 1
-            if error is not None:
-                elsewhere.pop()
-                send_error(fd, unique, self._errno_of_read(error))
-            if not self._n_in_flight:
-                self._ended.set()
+            self._end("read", fd, unique, error)
 
         elsewhere.append(unique)  # before the thread can have answered
-        if not pending.start_delivery(deliver, end):
+        return self._note_start(pending.start_delivery(deliver, end))
+
+    def start_write(
+        self,
+        fd: int,
+        unique: int,
+        n_bytes: int,
+        pending: PendingWrite,
+        give_back: Callable[[], None],
+        on_end: Callable[[], None],
+    ) -> bool:
+        """Have a thread write and answer; False where the write has a longer way: then it is as before. Raises
+        nothing. ``give_back`` is called, by any thread, when the bytes to be written are not needed any more;
+        ``on_end`` in this one, before the error that is the answer to a write that failed."""
+        elsewhere = self._gate.elsewhere
+
+        def written() -> None:
+            give_back()
+            send_written(fd, unique, n_bytes)
             elsewhere.pop()
-            return False
-        self._n_in_flight += 1
-        return True
+
+        def end(error: Exception | None) -> None:
+            on_end()
+            if error is not None:
+                give_back()
+            self._end("write", fd, unique, error)
+
+        elsewhere.append(unique)
+        return self._note_start(pending.start_in_thread(written, end))
+
+    def _note_start(self, is_started: bool) -> bool:
+        if is_started:
+            self._n_in_flight += 1
+        else:
+            self._gate.elsewhere.pop()
+        return is_started
+
+    def _end(self, operation: str, fd: int, unique: int, error: Exception | None) -> None:
+        self._n_in_flight -= 1
+        if error is not None:
+            self._gate.elsewhere.pop()
+            send_error(fd, unique, self._errno_of(operation, error))
+        if not self._n_in_flight:
+            self._ended.set()
 
     async def wait_until_ended(self) -> None:
-        """Return when none is in flight; none may be started any more. A cancellation waits."""
+        """Return when none is at work; none may be set to work any more. A cancellation waits."""
         if self._n_in_flight:
             self._ended = trio.Event()
             with trio.CancelScope(shield=True):

@@ -15,7 +15,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from ...buffer import Buffer
-from ..base import Deliver, OnDelivered, Storage, StorageCounters, pread
+from ..base import Deliver, OnEnd, OnWritten, Storage, StorageCounters, pread
 from ..syscalls import timer_create, timer_start
 from .delay_model import DelayModel
 
@@ -110,7 +110,11 @@ class LatencyStorage:
         async with self._access(host_offset, n_bytes):
             return await pread(self._inner, host_offset, n_bytes)
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
+        """False: the delay needs a task."""
+        return False
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
         """False: the delay needs a task."""
         return False
 

@@ -15,7 +15,7 @@ import resource
 from collections.abc import Sequence
 
 from ...buffer import Buffer
-from ..base import Deliver, OnDelivered, StorageCounters
+from ..base import Deliver, OnEnd, OnWritten, StorageCounters
 from ..blocking import read_all, read_all_into
 from ..file import FileStorage
 from ..syscalls import LockedMapping
@@ -155,7 +155,7 @@ class ResidentStorage:
         assert data is not None
         return data
 
-    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnDelivered) -> bool:
+    def start_delivery(self, host_offset: int, n_bytes: int, deliver: Deliver, on_end: OnEnd) -> bool:
         """False: no read waits."""
         return False
 
@@ -176,6 +176,10 @@ class ResidentStorage:
         """As :meth:`try_pwritev`. Raises OSError."""
         if not self.try_pwritev(host_offset, buffers):
             await self._inner.pwritev(host_offset, buffers)
+
+    def start_pwrite(self, host_offset: int, data: Buffer, on_written: OnWritten, on_end: OnEnd) -> bool:
+        """False: no write waits."""
+        return False
 
     async def write_zeroes(self, host_offset: int, n_bytes: int, *, unmap: bool = False) -> None:
         """Zero the range; may grow. Raises OSError."""
