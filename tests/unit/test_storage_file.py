@@ -17,7 +17,7 @@ import pytest
 import trio
 from trio.testing import wait_all_tasks_blocked
 
-from qcowfuse.storage import blocking, file_systems, inline_reads, space
+from qcowfuse.storage import blocking, file_systems, inline_reads, space, syscalls
 from qcowfuse.storage import file as file_module
 from qcowfuse.storage.blocking import IOV_MAX
 from qcowfuse.storage.file import FileStorage, open_file_storage
@@ -232,7 +232,7 @@ async def test_zeroing_without_fallocate(storage: FileStorage, monkeypatch: pyte
         calls.append(arguments)
         raise OSError(errno.EOPNOTSUPP, "no")
 
-    monkeypatch.setattr(blocking, "fallocate", refuse)
+    monkeypatch.setattr(syscalls, "fallocate", refuse)
     monkeypatch.setattr(space, "fallocate", refuse)
     n_bytes = (2 << 20) + 777
     await write(storage, 0, b"w" * (n_bytes + 100))
