@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 
-from ..errors import FormatError, ImageLockedError
+from ..errors import BackingChainError, FormatError, ImageLockedError
 
 
 def describe_known(exc: BaseException, image: str) -> str:
@@ -19,11 +19,11 @@ def describe_known(exc: BaseException, image: str) -> str:
     if isinstance(exc, ImageLockedError):
         text += _where_mounted(exc.path)
     if isinstance(exc, FormatError):
-        from .other_formats import what_it_is
-
-        found = what_it_is(image)
-        if found is not None:
-            return f"{image}: is {found}"
+        found = _what_it_is(image)
+        if found:
+            return f"{image}: {found}"
+    if isinstance(exc, BackingChainError) and isinstance(exc.__cause__, FormatError):
+        text = text.replace(str(exc.__cause__), _what_it_is(exc.path) or str(exc.__cause__))
     return text if image in text else f"{image}: {text}"
 
 
@@ -31,7 +31,16 @@ def describe_os_error(exc: OSError, place: str) -> str:
     """The place, ``place`` where the failure names none, and the system's reason."""
     if exc.errno == errno.EMFILE:  # which file was one too many says nothing
         return f"{place}: {exc.strerror}: no more than {os.sysconf('SC_OPEN_MAX')} are allowed here (ulimit -n)"
-    return f"{place if exc.filename is None else os.fsdecode(exc.filename)}: {exc.strerror or exc}"
+    path = place if exc.filename is None else os.fsdecode(exc.filename)
+    is_url = exc.errno == errno.ENOENT and ("://" in path or path.startswith("json:"))
+    return f"{path}: {exc.strerror or exc}{' (a local path is expected, no URL)' if is_url else ''}"
+
+
+def _what_it_is(path: str) -> str:
+    from .other_formats import what_it_is
+
+    found = what_it_is(path)
+    return f"is {found}" if found is not None else ""
 
 
 def lacks_memory(exc: BaseException) -> bool:

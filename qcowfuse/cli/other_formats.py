@@ -10,6 +10,8 @@ import stat
 
 _MAGIC = b"QFI\xfb"
 _N_BYTES = 0x9000
+_HEADER_BYTES = {b"\0\0\0\1": 48, b"\0\0\0\2": 72, b"\0\0\0\3": 104}
+"""What the header takes at least, by the version."""
 _CONVERT = "qemu-img convert -O qcow2 makes a QCOW2 image of it"
 _UNPACK = "unpack it first"
 _RAW = "it needs no qcowfuse: losetup, QEMU and others use it as it is"
@@ -45,8 +47,11 @@ _SIGNATURES = (
 def what_it_is(path: str) -> str | None:
     """``a VMDK image: ...`` with what to do; None for a QCOW image and for what cannot be told."""
     start, footer, size = _ends_of(path)
-    if start is None or start.startswith(_MAGIC):
+    if start is None:
         return None
+    if start.startswith(_MAGIC):
+        is_whole = size >= _HEADER_BYTES.get(start[4:8], 8)
+        return None if is_whole else f"cut off after {size} bytes, in the header of a QCOW image"
     for offset, signature, name, advice in _SIGNATURES:
         if start.startswith(signature, offset):
             return f"{name}, no QCOW image: {advice}"
@@ -56,7 +61,20 @@ def what_it_is(path: str) -> str | None:
         return "an empty file, no QCOW image"
     if not start.strip(b"\0"):
         return f"a raw disk image, as it seems, no QCOW image: {_RAW}"
-    return None
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+        return "a web page, no QCOW image: a download gave that in place of the image"
+    return "a text file, no QCOW image" if _is_text(start) else None
+
+
+def _is_text(start: bytes) -> bool:
+    """Whether all of it is UTF-8, with no control character but those of text."""
+    try:
+        text = start.decode("utf-8")
+    except UnicodeDecodeError as exc:
+        if len(start) < _N_BYTES or exc.start < len(start) - 3:  # else a character of which the end is not here
+            return False
+        text = start[: exc.start].decode("utf-8")
+    return all(character.isprintable() or character in "\n\r\t\f" for character in text)
 
 
 def is_qcow(path: str) -> bool:

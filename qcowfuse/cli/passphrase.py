@@ -109,10 +109,11 @@ class KeySource:
 
 
 def read_key_file(path: str) -> bytearray:
-    """All of a file. Raises ImageUsageError where it cannot be read, or is too long to be a passphrase."""
+    """All of a file, or of standard input (``-``). Raises ImageUsageError where it cannot be read, or is too long to
+    be a passphrase."""
     forbid_core_dumps()
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.dup(0) if path == "-" else os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             key = _read_secret(fd, MAX_KEY_BYTES + 1)
         finally:

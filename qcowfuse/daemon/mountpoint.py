@@ -113,8 +113,18 @@ def _why_unusable(path: str, exc: OSError) -> str:
     if exc.errno == errno.ENOENT:
         return f"{path}: mount point does not exist"
     if exc.errno == errno.ENOTCONN:
-        return f"{path}: a dead mount is there, its daemon was killed (fusermount3 -u {path} removes it)"
+        place = _mount_above(path)
+        return f"{path}: a dead mount is there, its daemon was killed (fusermount3 -u {place} removes it)"
     return f"{path}: mount point cannot be used: {exc.strerror}"
+
+
+def _mount_above(path: str) -> str:
+    """``path`` where it is a mount point itself, else the mount that it lies in."""
+    above = os.path.abspath(path)
+    points = {mount.path for mount in mount_table()}
+    while above not in points and above != "/":
+        above = os.path.dirname(above)
+    return path if above in (os.path.abspath(path), "/") else above
 
 
 def check_fuse() -> None:

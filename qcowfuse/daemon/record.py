@@ -69,12 +69,14 @@ class RecordWriter:
 
 
 class FoundRecord(NamedTuple):
-    """A record, its process, and the user whose process it is. ``path`` can be opened while it lives."""
+    """A record, its process, and the user whose process it is. ``path`` can be opened while it lives.
+    ``has_no_image``: the image has been deleted, and is gone when the process ends."""
 
     record: Record
     pid: int
     uid: int
     path: str
+    has_no_image: bool = False
 
 
 def find_records() -> Iterator[FoundRecord]:
@@ -103,10 +105,11 @@ def read_record(descriptor: int) -> Record | None:
 
 def _record_of(pid: int) -> FoundRecord | None:
     folder = f"/proc/{pid}/fd"
-    path, connections = "", list[int | None]()
+    path, connections, links = "", list[int | None](), set[str]()
     for number in os.listdir(folder):
         with suppress(OSError):
             link = os.readlink(f"{folder}/{number}")
+            links.add(link)
             if link == _LINK:
                 path = f"{folder}/{number}"
             elif link == "/dev/fuse":
@@ -120,7 +123,8 @@ def _record_of(pid: int) -> FoundRecord | None:
         os.close(descriptor)
     if record is None or not {None, os.minor(record.device)} & set(connections):
         return None
-    return FoundRecord(record, pid, user_of(pid), path)
+    is_deleted = f"{os.path.realpath(record.image)} (deleted)" in links
+    return FoundRecord(record, pid, user_of(pid), path, is_deleted)
 
 
 def _connection_of(path: str) -> int | None:

@@ -107,7 +107,7 @@ def parse_header(
     """
     format_name = probe_format(data)
     if format_name is None:
-        raise FormatError("header", 0, f"magic {bytes(data[:4]).hex() or 'absent'}, expected {MAGIC.hex()}")
+        raise FormatError("header", 0, f"no QCOW image: starts with {bytes(data[:4]).hex(' ') or 'nothing'}")
     if len(data) < min(header_length_needed(data), file_size):
         raise FormatError("header", None, f"{len(data)} bytes, expected {header_length_needed(data)}")
     return _parse_v1(data) if format_name == "qcow" else _parse_v2(data, for_check=for_check, for_info=for_info)

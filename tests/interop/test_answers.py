@@ -13,7 +13,8 @@ import pytest
 
 from qcowfuse.cli.exit_codes import EXPLANATIONS
 from qcowfuse.cli.img.commands.check import MAX_LEAKS
-from qcowfuse.cli.near_misses import IMG_COMMANDS, QEMU_IMG_COMMANDS
+from qcowfuse.cli.mount.options import OPTIONS
+from qcowfuse.cli.near_misses import IMG_COMMANDS, OF_OTHERS, QEMU_IMG_COMMANDS
 from tests.support.mounting import REPOSITORY, environment, run_qcowfuse
 
 QEMU_FORMATS = {
@@ -26,9 +27,11 @@ QEMU_FORMATS = {
 }
 
 
+IMG = "import sys; from qcowfuse.cli.img.main import main; sys.exit(main())"
+
+
 def run_img(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    script = "import sys; from qcowfuse.cli.img.main import main; sys.exit(main())"
-    words = [sys.executable, "-c", script, *map(str, arguments)]
+    words = [sys.executable, "-c", IMG, *map(str, arguments)]
     return subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
 
 
@@ -84,10 +87,44 @@ def test_a_raw_disk_needs_no_qcowfuse(folder: Path, offset: int, data: bytes, sa
 
 def test_what_is_none_of_all(folder: Path) -> None:
     """What can't be told is said to be no QCOW image; a damaged QCOW image is not called raw."""
-    (folder / "x").write_text("some text")
+    (folder / "x").write_bytes(b"some\x00text")
     assert "no QCOW image: starts with 73 6f 6d 65" in refusal(folder, "x", "mnt")[1]
+    assert "no QCOW image: starts with 73 6f 6d 65" in run_img("info", folder / "x").stderr
     (folder / "x").write_bytes(b"QFI\xfb\0\0\0\x63" + bytes(600))
     assert "raw" not in refusal(folder, "x", "mnt")[1]
+
+
+def test_texts_and_beginnings_of_images(folder: Path) -> None:
+    """What a download or a copy that failed leaves behind."""
+    whole = (folder / "a.qcow2").read_bytes()
+    for data, said in (
+        (b"404: not found\n", "is a text file, no QCOW image"),
+        ("\u00fc".encode() * 40000, "is a text file, no QCOW image"),
+        (b"\n<!DOCTYPE html><title>", "is a web page, no QCOW image: a download gave that in place of the image"),
+        (whole[:103], "is cut off after 103 bytes, in the header of a QCOW image"),
+        (b"QFI\xfb\0\0\0\1" + bytes(39), "is cut off after 47 bytes, in the header of a QCOW image"),
+    ):
+        (folder / "x").write_bytes(data)
+        assert refusal(folder, "x", "mnt") == (3, f"qcowfuse: x: {said}\n")
+        assert run_img("check", folder / "x").stderr == f"qcowfuse-img: {folder}/x: {said}\n"
+    (folder / "x").write_bytes(b"QFI\xfb\0\0\0\1" + bytes(40))
+    assert "cut off" not in refusal(folder, "x", "mnt")[1]
+    for url in ("http://host/a.qcow2", "json:{}"):
+        expected = f"qcowfuse: {url}: No such file or directory (a local path is expected, no URL)\n"
+        assert refusal(folder, url, "mnt") == (6, expected)
+
+
+def test_a_backing_file_of_another_kind_is_named(folder: Path) -> None:
+    """It is called QCOW2, and is none."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "vmdk", folder / "x", "1M"], check=True)
+    new = ["create", "-q", "-u", "-f", "qcow2", "-b", "x", "-F", "qcow2", str(folder / "over.qcow2"), "1M"]
+    subprocess.run(["qemu-img", *new], check=True)
+    code, line = refusal(folder, "over.qcow2", "mnt")
+    assert (code, line) == (
+        3,
+        "qcowfuse: x: backing file of over.qcow2: is a VMDK image, no QCOW image: "
+        "qemu-img convert -O qcow2 makes a QCOW2 image of it\n",
+    )
 
 
 @pytest.mark.parametrize("over", ["folder", "file"])
@@ -182,6 +219,50 @@ def test_the_commands_that_may_be_meant() -> None:
     assert not set(QEMU_IMG_COMMANDS) & set(IMG_COMMANDS)
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--ro", "a.qcow2", "mnt"], "unknown option --ro (here: -r, --read-only)"),
+        (["--offset=512", "a.qcow2", "mnt"], "or --partition NUMBER)"),
+        (["-u", "mnt"], "required: MOUNTPOINT (-u here: qcowfuse umount MOUNTPOINT)"),
+        (["lst"], "required: MOUNTPOINT (did you mean list?)"),
+        (["help"], "required: MOUNTPOINT (did you mean --help?)"),
+        (["a.qcow2"], "required: MOUNTPOINT (qcowfuse"),
+        (["-x=/tmp", "a.qcow2", "mnt"], "option -x takes no value: --ephemeral=/tmp does"),
+        (["-d0", "a.qcow2", "mnt"], "option -d takes no value (qcowfuse"),
+    ],
+)
+def test_habits_from_other_programs(folder: Path, words: list[str], said: str) -> None:
+    """What there is in place of an option of qemu-nbd, guestmount, losetup and others."""
+    code, line = refusal(folder, *words)
+    assert code == 2
+    assert said in line
+
+
+def test_what_takes_the_place_of_other_options_exists() -> None:
+    """None of them is an option here by now, and what stands in its place is one."""
+    options = [option for option in OPTIONS if option.on_command_line]
+    own = {name for option in options for name in (f"-{option.short}", f"--{option.name}")}
+    assert not own & set(OF_OTHERS)
+    for instead in OF_OTHERS.values():
+        named = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", instead)) - {"-o", "-fP", "--show", "--output"}
+        assert named - {"--offset"} <= own, instead
+
+
+def test_a_disk_is_never_made_smaller(folder: Path) -> None:
+    """A size that takes something away is no option, and changes nothing."""
+    before = (folder / "a.qcow2").read_bytes()
+    for words in (["-512k"], ["-q", "-512k"], ["--", "-512k"], ["--ignore-locks", "-5"]):
+        done = run_img("resize", folder / "a.qcow2", *words)
+        assert done.returncode == 1
+        assert done.stderr == (
+            f"qcowfuse-img: {folder}/a.qcow2: a disk cannot be made smaller (qemu-img resize --shrink can)\n"
+        )
+    assert "--shrink (here: a disk is never" in run_img("resize", "--shrink", folder / "a.qcow2", "1M").stderr
+    assert "-f (here: the format is found" in run_img("info", "-f", "qcow2", folder / "a.qcow2").stderr
+    assert (folder / "a.qcow2").read_bytes() == before
+
+
 def test_options_of_create(folder: Path) -> None:
     """A near miss, and qemu-img's way to ask for all."""
     done = run_img("create", "-o", "clustersize=4k", folder / "new", "1M")
@@ -227,6 +308,12 @@ def test_keys(folder: Path) -> None:
     assert (
         "ends with a newline" in run_img("resize", "--key-file", folder / "newline", folder / "e.qcow2", "2M").stderr
     )
+    resize = [sys.executable, "-c", IMG, "resize", "--key-file", "-", "e.qcow2", "1M"]
+    for key, said in (("open sesame", "1 MiB (1048576 bytes)"), ("wrong", "none of the LUKS key slots")):
+        done = subprocess.run(
+            resize, input=key, capture_output=True, text=True, cwd=folder, env=environment(), check=False
+        )
+        assert said in done.stdout + done.stderr
     done = run_img(*create, folder / "empty", folder / "n.qcow2", "1M")
     assert (done.returncode, (folder / "n.qcow2").exists()) == (1, False)
     assert "empty" in done.stderr

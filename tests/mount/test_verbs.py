@@ -194,10 +194,25 @@ def test_a_daemon_that_does_not_answer(image: Path, point: Path) -> None:
         mount.wait_for_end(-signal.SIGKILL)
         wait_until(lambda: listed(image)[0]["state"] == "dead", "a dead mount")
         assert run_qcowfuse("status", point).returncode == 5
+        for inside in (point, point / "x/y"):
+            said = f"a dead mount is there, its daemon was killed (fusermount3 -u {point} removes it)\n"
+            assert run_qcowfuse(image, inside).stderr == f"qcowfuse: {inside}: {said}"
         done = run_qcowfuse("umount", point)
         assert done.returncode == 0
         assert "removed a dead mount" in done.stderr
         assert not is_mounted(point)
+
+
+def test_an_image_that_is_deleted_meanwhile(image: Path, point: Path) -> None:
+    """It is said to be, while what is on the disk can still be copied."""
+    with Mounted(image, point) as mount:
+        assert listed(image)[0]["state"] == "serving"
+        image.unlink()
+        assert listed(image)[0]["state"] == "its image is deleted"
+        assert "state:          its image is deleted\n" in run_qcowfuse("status", point).stdout
+        with mount.file.open("r+b", buffering=0) as file:
+            file.write(b"there")
+            assert os.pread(file.fileno(), 5, 0) == b"there"
 
 
 @pytest.mark.root

@@ -51,9 +51,16 @@ def parse(words: Sequence[str]) -> Given:
     from .parser import build_parser
 
     parser = build_parser()
+    if words and words[0] == "resize":
+        words = [_not_an_option(word) for word in words]
     if words and words[0].startswith("-") and words[0] not in parser._option_string_actions:
         parser.error("the command comes first: qcowfuse-img COMMAND [OPTION]...")
     return parser.parse_args(words, Given())
+
+
+def _not_an_option(word: str) -> str:
+    """``-10M``, which takes something away, as it does for qemu-img."""
+    return f"+{word}" if word[:1] == "-" and word[1:2].isdecimal() else word
 
 
 def _plain(words: Sequence[str]) -> Given | None:

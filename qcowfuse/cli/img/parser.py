@@ -14,6 +14,8 @@ from .exit_codes import EXPLANATIONS, ImgExit
 
 _IGNORE_LOCKS = "change an image that is in use, for lock managers that are dead: a second writer destroys it"
 
+_KEY_FILE = "the passphrase of an encrypted image, the whole file, - for standard input; default: a prompt"
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -76,9 +78,7 @@ def build_parser() -> _Parser:
     )
     create.add_argument("-b", "--backing", metavar="FILE", help="backing file, as seen from the new image's folder")
     create.add_argument("-F", "--backing-format", metavar="FMT", help="its format: raw, qcow or qcow2")
-    create.add_argument(
-        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
-    )
+    create.add_argument("--key-file", metavar="PATH", help=_KEY_FILE)
     create.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     create.add_argument("--force", action="store_true", help="overwrite a file that exists")
     create.add_argument("image", metavar="FILE")
@@ -90,9 +90,7 @@ def build_parser() -> _Parser:
         "leaves the old size or the new one. A disk is never made smaller.",
         allow_abbrev=False,
     )
-    resize.add_argument(
-        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
-    )
+    resize.add_argument("--key-file", metavar="PATH", help=_KEY_FILE)
     add_options(resize, NAME_OPTIONS)
     resize.add_argument("-q", "--quiet", action="store_true", help="say nothing")
     resize.add_argument("--ignore-locks", action="store_true", help=_IGNORE_LOCKS)
@@ -148,7 +146,5 @@ def _add_partitions_command(commands: argparse._SubParsersAction[_Parser]) -> No
         "-U", "--force-share", action="store_true", help="look at an image in use; what is seen may be torn"
     )
     command.add_argument("--snapshot", metavar="NAME_OR_ID", help="of an internal snapshot")
-    command.add_argument(
-        "--key-file", metavar="PATH", help="the passphrase of an encrypted image, the whole file; default: a prompt"
-    )
+    command.add_argument("--key-file", metavar="PATH", help=_KEY_FILE)
     add_options(command, NAME_OPTIONS)

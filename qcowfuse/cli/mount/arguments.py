@@ -70,6 +70,11 @@ class Arguments(NamedTuple):
         return frozenset(int(match[1]) for match in found if match)
 
     @property
+    def is_ephemeral(self) -> bool:
+        """Whether what is written to the disk is thrown away."""
+        return self.ephemeral is not None
+
+    @property
     def has_overlay(self) -> bool:
         """Whether writes go to another file than the image."""
         return self.ephemeral is not None or self.overlay is not None
@@ -179,7 +184,7 @@ def _words_of(argv: Sequence[str], mount_point: str | None) -> Mapping[str, Any]
     from ..near_misses import verb_meant
     from .parser import build_parser
 
-    parser = build_parser()
+    parser = build_parser(argv)
     known, more = parser.parse_known_args(with_values_listed(argv))
     if more:
         hint = "" if os.path.lexists(known.image) else verb_meant(known.image)

@@ -21,6 +21,10 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         text = f"{arguments.image}: {exc}"
     elif isinstance(exc, MountError):
         text = str(exc)  # it names the place
+        if not has_served and not os.path.lexists(arguments.image):
+            from ..near_misses import verb_meant
+
+            text += verb_meant(arguments.image)
     elif isinstance(exc, OSError) and has_served:
         text = f"{arguments.image}: {exc.strerror or exc}"
     elif isinstance(exc, QcowFuseError) and has_served:
@@ -29,6 +33,8 @@ def describe(exc: BaseException, arguments: Arguments, *, has_served: bool = Fal
         text = describe_known(exc, arguments.image)
         if isinstance(exc, OSError) and exc.errno == errno.EROFS and not _is_only_read(arguments):
             text += " (-r serves the image read-only)"
+        if isinstance(exc, OSError) and exc.errno == errno.ENOSPC and arguments.is_ephemeral:
+            text += " (another folder for what is written to the disk: --ephemeral=/var/tmp)"
         if isinstance(exc, FileNotFoundError) and exc.filename == arguments.image:
             from ..near_misses import verb_meant
 

@@ -50,8 +50,8 @@ OPTIONS = (
     ),
     Option(
         "key-file",
-        "the passphrase of an encrypted image, the whole file (a newline counts); "
-        "default: systemd's credential qcowfuse.key, else a prompt",
+        "the passphrase of an encrypted image, the whole file (a newline counts), - for standard "
+        "input; default: systemd's credential qcowfuse.key, else a prompt",
         _COMMON,
         metavar="PATH",
     ),

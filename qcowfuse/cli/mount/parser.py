@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import NoReturn
 
 from ..._version import __version__
 from ...printable import printable
 from ..exit_codes import EXPLANATIONS, ExitCode
-from ..near_misses import with_near_misses
+from ..near_misses import with_near_misses, without_mount_point
 from ..option_table import add_options
 from ..verb_names import VERBS
 from .options import OPTIONS
 
 
 class _Parser(argparse.ArgumentParser):
+    words: Sequence[str] = ()
+    """The command line, for hints."""
+
     def error(self, message: str) -> NoReturn:
         message = with_near_misses(message, self)
+        if message.endswith("required: MOUNTPOINT"):
+            message += without_mount_point(self.words)
         self.exit(ExitCode.USAGE, printable(f"qcowfuse: {message} (qcowfuse --help says more)") + "\n")
 
 
-def build_parser(*, takes_mount_point: bool = True) -> argparse.ArgumentParser:
-    """The parser of qcowfuse's command line; without the last argument, of what stands before ``--`` of ``run``."""
+def build_parser(words: Sequence[str] = (), *, takes_mount_point: bool = True) -> argparse.ArgumentParser:
+    """The parser of qcowfuse's command line ``words``; without the last argument, of what stands before ``--`` of
+    ``run``."""
     codes = "\n".join(f"  {code.value}  {text}" for code, text in EXPLANATIONS.items())
     verbs = "\n".join(f"  {name:8}{text}" for name, text in VERBS.items())
     parser = _Parser(
@@ -50,6 +57,7 @@ examples:
 SIGTERM and SIGINT end it as fusermount3 -u does; while the file is in use, they flush it and wait
 for its users. SIGUSR1 prints the counters to the log.""",
     )
+    parser.words = words
     parser.add_argument("image", metavar="IMAGE", help="a QCOW (version 1) or QCOW2 (version 2, 3) image")
     if takes_mount_point:
         parser.add_argument(

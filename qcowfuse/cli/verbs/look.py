@@ -181,7 +181,10 @@ def state_of(mount: Mount, look: Look) -> str:
     if look.problem:
         return look.problem
     flags = {"stopping": "stopping", "image.flush_failed": "a flush has failed", "image.corrupt": "marked corrupt"}
-    return ", ".join(text for name, text in flags.items() if look.counters.get(name)) or "serving"
+    found = [text for name, text in flags.items() if look.counters.get(name)]
+    if mount.found is not None and mount.found.has_no_image:
+        found.append("its image is deleted")
+    return ", ".join(found) or "serving"
 
 
 def user_name(uid: int) -> str:

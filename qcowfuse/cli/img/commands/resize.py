@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from ....driver.chain import open_image
+from ....errors import ImageUsageError
 from ....printable import printable
 from ...image_names import options_of_names
 from ...passphrase import KeySource
@@ -22,6 +23,8 @@ def run(given: Given) -> int:
     key.prepare(given.image, options)
 
     async def work() -> int:
+        if given.size.startswith(("-", "+-")):
+            raise ImageUsageError(f"{given.image}: a disk cannot be made smaller (qemu-img resize --shrink can)")
         wanted = parse_size(given.size.removeprefix("+"))
         with key.explained():
             image = await open_image(given.image, options._replace(passphrase=key))
