@@ -50,9 +50,11 @@ def _let_interrupts_end_it() -> None:
 
 def open_standard_streams() -> None:
     """Rule 3: a stream that is closed (``>&-``) becomes /dev/null."""
-    while (fd := os.open(os.devnull, os.O_RDWR)) <= 2:  # the lowest number that is free
-        os.set_inheritable(fd, True)
-    os.close(fd)
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.set_inheritable(_open_null(), True)  # it gets the lowest number that is free
     # Python has none of its own for a descriptor that was closed.
     sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
     sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
@@ -61,6 +63,13 @@ def open_standard_streams() -> None:
         plain = sys.stdout
         encoding, errors, by_lines = plain.encoding, plain.errors, plain.line_buffering
         sys.stdout = _Output(plain.detach(), encoding, errors, line_buffering=by_lines)
+
+
+def _open_null() -> int:
+    try:
+        return os.open(os.devnull, os.O_RDWR)
+    except OSError:  # a system without devices
+        return os.memfd_create("null", 0)
 
 
 class _Output(io.TextIOWrapper):

@@ -56,7 +56,9 @@ def test_an_image_is_never_a_standard_stream(folder: Path) -> None:
     before = (folder / "disk.qcow2").read_bytes()
     opening = f"import os; {QCOWFUSE.replace('qcowfuse as main', 'open_standard_streams as main')}; main()"
     writing = "os.open('disk.qcow2', os.O_RDWR); os.write(2, b'cough'); os.write(1, b'cough')"
-    assert run(f"{opening}; {writing}; main = int", "", ALL_CLOSED, folder) == (0, "", "")
+    hiding = "os.devnull = '/missing/null'"
+    for null in ("pass", hiding):
+        assert run(f"import os; {null}; {opening}; {writing}; main = int", "", ALL_CLOSED, folder) == (0, "", "")
     assert (folder / "disk.qcow2").read_bytes() == before
 
 
