@@ -45,6 +45,10 @@ DECIDED = {
     "version 1: a backing name of no bytes, at a place that no file has": (
         Case("qemu", "v1-deflate", (("header.backing_file_offset", 1 << 63),)),
     ),
+    "backing name inside of the header": (
+        Case("qemu", "v2", (("header.backing_file_offset", 40), ("header.backing_file_size", 2))),
+        Case("qemu", "v3-512", (("header.backing_file_offset", 96), ("header.backing_file_size", 4))),
+    ),
     "version 1: backing name far behind the header": (
         Case("qemu", "v1-backing", (("header.backing_file_offset", 17179869232),)),
     ),

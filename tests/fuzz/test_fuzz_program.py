@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import trio
 
-from qcowfuse.cli.mount import arguments, parser
+from qcowfuse import printable
+from qcowfuse.cli.mount import parser
 from qcowfuse.daemon import outside_process
 from qcowfuse.driver.layers.encryption import EncryptedData
 from qcowfuse.driver.writing.append_allocation import AppendAllocator
@@ -149,7 +150,7 @@ def test_a_request_with_more_than_numbers_is_found(monkeypatch: pytest.MonkeyPat
 
 def test_a_message_of_several_lines_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is wrong with a command line is said on one line, whatever is in it."""
-    monkeypatch.setattr(arguments, "printable", str)
+    monkeypatch.setattr(printable, "printable", str)
     monkeypatch.setattr(parser, "printable", str)
     texts = [finding.text for finding in Fuzzing(SEED, ["arguments"], n_cases=200).run()]
     assert any("not fit to be shown" in text for text in texts), texts
