@@ -282,17 +282,26 @@ async def test_a_long_run_is_given_back_in_parts(monkeypatch: pytest.MonkeyPatch
     assert max(n_bytes for _, n_bytes in punched) == 24 * CLUSTER
 
 
+@pytest.mark.parametrize("is_first", [False, True], ids=["inside", "first of a block"])
 @pytest.mark.parametrize("count", [0, 2, 3])
-async def test_other_counts_among_those_of_a_run(count: int) -> None:
+async def test_other_counts_among_those_of_a_run(count: int, is_first: bool) -> None:
     """Where not all counts are 1 each cluster is looked at: shared ones keep their bytes, wrong ones are left."""
     built = build_image(DENSE)
     data = bytearray(built.top)
     (table,) = struct.unpack_from(">Q", data, 48)
     first_data = built.top.find(built.contents[:CLUSTER]) // CLUSTER
     cluster = first_data + 20
+    first_guest = 0
+    if is_first:  # of a refcount block, in the middle of the clusters of a table
+        cluster = -(-cluster // (CLUSTER // 2)) * (CLUSTER // 2)
+        start = cluster * CLUSTER
+        first_guest = built.contents.find(built.top[start : start + CLUSTER]) // CLUSTER // 64 * 64
+        assert (
+            built.contents[first_guest * CLUSTER : (first_guest + 1) * CLUSTER] != built.top[start : start + CLUSTER]
+        )
     (block,) = struct.unpack_from(">Q", data, table + 8 * (cluster // (CLUSTER // 2)))
     struct.pack_into(">H", data, block + 2 * (cluster % (CLUSTER // 2)), count)
-    chosen = [guest for guest in range(64) if built.contents[guest * CLUSTER : (guest + 1) * CLUSTER]]
+    chosen = list(range(first_guest, first_guest + 64))
     changed = BuiltImage(built.spec, {TOP: bytes(data)}, built.contents)
     _, punched, memory = await released(changed, chosen)
     holes = {start // CLUSTER + number for start, n_bytes in punched for number in range(n_bytes // CLUSTER)}
