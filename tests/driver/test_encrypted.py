@@ -191,6 +191,75 @@ async def test_readers_see_the_old_or_the_new(spec: ImageSpec) -> None:
     await image.aclose()
 
 
+class HalfAtOnceStorage(SlowStorage):
+    """Reads go piece by piece and writes are done at once, or the other way round."""
+
+    def __init__(self, data: Buffer, slow: str) -> None:
+        super().__init__(data, suspend=True)
+        self.slow = slow
+
+    def try_pread(self, host_offset: int, n_bytes: int) -> Buffer | None:
+        """See the class."""
+        self.suspend = self.slow == "reads"
+        return super().try_pread(host_offset, n_bytes)
+
+    def try_pread_into(self, host_offset: int, buffer: memoryview) -> bool:
+        """See the class."""
+        self.suspend = self.slow == "reads"
+        return super().try_pread_into(host_offset, buffer)
+
+    async def pread_into(self, host_offset: int, buffer: memoryview) -> None:
+        """The pieces."""
+        buffer[:] = await self.pread(host_offset, len(buffer))
+
+    async def pread(self, host_offset: int, n_bytes: int) -> Buffer:
+        """The pieces."""
+        self.suspend = True
+        return await super().pread(host_offset, n_bytes)
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """See the class."""
+        self.suspend = self.slow == "writes"
+        return super().try_pwritev(host_offset, buffers)
+
+    async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
+        """The pieces."""
+        self.suspend = True
+        await super().pwritev(host_offset, buffers)
+
+
+@pytest.mark.parametrize("slow", ["reads", "writes"])
+@each_method
+async def test_what_is_done_at_once_minds_what_goes_on(spec: ImageSpec, slow: str) -> None:
+    """Whole sectors that are written at once while others read them, and the other way round: each that is read is
+    one that was written."""
+    built = build_image(spec)
+    image = await open_memory_image({TOP: HalfAtOnceStorage(built.top, slow)})
+    chooser = random.Random(slow)
+    kinds = [bytes([number]) * 512 for number in range(1, 8)]
+    await image.write(0, kinds[0] * 8)
+    ended = trio.Event()
+    n_read = 0
+
+    async def reader() -> None:
+        nonlocal n_read
+        while not ended.is_set():
+            found = await read_image(image, 512 * chooser.randrange(8), 512)
+            assert found in kinds
+            n_read += 1
+            await pause(chooser, 3)
+
+    async with trio.open_nursery() as nursery:
+        for _ in range(3):
+            nursery.start_soon(reader)
+        for _ in range(100):
+            await image.write(512 * chooser.randrange(8), chooser.choice(kinds))
+            await pause(chooser, 3)
+        ended.set()
+    assert n_read > 20
+    await image.aclose()
+
+
 async def test_damaged_luks_areas_are_refused(tmp_path: Path) -> None:
     """Changed bytes of the LUKS header, its pointer or the key material: an error of ours, or the right bytes."""
     path = tmp_path / "image"

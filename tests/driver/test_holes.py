@@ -101,6 +101,24 @@ async def test_a_chain_with_longer_and_shorter_layers() -> None:
     await image.aclose()
 
 
+@pytest.mark.parametrize("n_below", [72 * KIB, 2 * MIB], ids=["shorter", "with absent tables"])
+async def test_a_hole_that_ends_sooner_below_is_not_said_to_be_followed(n_below: int) -> None:
+    """The top layer's hole ends with data. The look at the layer below ends before that, and tells nothing of what
+    follows: behind its end, and behind a table that it does not have, the hole goes on."""
+    base = MemoryStorage(build_image(ImageSpec(size=n_below, cluster_size=512)).top)
+    below = await open_memory_image({TOP: base})
+    for place in range(168 * KIB, n_below, 128 * KIB):  # in the second quarter of the 32 KiB of a table
+        await below.write(place, b"x" * 512)
+    await below.aclose()
+    top = build_image(ImageSpec(size=2 * MIB, cluster_size=4096, backing="qcow2", backing_size=72 * KIB))
+    image = await open_memory_image({TOP: top.top, BASE: bytes(base.data)})
+    for place in range(256 * KIB, 2 * MIB, 512 * KIB):
+        await image.write(place, b"x" * 4096)
+    for seed in range(8):
+        assert await by_extents(image, random.Random(seed)) == await data_sectors(image)
+    await image.aclose()
+
+
 def one_table(n_tables: int, cluster_size: int = 512) -> ImageSpec:
     """A disk of so many L2 tables."""
     return ImageSpec(size=n_tables * (cluster_size // 8) * cluster_size, cluster_size=cluster_size)
