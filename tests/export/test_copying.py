@@ -168,6 +168,20 @@ async def test_what_is_refused() -> None:
     assert image.data[:51] == bytes(50) + b"z"
 
 
+@pytest.mark.parametrize("is_data", [True, False], ids=["data", "holes"])
+async def test_a_close_makes_a_copy_durable(is_data: bool) -> None:
+    """Like whatever else has changed the file; the next close has nothing to do."""
+    source, target = MemoryImage(MIB), MemoryImage(MIB)
+    source.data[:] = bytes([is_data]) * MIB
+    into = operations_of(target)
+    handle = into.opens.open(os.O_RDWR)
+    for n_flushes in (1, 2):
+        await into.copies.copy_from(operations_of(source).copies, 0, 0, 4096, 0, never)
+        for _ in range(2):
+            await into.flush(handle)
+            assert target.n_flushes == n_flushes
+
+
 async def test_a_failure_ends_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once with an error; later with a short count, and the error when the caller asks for the rest. The kernel is
     made to forget what it knows of the file, for a part may be done."""

@@ -108,6 +108,7 @@ async def test_a_late_search_for_data_goes_on_when_asked_again() -> None:
     seeker, clusters = seeker_on(bytes(n_clusters), DATA_SECONDS)
     first = await seeker.seek(0, clusters.size, os.SEEK_DATA)
     assert first == FREE_LOOKS * CLUSTER
+    assert seeker.try_seek(first, clusters.size, os.SEEK_HOLE) is None
     assert await seeker.seek(first, clusters.size, os.SEEK_HOLE) == first + CLUSTER
     second = await seeker.seek(first + CLUSTER, clusters.size, os.SEEK_DATA)
     assert second == (2 * FREE_LOOKS + 1) * CLUSTER
