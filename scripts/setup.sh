@@ -167,9 +167,7 @@ ensure_environment() {
         quietly "$python" -m venv --clear "$environment" || fail "could not make $environment"
     fi
     log=$(mktemp)
-    # As a line in a path file. The other way of setuptools imports a finder of its own, which each start of the
-    # interpreter waits for: 25 ms of processor time where this takes 12.
-    editable=(-e "$repository${extra:+[$extra]}" --config-settings editable_mode=compat)
+    editable=(-e "$repository${extra:+[$extra]}")
     "$environment/bin/python" -m pip --disable-pip-version-check install -q "${editable[@]}" \
         >"$log" 2>&1 </dev/null || install_failed "$log" "pip could not install qcowfuse"
     rm -f "$log"
