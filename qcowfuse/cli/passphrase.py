@@ -29,7 +29,7 @@ CREDENTIAL_NAME = "qcowfuse.key"
 """The credential (``LoadCredential=``) that is used where no file is given."""
 MAX_KEY_BYTES = 1 << 20
 _PIPE_BYTES = 1 << 16
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGQUIT)
 _AGAIN_SECONDS = 1.0
 _LOOK_SECONDS = 0.02
 _ASKED, _NOT_ASKED, _INTERRUPTED = 0, 1, 2
@@ -243,7 +243,7 @@ def _interrupt(_number: int) -> NoReturn:
 
 @contextmanager
 def _stop_signals_to(handler: Callable[[int], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM go to ``handler`` inside of the block."""
+    """SIGINT, SIGTERM and SIGQUIT go to ``handler`` inside of the block."""
     before = {number: signal.signal(number, lambda number, _frame: handler(number)) for number in _STOP_SIGNALS}
     try:
         yield
