@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .deb import REPOSITORY, BuildError
+from .folders import own_folder
 from .roots import checked, clean_root, lend_network
 
 _SECONDS = 60
@@ -49,8 +50,8 @@ def try_image(suite: str) -> str:
     if shutil.which("buildah") is None:
         raise BuildError("needs the Debian package buildah")
     base, built = f"localhost/qcowfuse-base:{suite}", "localhost/qcowfuse:trial"
-    with tempfile.TemporaryDirectory(prefix="qcowfuse-image-", dir="/var/tmp") as folder:
-        root = clean_root(suite, Path(folder))
+    with own_folder("qcowfuse-image-") as folder:
+        root = clean_root(suite, folder)
         lend_network(root)
         container = _buildah("from", "scratch")
         _buildah("copy", "--quiet", container, str(root), "/")

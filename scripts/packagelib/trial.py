@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 
+from .folders import own_folder
 from .roots import build_in_root, checked, clean_root, enter
 
 _STEPS = r"""
@@ -85,8 +85,8 @@ def try_package(suite: str, output: Path) -> str:
     """Build two revisions of the package for a suite and go through a package's life. Raises BuildError."""
     first, second = (build_in_root(suite, output, revision) for revision in (1, 2))
     print(f"trying {first.name} on a clean {suite}", flush=True)
-    with tempfile.TemporaryDirectory(prefix="qcowfuse-trial-", dir="/var/tmp") as folder:
-        root = clean_root(suite, Path(folder))
+    with own_folder("qcowfuse-trial-") as folder:
+        root = clean_root(suite, folder)
         for package in (first, second):
             shutil.copy(package, root / "root")
         done = enter(root, "bash", "-c", _STEPS, "trial", *(f"/root/{package.name}" for package in (first, second)))

@@ -154,6 +154,7 @@ def boot(
     """
     log = initramfs.with_name("serial.log")
     command = [
+        *("setpriv", "--pdeathsig", "KILL"),  # else the machine would outlive a killed test, and go on writing
         *("qemu-system-x86_64", "-accel", "tcg", "-cpu", "max", "-m", str(memory), "-smp", "1", "-machine", "q35"),
         *("-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-monitor", "none"),
         *("-kernel", str(system.kernel), "-initrd", str(initramfs), "-serial", f"file:{log}"),
@@ -161,7 +162,7 @@ def boot(
         *("-drive", f"file={disk},format=raw,if=none,id=d0,{drive_options}"),
         *("-device", "virtio-blk-pci,drive=d0", *arguments),
     ]
-    assert shutil.which(command[0]), f"needs {command[0]} (package qemu-system-x86)"
+    assert shutil.which("qemu-system-x86_64"), "needs qemu-system-x86_64 (package qemu-system-x86)"
     log.unlink(missing_ok=True)
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

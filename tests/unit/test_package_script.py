@@ -12,7 +12,7 @@ import pytest
 
 from qcowfuse import __version__
 from qcowfuse.cli.image_names import configured_folders
-from tests.support.mounting import REPOSITORY
+from tests.support.mounting import REPOSITORY, environment
 
 PACKAGING = REPOSITORY / "packaging"
 IMAGE, POINT = "/images/a disk.qcow2", "/srv/a disk"
@@ -81,3 +81,41 @@ def test_the_helper_alone_says_how_it_is_used() -> None:
     done = subprocess.run([PACKAGING / "mount.qcowfuse"], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("usage: mount -t qcowfuse ")
+
+
+_HOLDING = """
+import sys
+from pathlib import Path
+sys.path.insert(0, "scripts")
+from packagelib.folders import own_folder
+with own_folder("trial-", Path(sys.argv[1])) as folder:
+    (folder / "large").touch()
+    print(folder.name, flush=True)
+    sys.stdin.readline()
+"""
+
+
+def test_a_killed_run_leaves_no_folder_for_long(tmp_path: Path) -> None:
+    """The next run removes what it left, and nothing of a run that goes on, nor what is not a folder of its own."""
+
+    def start() -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", _HOLDING, str(tmp_path)]
+        return subprocess.Popen(
+            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY, env=environment()
+        )
+
+    (tmp_path / "trial-link").symlink_to(tmp_path)
+    (tmp_path / "other").mkdir()
+    with start() as killed, start() as going:
+        names = [process.stdout.readline().strip() for process in (killed, going) if process.stdout is not None]
+        assert sorted(os.listdir(tmp_path)) == sorted(["other", "trial-link", *names])
+        killed.kill()
+        killed.wait()
+        with start() as third:
+            assert third.stdout is not None
+            names[0] = third.stdout.readline().strip()
+            assert sorted(os.listdir(tmp_path)) == sorted(["other", "trial-link", *names])
+            third.communicate("\n")
+        assert sorted(os.listdir(tmp_path)) == sorted(["other", "trial-link", names[1]])
+        going.communicate("\n")
+    assert sorted(os.listdir(tmp_path)) == ["other", "trial-link"]
