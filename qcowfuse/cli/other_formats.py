@@ -74,7 +74,7 @@ def _is_text(start: bytes) -> bool:
         if len(start) < _N_BYTES or exc.start < len(start) - 3:  # else a character of which the end is not here
             return False
         text = start[: exc.start].decode("utf-8")
-    return all(character.isprintable() or character in "\n\r\t\f" for character in text)
+    return all(character >= " " or character in "\n\r\t\f" for character in text)
 
 
 def is_qcow(path: str) -> bool:

@@ -18,6 +18,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
+from .sources import syntax_tree
+
 TEXT_AT = {
     "BackingChainError": 1,
     "CreateError": 0,
@@ -61,8 +63,7 @@ def messages(package: Path) -> list[Message]:
     found: dict[Message, None] = {}
     for path in sorted(package.rglob("*.py")):
         module = str(path.relative_to(package))
-        tree = ast.parse(path.read_text())
-        for text in _Reader(tree, module).texts():
+        for text in _reader(path, module).texts():
             found.setdefault(Message(module, text))
     return list(found)
 
@@ -72,8 +73,8 @@ def structures(package: Path) -> set[str]:
     """The structures of an image that can be found to be wrong."""
     found: set[str] = set()
     for path in package.rglob("*.py"):
-        reader = _Reader(ast.parse(path.read_text()), "")
-        for call, function in reader.calls():
+        reader = _reader(path, str(path.relative_to(package)))
+        for call, function in reader.calls:
             if _name(call) in STRUCTURE_AT and call.args:
                 found |= set(reader.values(call.args[0], function))
     return {text for text in found if not re.fullmatch(r"[{} ]*", text)}
@@ -84,6 +85,11 @@ def plain(text: str) -> str:
     return re.sub(r"^(qcowfuse[a-z -]*: )?(\{\}: )?", "", text)
 
 
+@cache
+def _reader(path: Path, module: str) -> _Reader:
+    return _Reader(syntax_tree(path), module)
+
+
 class _Reader:
     def __init__(self, tree: ast.Module, module: str) -> None:
         self._tree = tree
@@ -91,25 +97,24 @@ class _Reader:
         self._functions = {
             node.name: node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
         }
-
-    def calls(self) -> Iterator[tuple[ast.Call, ast.AST]]:
+        self.calls = list(self._find_calls())
         """Each call, with the innermost function that it stands in (or the module)."""
 
-        def walk(node: ast.AST, function: ast.AST) -> Iterator[tuple[ast.Call, ast.AST]]:
+    def _find_calls(self) -> Iterator[tuple[ast.Call, ast.AST]]:
+        to_visit: list[tuple[ast.AST, ast.AST]] = [(self._tree, self._tree)]
+        while to_visit:
+            node, function = to_visit.pop()
             if isinstance(node, ast.Call):
                 yield node, function
             inner = node if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else function
-            for child in ast.iter_child_nodes(node):
-                yield from walk(child, inner)
-
-        yield from walk(self._tree, self._tree)
+            to_visit += ((child, inner) for child in ast.iter_child_nodes(node))
 
     def texts(self) -> Iterator[str]:
         """The messages of the module."""
         places = TEXT_AT | (VALUES if self._module.startswith(READS_OPTIONS) else {})
         if self._module in ("tools/create.py", "cli/img/create_options.py"):
             places = places | CONDITIONS
-        for call, function in self.calls():
+        for call, function in self.calls:
             at = places.get(_name(call))
             if _name(call) == "print" and any(
                 each.arg == "file" and ast.unparse(each.value) == "sys.stderr" for each in call.keywords

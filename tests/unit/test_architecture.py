@@ -17,6 +17,7 @@ import qcowfuse.driver
 from qcowfuse.consistency import repair
 from qcowfuse.driver.writing import write_back
 from tests.support.mounting import REPOSITORY
+from tests.support.sources import syntax_tree
 from tests.unit.test_crash_points import defined_in
 from tests.unit.test_imports import ROOMS, WITHIN
 
@@ -60,7 +61,7 @@ def rows(title: str) -> list[list[str]]:
 
 def first_sentence(path: Path) -> str:
     """Of a module's docstring, in Markdown, without the list of modules that may be its end."""
-    docstring = ast.get_docstring(ast.parse(path.read_text())) or ""
+    docstring = ast.get_docstring(syntax_tree(path)) or ""
     sentence = re.split(r"(?<=[.])(?:\s|$)|: ``|\n\n", docstring)[0]
     return " ".join(sentence.split()).replace("``", "`").removesuffix(".")
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.sources import nodes, syntax_tree
+
 PACKAGE = Path(__file__).parents[2] / "qcowfuse"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 IMAGE = "errors buffer printable format system storage tables consistency"
@@ -75,7 +77,7 @@ def room_of(dotted: str) -> str:
 def imports_of(path: Path) -> Iterator[str]:
     """Every imported name in full: "trio", "qcowfuse.format.header" ..."""
     here = ("qcowfuse", *path.relative_to(PACKAGE).parts[:-1])
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -107,14 +109,14 @@ def test_rooms_stand_above_what_they_import() -> None:
 @pytest.mark.parametrize("path", MODULES, ids=MODULE_IDS)
 def test_only_the_command_line_reads_the_environment(path: Path) -> None:
     """os.environ and os.getenv appear in cli and nowhere else."""
-    attributes = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    attributes = {node.attr for node in nodes(path) if isinstance(node, ast.Attribute)}
     assert layer_of(path) == "cli" or not attributes & {"environ", "environb", "getenv"}
 
 
 @pytest.mark.parametrize("path", MODULES, ids=MODULE_IDS)
 def test_a_docstring_states_the_purpose(path: Path) -> None:
     """Every module says what it is for, and a package's docstring names every module in the package."""
-    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    docstring = ast.get_docstring(syntax_tree(path))
     assert docstring
     if path.name == "__init__.py":
         inside = {module.stem for module in path.parent.glob("[!_]*.py")}

@@ -10,11 +10,14 @@ import ast
 import re
 from collections.abc import Iterator
 from functools import cache
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
+from types import CodeType
 
 import pytest
 
 from tests.support.mounting import REPOSITORY
+from tests.support.sources import syntax_tree
 
 FOREIGN = frozenset(
     str.split(
@@ -34,18 +37,18 @@ DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *(REPOSITORY / "docs").glob("*.md"
 
 @cache
 def names_in(path: Path) -> frozenset[str]:
-    """Every name that the code of a module has: defined, imported, or used."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        match node:
-            case ast.FunctionDef(name=name) | ast.AsyncFunctionDef(name=name) | ast.ClassDef(name=name):
-                found.add(name)
-            case ast.Name(id=name) | ast.Attribute(attr=name) | ast.arg(arg=name) | ast.keyword(arg=str(name)):
-                found.add(name)
-            case ast.alias(name=name, asname=other):
-                found.update((name.split(".")[-1], other or ""))
-            case ast.Constant(value=str(text)) if text.isidentifier():
-                found.add(text)
+    """Every name that the code of a module has: defined, imported, or used; and the strings that are one word."""
+    found: set[str] = set()
+    things: list[object] = [SourceFileLoader(path.stem, str(path)).get_code(path.stem)]
+    while things:
+        thing = things.pop()
+        if isinstance(thing, CodeType):
+            found.update((thing.co_name, *thing.co_varnames, *thing.co_cellvars))
+            things += (*thing.co_names, *thing.co_consts)
+        elif isinstance(thing, tuple | frozenset):
+            things += thing
+        elif isinstance(thing, str):
+            found.update(part for part in thing.split(".") if part.isidentifier())
     return frozenset(found)
 
 
@@ -115,7 +118,7 @@ def test_rules_of_other_modules_exist() -> None:
     for path in SOURCES:
         for line, match in lines_with(RULE_OF, path):
             module, rest = module_and_rest(path, match[3])
-            docstring = ast.get_docstring(ast.parse(module.read_text())) if module else None
+            docstring = ast.get_docstring(syntax_tree(module)) if module else None
             numbers = re.findall(r"^(\d+)\. ", docstring or "", re.MULTILINE)
             if rest or not {match[1], match[2] or match[1]} <= set(numbers):
                 lost.append(f"{path.relative_to(REPOSITORY)}:{line}: {match[0]}")

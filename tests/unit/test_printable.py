@@ -22,6 +22,7 @@ from qcowfuse.format.header import Qcow2Header
 from qcowfuse.format.header_bytes import serialise_header
 from qcowfuse.format.header_parsing import parse_header
 from qcowfuse.printable import printable
+from tests.support.sources import nodes
 
 PACKAGE = Path(__file__).parents[2] / "qcowfuse"
 EVIL = "x\x1b[2Jy\nforged by a name\r\x9b31m\u202etxt\u2028z\udcff"
@@ -65,7 +66,7 @@ def test_a_record_is_one_line() -> None:
 def test_there_is_no_other_filter() -> None:
     """No module but the one looks at single characters, and no log has another formatter."""
     for path in PACKAGE.rglob("*.py"):
-        called = [node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        called = [node.func for node in nodes(path) if isinstance(node, ast.Call)]
         names = {func.attr for func in called if isinstance(func, ast.Attribute)}
         assert path.name == "printable.py" or "isprintable" not in names, path
         assert "Formatter" not in names, path

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.mounting import REPOSITORY
+from tests.support.sources import nodes
 
 TESTS = sorted((REPOSITORY / "tests").rglob("*.py"))
 ALLOWED: dict[str, int] = {
@@ -41,7 +42,7 @@ def names_of_the_package() -> frozenset[str]:
     """Private names that the package defines: functions, classes, attributes, constants."""
     names: set[str] = set()
     for path in (REPOSITORY / "qcowfuse").rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in nodes(path):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
                 names.add(node.name)
             elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
