@@ -100,6 +100,8 @@ def test_debug_stays_in_the_foreground() -> None:
 
 def test_ownership_options() -> None:
     """uid, gid and umask are numbers, the mask in octal."""
+    by_name = parse("-o", "uid=root,gid=root")
+    assert (by_name.uid, by_name.gid) == (0, 0)
     given = parse("-o", "uid=1000,gid=100,umask=022")
     assert (given.uid, given.gid, given.umask) == (1000, 100, 0o022)
 
@@ -191,7 +193,9 @@ def test_bad_cache_sizes(text: str) -> None:
         ["-o", "no-backing,backing-file=x", "image", "mount"],
         ["-o", "allow-dir", "image", "mount"],
         ["-o", "umask=9", "image", "mount"],
-        ["-o", "uid=root", "image", "mount"],
+        ["-o", "uid=no-such-user", "image", "mount"],
+        ["-o", "gid=no-such-group", "image", "mount"],
+        ["-o", "uid=4294967295", "image", "mount"],
         ["-o", "remount", "image", "mount"],
         ["-o", "allow_other,allow_root", "image", "mount"],
     ],

@@ -83,7 +83,7 @@ OPTIONS = (
     Option("log-file", "append the log to a file instead of syslog", _COMMON, metavar="PATH"),
     Option(
         "o",
-        "any long option without its dashes, and: ro, allow_other, allow_root, uid=N, gid=N, umask=OCTAL, "
+        "any long option without its dashes, and: ro, allow_other, allow_root, uid=USER, gid=GROUP, umask=OCTAL, "
         "nonempty, fsname=TEXT, nosuid, nodev, noexec, noatime, sync; what mount(8) adds is accepted",
         _COMMON,
         metavar="OPT,OPT...",
@@ -159,12 +159,12 @@ OPTIONS = (
     Option("fsname", "what the table of mounts names as the source", metavar="TEXT", on_command_line=False),
     Option(
         "uid",
-        "the owner of the file",
-        metavar="N",
-        convert=values.user_or_group_id,
+        "the owner of the file, a name or a number",
+        metavar="USER",
+        convert=values.user_id,
         on_command_line=False,
     ),
-    Option("gid", "the group of the file", metavar="N", convert=values.user_or_group_id, on_command_line=False),
+    Option("gid", "the group of the file", metavar="GROUP", convert=values.group_id, on_command_line=False),
     Option(
         "umask", "the mode bits that the file lacks", metavar="OCTAL", convert=values.umask, on_command_line=False
     ),

@@ -62,11 +62,34 @@ def partition(text: str) -> str:
     return text
 
 
-def user_or_group_id(text: str) -> int:
-    """0 to 2^32 - 2: the last number means "none" to the kernel."""
-    if not re.fullmatch(r"\d{1,10}", text, re.ASCII) or int(text) >= (1 << 32) - 1:
-        raise ValueError(f"bad id {text!r}: expected a number")
-    return int(text)
+def user_id(text: str) -> int:
+    """The number or the name of a user, as mount(8) takes it."""
+    if (number := _id(text)) is not None:
+        return number
+    import pwd
+
+    try:
+        return pwd.getpwnam(text).pw_uid
+    except (KeyError, ValueError):
+        raise ValueError(f"bad user {text!r}: expected a name or a number") from None
+
+
+def group_id(text: str) -> int:
+    """The number or the name of a group, as mount(8) takes it."""
+    if (number := _id(text)) is not None:
+        return number
+    import grp
+
+    try:
+        return grp.getgrnam(text).gr_gid
+    except (KeyError, ValueError):
+        raise ValueError(f"bad group {text!r}: expected a name or a number") from None
+
+
+def _id(text: str) -> int | None:
+    """0 to 2^32 - 2: the last number means "none" to the kernel. None for what is no such number."""
+    is_number = re.fullmatch(r"\d{1,10}", text, re.ASCII) is not None and int(text) < (1 << 32) - 1
+    return int(text) if is_number else None
 
 
 def user(text: str) -> User:
