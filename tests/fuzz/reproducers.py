@@ -20,6 +20,8 @@ REPRODUCERS = (
     Case("whole", "v2-snapshot-4k", (("header.n_snapshots", 999),), (("repair-all",), ("info",))),
     # A reference far behind the end: the table for counts behind it was itself to be counted, without an end.
     Case("whole", "v2-aes", (("header.l1_size", 25600),), (("repair-all",),)),
+    # Two bitmaps of one name: both have their clusters.
+    Case("whole", "v3-bitmaps", (("bitmap[0].name[0]", 98),), (("repair-leaks",),)),
     # A disk of no bytes.
     Case("whole", "v2-snapshot-4k", (("header.size", 0),), (("rw",), ("map",), ("write", 0, 1, 1))),
 )

@@ -64,14 +64,19 @@ def bitmap_directory(data: bytes | bytearray) -> Range | None:
 
 
 def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
-    """The bitmaps of an image, by name; none where the autoclear bit says that they are stale. Raises ValueError,
-    struct.error for a directory that makes no sense."""
+    """As :func:`all_stored_bitmaps`, by name."""
+    return {bitmap.name: bitmap for bitmap in all_stored_bitmaps(data)}
+
+
+def all_stored_bitmaps(data: bytes | bytearray) -> list[StoredBitmap]:
+    """The bitmaps of an image; when it is damaged, several may have one name. None where the autoclear bit says that
+    they are stale. Raises ValueError, struct.error for a directory that makes no sense."""
     place = bitmap_directory(data)
     if place is None:
-        return {}
+        return []
     (cluster_bits,) = struct.unpack_from(">I", data, 20)
     position, end = place[0], place[0] + place[1]
-    found = {}
+    found = []
     while position < end:
         table_offset, n_entries, flags, _, bits, n_name, n_extra = struct.unpack_from(">QIIBBHI", data, position)
         if n_entries > _MAX_ENTRIES or table_offset > len(data):
@@ -82,7 +87,7 @@ def stored_bitmaps(data: bytes | bytearray) -> dict[str, StoredBitmap]:
         raw = bytes(data[table_offset : table_offset + 8 * n_entries]).ljust(8 * n_entries, b"\0")
         table = struct.unpack(f">{n_entries}Q", raw)
         dirty = _dirty(data, table, 1 << cluster_bits)
-        found[name] = StoredBitmap(name, flags, 1 << bits, table_offset, table, frozenset(dirty))
+        found.append(StoredBitmap(name, flags, 1 << bits, table_offset, table, frozenset(dirty)))
         position += (24 + n_extra + n_name + 7) // 8 * 8
     return found
 

@@ -15,7 +15,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from .bitmaps import bitmap_directory, stored_bitmaps
+from .bitmaps import all_stored_bitmaps, bitmap_directory
 
 _OFFSET = 0x00FF_FFFF_FFFF_FE00
 _COPIED = 1 << 63
@@ -200,7 +200,7 @@ class _Qcow2Check:
         if place is None:
             return
         self._refer_metadata(*place, "bitmap directory")
-        for bitmap in stored_bitmaps(self.data).values():
+        for bitmap in all_stored_bitmaps(self.data):
             self._refer_metadata(bitmap.table_offset, 8 * len(bitmap.table), f"table of bitmap {bitmap.name}")
             for entry in bitmap.table:
                 if entry > 1:
