@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from array import array
 
 import pytest
@@ -11,7 +12,9 @@ from qcowfuse.driver.writing import guarded_clusters
 from qcowfuse.driver.writing.guarded_clusters import MetadataClusters
 from qcowfuse.driver.writing.sorted_clusters import SortedClusters, sorted_array
 from qcowfuse.errors import CorruptImageError
-from tests.support.images import ImageSpec, build_image, open_memory_image
+from tests.support.damage import COPIED, OFFSET_MASK, Tables
+from tests.support.images import TOP, ImageSpec, build_image, open_memory_image
+from tests.support.memory_storage import MemoryStorage
 
 
 def in_order(clusters: set[int]) -> SortedClusters:
@@ -99,3 +102,25 @@ def test_sorting_parts_is_sorting_everything(n_items: int) -> None:
     ]
     expected = sorted(item for part in parts for item in part)
     assert list(sorted_array(parts)) == expected
+
+
+@pytest.mark.parametrize("n_clusters", [2, 3])
+async def test_data_that_follows_into_a_table(n_clusters: int) -> None:
+    """Damaged entries name clusters that follow each other, and the last one is a table: nothing is written in place,
+    not before the table either."""
+    data = bytearray(build_image(ImageSpec(size=256 << 10, cluster_size=512, fill=1.0)).top)
+    tables = Tables(data)
+    table = tables.u64(tables.l1_offset + 8) & OFFSET_MASK
+    first_table = tables.u64(tables.l1_offset) & OFFSET_MASK
+    start = table - (n_clusters - 1) * 512  # what lies before the second table is data of the first
+    for number in range(n_clusters):
+        struct.pack_into(">Q", data, first_table + 8 * (10 + number), COPIED | start + 512 * number)
+    memory = MemoryStorage(bytes(data))
+    image = await open_memory_image({TOP: memory})
+    await image.write(0, b"x" * 512)
+    before = bytes(memory.data[start : table + 512])
+    with pytest.raises(CorruptImageError):
+        await image.write(10 * 512, b"w" * (n_clusters * 512))
+    assert bytes(memory.data[start : table + 512]) == before
+    assert image.read_only
+    await image.aclose()
