@@ -8,6 +8,7 @@ import logging
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -155,9 +156,15 @@ def test_warnings_are_one_line(tmp_path: Path) -> None:
 def test_the_daemon_says_it_in_one_line(tmp_path: Path) -> None:
     """Before it serves, in its log and with all the details of --debug."""
     (tmp_path / "mnt").mkdir()
-    for name, words in ((EVIL, []), (EVIL, ["-d"]), ("../" + EVIL, []), ("../" + EVIL, ["--log-file", "log", "-f"])):
-        path = with_names(tmp_path, data_name=name)
-        done = run(tmp_path, "mount", *words, str(path), str(tmp_path / "mnt"))
+    runs = []
+    for number, (name, words) in enumerate(
+        ((EVIL, []), (EVIL, ["-d"]), ("../" + EVIL, []), ("../" + EVIL, ["--log-file", "log", "-f"]))
+    ):
+        (folder := tmp_path / str(number)).mkdir()
+        runs.append(["mount", *words, str(with_names(folder, data_name=name)), str(tmp_path / "mnt")])
+    with ThreadPoolExecutor(len(runs)) as pool:
+        ended = list(pool.map(lambda words: run(tmp_path, *words), runs))
+    for done in ended:
         assert done.returncode == ExitCode.IMAGE, done.stderr
         assert SHOWN in done.stderr
         assert is_clean(done.stderr)
