@@ -6,6 +6,6 @@
 ``repair``).
 
 Modules: ``walk`` (every reference that the tables hold), ``snapshots`` (those of internal snapshots), ``compare``
-(references against refcounts), ``counted_refcounts`` (the refcounts of the file), ``result``, ``repair``, and
-``lost_end`` (files that were cut short).
+(references against refcounts), ``counted_refcounts`` (the refcounts of the file), ``plain_tables`` (tables counted at
+once), ``result``, ``repair``, and ``lost_end`` (files that were cut short).
 """

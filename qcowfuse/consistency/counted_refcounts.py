@@ -13,9 +13,9 @@ from __future__ import annotations
 import sys
 from array import array
 from collections import OrderedDict
+from collections.abc import Iterable
 
 from ..errors import FormatError
-from ..format.entries import OFFSET_MASK
 from ..format.header import Qcow2Header
 from ..format.header_fields import OFFSET_LIMIT
 from ..format.refcounts import (
@@ -35,6 +35,8 @@ FREE_COUNTS_BYTES = 24 << 20
 cluster in use has an entry of 8 bytes in some table, and a count of at most 8."""
 _PAGE_BYTES = 8 << 10
 _TABLES_PER_PART = 1 << 12
+_MANY = 16
+"""Counts that are raised at once, not one by one."""
 DUBIOUS = 0xFFFF_FFFF
 """Of :class:`PagesOfTables`: the table needs a look at each entry."""
 _BLOCK_CACHE_BYTES = 16 << 20
@@ -113,10 +115,9 @@ class ReferenceCounts:
         self.page_bits = len(self.empty).bit_length() - 1
         self.pages_per_block_bits = self.block_bits - self.page_bits
         self._limit = limit
-        self._cluster_bits = cluster_bits
         self._n_bytes = 0
-        ones = array(self.empty.typecode, [1]) * len(self.empty)
-        self._zero_bytes, self._one_bytes = self.empty.tobytes(), ones.tobytes()
+        self._zero_bytes = self.empty.tobytes()
+        self._ones = array(self.empty.typecode, [1]) * len(self.empty)
 
     def pages_of(self, block_number: int) -> range:
         """The numbers of the pages of a refcount block."""
@@ -163,77 +164,88 @@ class ReferenceCounts:
         """One reference more to each cluster of a run; those whose count cannot rise. Raises FormatError."""
         failed: list[int] = []
         end = cluster + n_clusters
-        itemsize = self.empty.itemsize
         while cluster < end:
             counts = self.page(cluster >> self.page_bits)
             index = cluster & len(self.empty) - 1
             n_here = min(len(self.empty) - index, end - cluster)
-            part = slice(index, index + n_here)
-            if n_here > 1 and counts[part].tobytes() == self._zero_bytes[: n_here * itemsize]:
-                counts[part] = array(counts.typecode, self._one_bytes[: n_here * itemsize])
-            else:
+            if not (n_here > 1 and self._raise(counts, index, n_here)):
                 failed += [number for number in range(cluster, cluster + n_here) if not self.add(number)]
             cluster += n_here
         return failed
 
-    def add_plain(self, words: array[int], limit: int) -> PlainTable:
-        """Count the clusters of an L2 table whose entries have an aligned offset, the COPIED flag, and nothing else.
-
-        Those at or past cluster ``limit`` are only listed. Raises FormatError, as :meth:`page`.
-        """
-        cluster_bits, page_bits, max_count = self._cluster_bits, self.page_bits, self.max_count
-        mask = len(self.empty) - 1
-        found = PlainTable()
-        counts, known, following = self.empty, -1, -1
-        for entry in words:
-            if not entry:
-                continue
-            cluster = (entry & OFFSET_MASK) >> cluster_bits
-            if cluster != following:
-                if not cluster:
-                    found.is_dubious = True
-                    continue
-                if following > 0:
-                    found.n_fragmented += 1
-            following = cluster + 1
-            found.n_allocated += 1
-            if cluster >= limit:
-                found.beyond.append(cluster)
+    def add_runs(self, runs: Iterable[tuple[int, int]]) -> list[int]:
+        """As :meth:`add_run`, for many runs (first cluster, length), most of which are short."""
+        failed: list[int] = []
+        page_bits, mask, max_count = self.page_bits, len(self.empty) - 1, self.max_count
+        counts, known = self.empty, -1
+        for cluster, length in runs:
+            index = cluster & mask
+            if length >= _MANY or index + length > mask + 1:
+                failed += self.add_run(cluster, length)
                 continue
             if cluster >> page_bits != known:
                 known = cluster >> page_bits
                 counts = self.page(known)
-                found.first_page = min(found.first_page, known)
-                found.last_page = max(found.last_page, known)
+            for place in range(index, index + length):
+                if counts[place] < max_count:
+                    counts[place] += 1
+                else:
+                    failed.append((known << page_bits) + place)
+        return failed
+
+    def add_each(self, clusters: Iterable[int]) -> list[int]:
+        """One reference more to each cluster; those whose count cannot rise, in their order. Raises FormatError."""
+        failed: list[int] = []
+        page_bits, mask, max_count = self.page_bits, len(self.empty) - 1, self.max_count
+        counts, known = self.empty, -1
+        for cluster in clusters:
+            if cluster >> page_bits != known:
+                known = cluster >> page_bits
+                counts = self.page(known)
             count = counts[cluster & mask]
             if count < max_count:
                 counts[cluster & mask] = count + 1
             else:
-                found.overflowed.append(cluster)
-        return found
+                failed.append(cluster)
+        return failed
+
+    def add_map(self, cluster: int, references: array[int]) -> bool:
+        """As many references more to the clusters from ``cluster`` on, 0 or 1 for each; False, and nothing is done,
+        where some count may be too high for that. Raises FormatError, as :meth:`page`."""
+        parts: list[tuple[array[int], int, array[int]]] = []
+        start = 0
+        while start < len(references):
+            counts = self.page(cluster + start >> self.page_bits)
+            index = cluster + start & len(self.empty) - 1
+            part = references[start : start + len(self.empty) - index]
+            before = counts[index : index + len(part)]
+            if before != self.empty[: len(part)]:
+                if max(before) >= self.max_count:
+                    return False
+                part = _sum(before, part)
+            parts.append((counts, index, part))
+            start += len(part)
+        for counts, index, after in parts:
+            counts[index : index + len(after)] = after
+        return True
+
+    def _raise(self, counts: array[int], index: int, length: int) -> bool:
+        """One more for each of so many counts of a page; False, and nothing is done, where any cannot rise."""
+        before = counts[index : index + length]
+        if before == self.empty[:length]:
+            counts[index : index + length] = self._ones[:length]
+            return True
+        if max(before) >= self.max_count:
+            return False
+        counts[index : index + length] = _sum(before, self._ones[:length])
+        return True
 
 
-class PlainTable:
-    """What :meth:`ReferenceCounts.add_plain` found. ``is_dubious``: an entry has the COPIED flag and no cluster."""
-
-    __slots__ = (
-        "beyond",
-        "first_page",
-        "is_dubious",
-        "last_page",
-        "n_allocated",
-        "n_fragmented",
-        "overflowed",
-    )
-
-    def __init__(self) -> None:
-        self.n_allocated = 0
-        self.n_fragmented = 0
-        self.first_page = 1 << 62
-        self.last_page = -1
-        self.overflowed: list[int] = []
-        self.beyond: list[int] = []
-        self.is_dubious = False
+def _sum(first: array[int], second: array[int]) -> array[int]:
+    """One by one; no sum is too large for its place."""
+    n_bytes = len(first) * first.itemsize
+    numbers = (int.from_bytes(part.tobytes(), sys.byteorder) for part in (first, second))
+    return array(first.typecode, sum(numbers).to_bytes(n_bytes, sys.byteorder))
 
 
 class PagesOfTables:

@@ -1,4 +1,4 @@
-"""All runs of an L2 slice at once, by arithmetic on its entries as one number: for tools that go through all of them.
+"""All runs of an L2 table or slice at once, by arithmetic on its words as one number: for tools that go through all.
 
 1. Neighbours are one run where both are not allocated, or zeroes without a host cluster, or compressed, or where both
    are data, or both zeroes, and their host clusters lie back to back. No run could be longer.
@@ -62,6 +62,29 @@ def all_runs(entries: array[int], entry_format: EntryFormat) -> AllRuns | None:
     is_first = b"\1" + differs.to_bytes(n_pairs, "little")
     firsts = array("I", compress(range(n_entries), is_first))
     return AllRuns(firsts, array("Q", compress(_as_words(words, n_entries), is_first)))
+
+
+def ascending_runs(numbers: array[int]) -> array[int]:
+    """The index of the first of each run of numbers below 2**63 that are each one more than the one before."""
+    if not numbers:
+        return array("I")
+    n_pairs = len(numbers) - 1
+    is_first = b"\1" + _jumps(numbers).to_bytes(n_pairs, "little")
+    return array("I", compress(range(n_pairs + 1), is_first))
+
+
+def n_ascending_runs(numbers: array[int]) -> int:
+    """How many there are, in less time."""
+    return 1 + _jumps(numbers).bit_count() if numbers else 0
+
+
+def _jumps(numbers: array[int]) -> int:
+    """A byte of 1 for each number but the first that is not one more than the one before, else of 0."""
+    n_pairs = len(numbers) - 1
+    number = _as_number(numbers)
+    before = number & (1 << _WORD_BITS * n_pairs) - 1
+    differs = number >> _WORD_BITS ^ before + _repeated(1, n_pairs)
+    return _flags(differs, n_pairs) if differs else 0
 
 
 @lru_cache(maxsize=32)

@@ -5,10 +5,10 @@
    check error.
 2. The parts: ``walk`` counts references and finds impossible entries, ``compare`` holds the counts
    against the refcounts and the COPIED flags, ``snapshots`` reads the snapshot table.
-3. Time goes with the entries in L2 tables. Measured, of processor time, for 16.8 million clusters of 64 KiB (1 TiB):
-   0.5 s where they follow each other in the file, 4 s where they are shuffled among neighbours, 11 s at random.
-   Tables with zero, compressed or extended entries among them take about 1 us an entry. Memory goes with the space in
-   use: one refcount for each cluster of it, 32 MiB for that image.
+3. Time goes with the entries in L2 tables. Measured, of processor time, for 4.2 million clusters of 64 KiB (256 GiB):
+   0.07 s where they follow each other in the file, 0.8 s where they are shuffled among neighbours, 2.4 s at random.
+   Tables with compressed or extended entries among them take about 1 us an entry. Memory goes with the space in use:
+   one refcount for each cluster of it, 32 MiB for 1 TiB.
 
 Source: qcow2 specification; the categories are those of ``qemu-img check``.
 """

@@ -7,6 +7,7 @@ import random
 import struct
 from array import array
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import trio
@@ -14,11 +15,12 @@ import trio
 from qcowfuse.buffer import Buffer
 from qcowfuse.consistency.compare import check_storage
 from qcowfuse.consistency.counted_refcounts import ReferenceCounts, is_zero_or_one
+from qcowfuse.consistency.plain_tables import PlainTables
 from qcowfuse.consistency.repair import repair_storage
 from qcowfuse.consistency.result import CheckResult, Fix
 from qcowfuse.consistency.walk import ITEMS_PER_CHECKPOINT
 from qcowfuse.errors import ImageUsageError, UnsupportedFeatureError
-from qcowfuse.format.entries import READS_ZERO
+from qcowfuse.format.entries import READS_ZERO, serialise_table
 from qcowfuse.format.header import Qcow2Header
 from qcowfuse.format.header_parsing import parse_header
 from tests.driver.test_holes import Turns
@@ -232,14 +234,22 @@ def test_counting_a_table_is_counting_its_entries(order: int) -> None:
     rng = random.Random(order)
     fast, slow = ReferenceCounts(9, order), ReferenceCounts(9, order)
     limit = 5000
+    tables = PlainTables(fast, 9, limit, has_zeroes=True)
     overflowed, beyond = [], []
     for _ in range(60):
-        words = array("Q", [rng.choice((0, rng.randrange(1, limit + 40) << 9 | COPIED)) for _ in range(64)])
-        found = fast.add_plain(words, limit)
+        words = array("Q")
+        while len(words) < 64:
+            entry = rng.choice((0, READS_ZERO, rng.randrange(1, limit + 40) << 9 | COPIED | rng.randrange(2)))
+            words.extend(entry + (number << 9) * bool(entry >> 9) for number in range(rng.choice((1, 1, 3, 20, 64))))
+        words = words[:64]
+        found = tables.count(serialise_table(words, 0, len(words)))
+        assert found is not None
         overflowed += found.overflowed
         beyond += found.beyond
-        for entry in filter(None, words):
-            cluster = (entry & OFFSET_MASK) >> 9
+        clusters = [(entry & OFFSET_MASK) >> 9 for entry in words if entry & OFFSET_MASK]
+        assert (found.n_allocated, found.is_empty) == (len(clusters), not clusters)
+        assert found.n_fragmented == sum(after != before + 1 for before, after in pairwise(clusters))
+        for cluster in clusters:
             if cluster >= limit:
                 beyond.remove(cluster)
             elif not slow.add(cluster):
@@ -280,9 +290,10 @@ def created(options: str, size: str) -> bytearray:
             return bytearray(file.read())
 
 
-@pytest.mark.parametrize("entry", [READS_ZERO, 1 << 40])
+@pytest.mark.parametrize("entry", [READS_ZERO | 1 << 57, 1 << 40])
 async def test_others_get_turns_within_a_large_table(entry: int) -> None:
-    """Of 262144 entries that are looked at one by one: zero clusters, and clusters that lie outside of the file."""
+    """Of 262144 entries that are looked at one by one: a bit that means nothing, and clusters that lie outside of the
+    file."""
     data = created("cluster_size=2M", "1T")
     data += bytes(-len(data) % (2 << 20))
     (l1_offset,) = struct.unpack_from(">Q", data, 40)
@@ -296,4 +307,4 @@ async def test_others_get_turns_within_a_large_table(entry: int) -> None:
         nursery.start_soon(turns.count)
         await check_storage(storage, header, lambda _: None)
         nursery.cancel_scope.cancel()
-    assert turns.n >= (2 if entry == READS_ZERO else 1) * (1 << 18) // ITEMS_PER_CHECKPOINT
+    assert turns.n >= (2 if entry & READS_ZERO else 1) * (1 << 18) // ITEMS_PER_CHECKPOINT
