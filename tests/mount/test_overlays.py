@@ -175,6 +175,24 @@ def test_an_image_on_read_only_media(image: Path, points: list[Path], tmp_path: 
     assert reference_bytes(image, "qcow2") == b"\7" * (16 * MIB)
 
 
+@pytest.mark.root
+def test_a_folder_without_room(image: Path, points: list[Path], tmp_path: Path) -> None:
+    """The file system is full from the start: the message says that another one can be named."""
+    full = tmp_path / "full"
+    full.mkdir()
+    qemu.must_run("mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", full)
+    try:
+        refused = run_qcowfuse(f"--ephemeral={full}", image, points[0])
+    finally:
+        qemu.must_run("umount", full)
+    assert refused.returncode == 6
+    assert refused.stderr.endswith(
+        f"qcowfuse: {full}/overlay of disk.qcow2: No space left on device "
+        "(another folder for what is written to the disk: --ephemeral=/var/tmp)\n"
+    )
+    assert not is_mounted(points[0])
+
+
 def test_where_it_cannot_be(image: Path, points: list[Path], tmp_path: Path) -> None:
     """A file system without nameless files (a FUSE one), no folder, no right; and what contradicts. One line each."""
     with Mounted(image, points[0], "-r"):
