@@ -32,6 +32,7 @@ NEEDLESS_FOR_A_PLAIN_IMAGE = {
     "qcowfuse.driver.overlay",
     "qcowfuse.driver.partition_window",
     "qcowfuse.fuse.several_files",
+    "qcowfuse.driver.writing.bitmap_storing",
     "qcowfuse.driver.writing.dirty_bitmaps",
     *(f"qcowfuse.partitions.{name}" for name in ("table", "values")),
     *(f"qcowfuse.format.{name}" for name in ("bitmaps", "crypto", "libgcrypt", "luks", "snapshots")),

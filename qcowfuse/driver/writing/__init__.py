@@ -9,5 +9,6 @@ of both allocators), ``refcount_allocation`` with ``refcount_blocks`` and ``refc
 (that of version 1), ``host_clusters`` (what a writable image has to manage them), ``guarded_clusters`` and
 ``guarded_clusters_v1`` (nothing on top of tables; ``sorted_clusters``), ``unguarded`` (clusters in use whose count is
 0), ``metadata_space`` (room on the file system for what a flush will write), ``write_back`` (flush) with ``round``
-(what it has taken), ``feature_bits``, ``dirty_bitmaps`` (persistent ones kept right), ``zero_detection``.
+(what it has taken), ``feature_bits``, ``dirty_bitmaps`` (persistent ones kept right) with ``bitmap_storing``
+(made valid again at the end), ``zero_detection``.
 """

@@ -5,7 +5,8 @@
 2. Bits are set in memory before the bytes that they stand for are written. Nothing is stored by fsync, as in QEMU.
 3. At the end, when everything else is durable: contents and counts of new clusters, flush, tables, flush, directory
    with in_use cleared, flush. Each step may tear between sectors: an in_use bitmap may have any contents, and every
-   place that its table may name has its count. Clusters that are no longer named are freed last.
+   place that its table may name has its count. Clusters that are no longer named are freed last
+   (:mod:`.bitmap_storing`).
 4. Contents and tables are written in place where that is possible: nobody trusts them while in_use is set.
 5. A bitmap that was in_use is not touched, nor is a disabled one, but that its table grows with the disk. One that
    can't be kept (damaged, too large) is marked in_use and left so. A directory that can't be read keeps nobody from
@@ -22,8 +23,6 @@ Source: QEMU block/qcow2-bitmap.c for the meaning of flags, limits and what coun
 from __future__ import annotations
 
 import logging
-from array import array
-from dataclasses import dataclass, field
 
 import trio
 
@@ -40,14 +39,13 @@ from ...format.bitmap_directory import (
     parse_bitmap_directory,
     replace_entry,
 )
-from ...format.bitmaps import Contents, DirtyBits, table_entries_needed
-from ...format.entries import parse_table, serialise_table
+from ...format.bitmaps import DirtyBits, table_entries_needed
+from ...format.entries import parse_table
 from ...format.extensions import EXTENSION_BITMAPS, find_extension
 from ...format.geometry import WORD_SIZE, divide_up
 from ...format.header import Qcow2Header
-from ...printable import printable
 from ...storage.base import Storage, pread
-from ..layers.host_run import HostRun
+from .bitmap_storing import BitmapStorer, KeptBitmap, shown_name, write
 from .guarded_clusters import MetadataClusters
 from .refcount_allocation import RefcountAllocator
 from .write_back import WriteBack
@@ -63,23 +61,10 @@ MAX_BITMAPS = 4096
 """Of a directory whose bitmaps are kept right. QEMU's limit is 65,535."""
 MAX_DIRECTORY_BYTES = 4 << 20
 """Of a directory whose bitmaps are kept right: it is in memory as a whole. QEMU's limit is 64 MiB."""
-_MAX_RUN_BYTES = 8 << 20
-_MAX_RUN_CLUSTERS = 256
 _CHECKPOINT_EVERY = 256
 _CHUNK_OVERHEAD = 192
 """Bytes of memory that a part of a bitmap takes beside its contents, which all parts of ones share."""
 _MAX_WARNINGS = 20
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A bitmap in memory; ``table`` is as on disk, ``new_table`` as it is to be. ``bits`` is None for a disabled one:
-    what it has stays where it is, only its table may have to grow."""
-
-    entry: BitmapEntry
-    bits: DirtyBits | None
-    table: array[int]
-    new_table: array[int] = field(default_factory=lambda: array("Q"))
 
 
 async def load_kept_bitmaps(
@@ -145,7 +130,7 @@ class DirtyBitmaps:
         self._metadata = metadata
         self._directory = b""
         self._entries: list[BitmapEntry] = []
-        self._kept: list[_Kept] = []
+        self._kept: list[KeptBitmap] = []
         self._tracked: list[DirtyBits] = []
         self._n_loaded = 0
         self._n_warnings = 0
@@ -214,7 +199,7 @@ class DirtyBitmaps:
     async def _take(self, write_back: WriteBack, chosen: list[BitmapEntry], size: int) -> None:
         if not chosen:
             return
-        kept: list[_Kept] = []
+        kept: list[KeptBitmap] = []
         n_bytes = sum(bitmap.entry.table_size for bitmap in self._kept) * self._cluster_size
         seen = {word & TABLE_ENTRY_OFFSET_MASK for bitmap in self._kept for word in bitmap.table}
         for entry in chosen:
@@ -230,7 +215,7 @@ class DirtyBitmaps:
         marked = [entry._replace(flags=entry.flags | IN_USE) for entry in chosen]
         for entry in marked:
             replace_entry(directory, entry)
-        await self._write(self._directory_offset, directory)
+        await write(self._storage, self._directory_offset, directory)
         await write_back.flush_storage()
         self._directory = bytes(directory)
         by_position = {entry.position: entry for entry in marked}
@@ -240,7 +225,7 @@ class DirtyBitmaps:
         self._kept += kept
         self._tracked += [bitmap.bits for bitmap in kept if bitmap.bits is not None]
 
-    async def _load(self, entry: BitmapEntry, seen: set[int], size: int) -> _Kept:
+    async def _load(self, entry: BitmapEntry, seen: set[int], size: int) -> KeptBitmap:
         """``seen``: host offsets of clusters that other bitmaps have."""
         if (error := self._unsound.get(entry.position)) is not None:
             raise error
@@ -249,7 +234,7 @@ class DirtyBitmaps:
             if not is_valid_table_entry(word, self._cluster_size):
                 raise FormatError("bitmap table", entry.table_offset, f"entry {number} {word:#018x} is invalid")
         if not entry.flags & AUTO:
-            return _Kept(entry, None, table)
+            return KeptBitmap(entry, None, table)
         bits = DirtyBits(granularity=entry.granularity, cluster_size=self._cluster_size)
         n_clusters = sum(1 for word in table if word & TABLE_ENTRY_OFFSET_MASK)
         if table and table[-1] == TABLE_ENTRY_ALL_ONES:
@@ -268,7 +253,7 @@ class DirtyBitmaps:
             if number % _CHECKPOINT_EVERY == 0:
                 await trio.lowlevel.checkpoint()
         self._n_loaded = n_loaded
-        return _Kept(entry, bits, table)
+        return KeptBitmap(entry, bits, table)
 
     async def _read_cluster(self, host_offset: int, seen: set[int]) -> Buffer:
         if host_offset >= self._storage.size():
@@ -297,134 +282,19 @@ class DirtyBitmaps:
             if self._n_warnings == _MAX_WARNINGS + 1:
                 log.warning("%s: more of its bitmaps can't be kept and are marked as inconsistent", name)
             return
-        log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, _shown(entry), error)
+        log.warning("%s: bitmap %s can't be kept and is marked as inconsistent: %s", name, shown_name(entry), error)
 
     async def store(self, write_back: WriteBack, size: int) -> None:
         """Rule 3, for a disk that now has ``size`` bytes. Nothing may write after this has begun. Failures are
         logged: what could not be stored stays in_use."""
-        taken: list[HostRun] = []
-        freed: list[HostRun] = []
-        stored: list[_Kept] = []
-        try:
-            for bitmap in self._kept:
-                if await self._try_prepare(bitmap, size, taken, freed):
-                    stored.append(bitmap)
-            if not stored:
-                return
-            try:
-                await write_back.flush()  # counts and contents of what the tables will name
-            except OSError:
-                await self._give_back(taken)
-                raise
-            for bitmap in stored:
-                data = serialise_table(bitmap.new_table, 0, len(bitmap.new_table))
-                await self._write(bitmap.entry.table_offset, data)
-            await write_back.flush_storage()
-            await self._write_entries(write_back, stored)
-        except (QcowFuseError, OSError) as error:
-            names = ", ".join(_shown(bitmap.entry) for bitmap in self._kept)
-            log.error("%s: persistent bitmaps (%s) could not be stored: %s", self._storage.name, names, error)
-            return
-        for run in freed:
-            self._metadata.discard(run.host_offset, run.n_clusters * self._cluster_size)
-            write_back.unlink_cluster(run)
-
-    async def _write_entries(self, write_back: WriteBack, stored: list[_Kept]) -> None:
-        """Places of the tables, then their lengths, then the flags; what does not change costs nothing."""
-        directory = bytearray(self._directory)
-        by_position = {entry.position: entry for entry in self._entries}
-        for step in range(3):
-            before = bytes(directory)
-            for bitmap in stored:
-                wanted, entry = bitmap.entry, by_position[bitmap.entry.position]
-                entry = entry._replace(
-                    table_offset=wanted.table_offset,
-                    table_size=wanted.table_size if step >= 1 else entry.table_size,
-                    flags=entry.flags & ~IN_USE if step == 2 else entry.flags,
-                )
-                replace_entry(directory, entry)
-            if directory != before:
-                await self._write(self._directory_offset, directory)
-                await write_back.flush_storage()
-
-    async def _try_prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> bool:
-        mine: list[HostRun] = []
-        unneeded: list[HostRun] = []
-        try:
-            await self._prepare(bitmap, size, mine, unneeded)
-        except (QcowFuseError, OSError) as error:
-            log.error(
-                "%s: bitmap %s could not be stored and stays marked as inconsistent: %s",
-                self._storage.name,
-                _shown(bitmap.entry),
-                error,
-            )
-            await self._give_back(mine)
-            return False
-        taken += mine
-        freed += unneeded
-        return True
-
-    async def _prepare(self, bitmap: _Kept, size: int, taken: list[HostRun], freed: list[HostRun]) -> None:
-        """Write the contents and find a place for the table; ``entry`` and ``new_table`` are what is to be stored."""
-        cluster_size = self._cluster_size
-        entry, old = bitmap.entry, bitmap.table
-        needed = self._bytes_needed(entry, size) // cluster_size
-        table = array("Q", bytes(needed * WORD_SIZE))
-        if bitmap.bits is None:
-            table[: len(old)] = old
-        else:
-            await self._write_contents(bitmap.bits, old, table, taken, freed)
-        n_old = divide_up(len(old) * WORD_SIZE, cluster_size)
-        n_new = divide_up(needed * WORD_SIZE, cluster_size)
-        table_offset = entry.table_offset
-        if n_new > n_old:
-            run = await self._allocator.allocate_exactly(n_new)
-            taken.append(run)
-            freed.append(HostRun(table_offset, n_old))
-            table_offset = run.host_offset
-        # Where clusters are taken from here on, nothing but a flush may fail until the table names them.
-        await self._allocator.space.secure(table_offset, needed * WORD_SIZE)
-        bitmap.entry = entry._replace(table_offset=table_offset, table_size=needed)
-        bitmap.new_table = table
-
-    async def _write_contents(
-        self, bits: DirtyBits, old: array[int], table: array[int], taken: list[HostRun], freed: list[HostRun]
-    ) -> None:
-        """Write the clusters of a bitmap, in place where it has them already, and fill ``table``."""
-        cluster_size = self._cluster_size
-        homeless: list[int] = []
-        for number in range(len(table)):
-            contents = bits.contents(number)
-            host_offset = old[number] & TABLE_ENTRY_OFFSET_MASK if number < len(old) else 0
-            if contents is not Contents.MIXED:
-                table[number] = contents.value
-                if host_offset:
-                    freed.append(HostRun(host_offset, 1))
-            elif host_offset:
-                table[number] = host_offset
-                await self._write(host_offset, bits.chunks[number])
-            else:
-                homeless.append(number)
-        position = 0
-        while position < len(homeless):
-            most = max(1, min(len(homeless) - position, _MAX_RUN_BYTES // cluster_size, _MAX_RUN_CLUSTERS))
-            run = await self._allocator.allocate(most)
-            taken.append(run)
-            numbers = homeless[position : position + run.n_clusters]
-            await self._storage.pwritev(run.host_offset, [bits.chunks[number] for number in numbers])
-            for index, number in enumerate(numbers):
-                table[number] = run.host_offset + index * cluster_size
-            position += run.n_clusters
-
-    async def _give_back(self, runs: list[HostRun]) -> None:
-        """Clusters that nothing on disk names. Should this fail they are leaked, and no more."""
-        with trio.CancelScope(shield=True):
-            for run in runs:
-                try:
-                    await self._allocator.release([run])
-                except (OSError, QcowFuseError) as error:
-                    log.warning("%s: %s", self._storage.name, error)
+        storer = BitmapStorer(
+            self._storage,
+            cluster_size=self._cluster_size,
+            directory_offset=self._directory_offset,
+            allocator=self._allocator,
+            metadata=self._metadata,
+        )
+        await storer.store(self._kept, self._directory, self._entries, write_back, size)
 
     async def require_own(self, host_offset: int, n_bytes: int, what: str) -> None:
         """Raises CorruptImageError unless the bytes are in clusters with a count of 1 that hold no other metadata."""
@@ -434,11 +304,3 @@ class DirtyBitmaps:
             count = await self._allocator.refcount(cluster)
             if count != 1:
                 raise CorruptImageError(what, cluster * cluster_size, f"its cluster has refcount {count}, expected 1")
-
-    async def _write(self, host_offset: int, data: Buffer) -> None:
-        if not self._storage.try_pwritev(host_offset, (data,)):
-            await self._storage.pwritev(host_offset, (data,))
-
-
-def _shown(entry: BitmapEntry) -> str:
-    return printable(entry.name.partition("\0")[0])
