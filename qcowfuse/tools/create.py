@@ -320,17 +320,30 @@ def _refcount_blocks(first_block: int, n_clusters: int, options: CreateOptions) 
 def _l2_tables(
     first_table: int, n_guest_clusters: int, data_offset: int, l2_bits: int, options: CreateOptions
 ) -> Iterator[tuple[int, bytes]]:
-    """L2 tables in which the data clusters follow each other from ``data_offset`` on."""
+    """L2 tables in which the data clusters follow each other from ``data_offset`` on. But for the last one, each is
+    the one before with the same number added to all entries."""
     cluster_bits = options.cluster_bits
-    for number, first in enumerate(range(0, n_guest_clusters, 1 << l2_bits)):
-        n_here = min(n_guest_clusters - first, 1 << l2_bits)
-        start = COPIED + data_offset + (first << cluster_bits)
-        entries = array("Q", range(start, start + (n_here << cluster_bits), 1 << cluster_bits))
-        if options.extended_l2:
-            words = array("Q", bytes(2 * WORD_SIZE * n_here))
-            words[::2] = entries
-            entries = words
-        yield first_table + number << cluster_bits, serialise_table(entries, 0, len(entries))
+    n_full, n_rest = divmod(n_guest_clusters, 1 << l2_bits)
+    if n_full:
+        table = int.from_bytes(_l2_table(data_offset, 1 << l2_bits, options), "big")
+        ones = array("Q", [1, 0] if options.extended_l2 else [1]) * (1 << l2_bits)
+        step = int.from_bytes(serialise_table(ones, 0, len(ones)), "big") << cluster_bits + l2_bits
+        for number in range(n_full):
+            yield first_table + number << cluster_bits, table.to_bytes(8 * len(ones), "big")
+            table += step
+    if n_rest:
+        offset = data_offset + (n_full << l2_bits + cluster_bits)
+        yield first_table + n_full << cluster_bits, _l2_table(offset, n_rest, options)
+
+
+def _l2_table(data_offset: int, n_entries: int, options: CreateOptions) -> bytes:
+    start = COPIED + data_offset
+    entries = array("Q", range(start, start + (n_entries << options.cluster_bits), 1 << options.cluster_bits))
+    if options.extended_l2:
+        words = array("Q", bytes(2 * WORD_SIZE * n_entries))
+        words[::2] = entries
+        entries = words
+    return serialise_table(entries, 0, len(entries))
 
 
 def _header_v2(
