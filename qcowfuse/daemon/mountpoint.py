@@ -106,7 +106,10 @@ def _check(path: str, place: MountPoint, status: os.stat_result, *, allow_non_em
         if mount.path == place.path and mount.device == status.st_dev and mount.file_system == FILE_SYSTEM_TYPE:
             raise MountError(f"{path}: already mounted, it serves {mount.source}")
     if entries and not allow_non_empty:
-        raise MountError(f"{path}: mount point is not empty (use another one, or -o nonempty to hide what is in it)")
+        raise MountError(
+            f"{path}: mount point is not empty, it holds {min(entries)} "
+            "(use another one, or -o nonempty to hide what is in it)"
+        )
 
 
 def _why_unusable(path: str, exc: OSError) -> str:

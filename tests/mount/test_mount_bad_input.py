@@ -86,7 +86,7 @@ def test_missing_mount_point(image: Path, tmp_path: Path, how: list[str]) -> Non
 def test_mount_point_that_is_not_empty(image: Path, mount_point: Path, how: list[str]) -> None:
     """A directory with something in it is refused, unless it is asked for."""
     (mount_point / "something").touch()
-    assert_refused([*how, image, mount_point], MOUNT, str(mount_point), "not empty")
+    assert_refused([*how, image, mount_point], MOUNT, str(mount_point), "is not empty, it holds something (")
     with Mounted(image, mount_point, "-o", "nonempty"):
         assert os.listdir(mount_point) == ["disk.raw"]
 
