@@ -10,6 +10,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from qcowfuse.driver.layers import table_cache
+from qcowfuse.driver.layers.range_claims import Claims
 from qcowfuse.driver.options import L2CacheSize
 from qcowfuse.driver.qcow_image import QcowImage
 from qcowfuse.driver.writing.refcount_allocation import RefcountAllocator
@@ -124,6 +125,17 @@ async def test_writers_of_one_cluster_wait_for_the_claim() -> None:
     writes = [operation for operation in faulty.operations if operation.kind == "write"]
     assert [write.n_bytes for write in writes].count(200) == 1, "the second write did not go in place"
     await finish(image, memory, oracle)
+
+
+def test_of_several_claims_the_lowest_is_in_the_way() -> None:
+    """Whatever the order they were taken in: a write may go on up to it."""
+    claims = Claims()
+    later, earlier = claims.take(10, 12), claims.take(5, 7)
+    assert claims.first_conflict(4, 20) is earlier
+    assert claims.first_conflict(7, 20) is later
+    assert claims.first_conflict(7, 10) is None
+    claims.release(earlier)
+    assert claims.first_conflict(4, 20) is later
 
 
 async def test_a_claim_covers_the_last_cluster_of_a_long_write() -> None:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qcowfuse.driver.layers.mapping import Mapping
 from qcowfuse.driver.pending import PendingRead
 from qcowfuse.driver.qcow_image import QcowImage
-from qcowfuse.errors import ReadOnlyImageError
+from qcowfuse.errors import CorruptImageError, ReadOnlyImageError
 from qcowfuse.format.bitmaps import DirtyBits
 from qcowfuse.storage.base import Storage
 from tests.support.bitmaps import with_bitmaps
 from tests.support.checker import check_image_bytes
+from tests.support.damage import Tables
 from tests.support.faults import FaultyStorage
 from tests.support.images import TOP, BuiltImage, ImageSpec, build_image, open_memory_image
 from tests.support.memory_storage import MemoryStorage
@@ -141,9 +144,10 @@ async def test_a_write_that_waits_is_written_and_marked_once(
     assert check_image_bytes(memory.data).exit_code == 0
 
 
-async def test_a_pending_write_does_not_outlive_the_image() -> None:
+@pytest.mark.parametrize("fill", [1.0, 0.0], ids=["in place", "to new clusters"])
+async def test_a_pending_write_does_not_outlive_the_image(fill: float) -> None:
     """Where the image is closed between the start and the end of a write, nothing is written any more."""
-    built = build_image(FULL)
+    built = build_image(replace(FULL, fill=fill))
     image, faulty, _ = await opened(built)
     await image.write(0, b"x")
     pending = image.start_write(512, b"y" * 512)
@@ -153,3 +157,17 @@ async def test_a_pending_write_does_not_outlive_the_image() -> None:
     with pytest.raises(ReadOnlyImageError, match="is being closed"):
         await pending.finish()
     assert len(faulty.operations) == n_before
+
+
+async def test_a_pending_read_that_finds_damage_freezes_the_image() -> None:
+    """Nothing is written on what was found impossible when it had been waited for."""
+    spec = replace(FULL, cluster_size=4096)
+    data = bytearray(build_image(spec).top)
+    data[next(Tables(data).l2_entries()) + 6] |= 2  # a place within a cluster
+    image, _, _ = await opened(BuiltImage(spec, {TOP: bytes(data)}, b""))
+    pending = image.start_read(0, 512)
+    assert isinstance(pending, PendingRead)
+    with pytest.raises(CorruptImageError):
+        await pending.finish()
+    assert image.read_only
+    await image.aclose()
