@@ -165,3 +165,31 @@ def test_bytes_are_told_exactly(kind: str, monkeypatch: pytest.MonkeyPatch) -> N
             with pytest.raises(CorruptImageError):
                 known.check(start, 1024, "data")
             assert not known.clusters.isdisjoint(range(start >> 10, (start >> 10) + 1))
+
+
+@pytest.mark.parametrize("kind", ["set", "array"])
+@pytest.mark.parametrize("l2_bits", [9, 6], ids=["tables of 8 clusters", "of one"])
+async def test_an_l1_table_that_has_moved(l2_bits: int, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the disk has grown, its new place is guarded, all of it and no more, however long L2 tables are: the
+    clusters behind it are taken for data, which is written again in place."""
+    if kind == "array":
+        monkeypatch.setattr(guarded_clusters, "MAX_IN_SET", 0)
+    memory = MemoryStorage(build_image(ImageSpec(version=1, cluster_size=512, size=256 * KIB, l2_bits=l2_bits)).top)
+    image = await open_memory_image({TOP: memory})
+    await image.write(16 * KIB, b"a" * 2 * KIB)
+    before = word(memory.data, 40)
+    await image.grow(3 << 20)
+    l1_table, n_bytes = word(memory.data, 40), 8 * -(-(3 << 20) // (512 << l2_bits))
+    assert l1_table != before
+    assert image.changes is not None
+    for place in range(l1_table, l1_table + n_bytes, 256):
+        with pytest.raises(CorruptImageError):
+            image.changes.metadata.check(place, 1, "data")
+    for number in range(3):
+        await image.write(65 * KIB, bytes([number + 1]) * 8 * KIB)
+        await image.write_zeroes(68 * KIB, KIB, unmap=False)
+    await image.aclose()
+    read = qemu_read({TOP: bytes(memory.data)}, format_name="qcow")
+    assert read[65 * KIB : 73 * KIB] == b"\3" * 3 * KIB + bytes(KIB) + b"\3" * 4 * KIB
+    assert read[16 * KIB : 18 * KIB] == b"a" * 2 * KIB
+    assert len(read) == 3 << 20

@@ -151,7 +151,7 @@ class Grower:
             with trio.CancelScope(shield=True), suppress(OSError, QcowFuseError):
                 await self._allocator.release([run])
             raise
-        self._metadata.add(run.host_offset, n_bytes)
+        self._metadata.add_l1(run.host_offset, n_bytes)
         self._write_back.move_l1(run.host_offset, self._l1_has_moved)
 
     async def _grow_data_file(self, old_size: int, size: int) -> None:

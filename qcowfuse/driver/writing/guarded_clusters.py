@@ -61,6 +61,10 @@ class MetadataClusters:
         """The bytes are metadata from now on."""
         self.clusters.update(self._range(host_offset, n_bytes))
 
+    def add_l1(self, host_offset: int, n_bytes: int) -> None:
+        """The bytes are an L1 table from now on."""
+        self.add(host_offset, n_bytes)
+
     def discard(self, host_offset: int, n_bytes: int) -> None:
         """The bytes are no longer metadata."""
         clusters = self._range(host_offset, n_bytes)

@@ -31,7 +31,7 @@ _HEADER_BYTES = 48
 
 
 class MetadataV1(MetadataClusters):
-    """``head``: start and end of the header and of the L1 table. ``tables``: the starts of all L2 tables, in order.
+    """``head``: start and end of the header and of each L1 table. ``tables``: the starts of all L2 tables, in order.
     ``end``: nothing lies behind it yet."""
 
     __slots__ = ("_head", "_table_size", "_tables", "end")
@@ -66,6 +66,12 @@ class MetadataV1(MetadataClusters):
         """A new L2 table."""
         self.clusters.update(self._near(host_offset))
         insort(self._tables, host_offset)
+
+    def add_l1(self, host_offset: int, n_bytes: int) -> None:
+        """A longer L1 table, beside the one that it replaces."""
+        self._head.append((host_offset, host_offset + n_bytes))
+        before = min((1 << self._cluster_bits) - 1, host_offset)
+        self.clusters.update(self._range(host_offset - before, n_bytes + before))
 
     def discard(self, host_offset: int, n_bytes: int) -> None:
         """A new table that was not made after all. Its clusters stay in the set: that only costs time."""
