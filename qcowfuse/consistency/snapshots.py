@@ -9,26 +9,27 @@ Source: QEMU's qcow2_check_read_snapshot_table(), qcow2_write_snapshots().
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from ..errors import FormatError
 from ..format.header import Qcow2Header
+from ..format.header_fields import SNAPSHOT_ENTRY_SIZE
 from ..format.snapshots import (
     EXPECTED_EXTRA,
     MAX_SNAPSHOT_EXTRA,
     MAX_SNAPSHOT_TABLE_SIZE,
+    WRITTEN_EXTRA,
     Snapshot,
+    lengths_of_snapshot,
     parse_snapshot,
     serialise_snapshots,
+    with_extra_length,
 )
 from ..storage.base import Storage
 from ..system.alone import checkpoint
 
-_FIXED_SIZE = 40
-_WRITTEN_EXTRA = 24
 _MAX_TABLE_SPAN = (1 << 31) - 1
 _WINDOW = 1 << 18
 _PER_CHECKPOINT = 256
@@ -100,7 +101,7 @@ class SnapshotTable:
             if number % _PER_CHECKPOINT == 0:
                 await checkpoint()
             entry = await self.entry(number)
-            n_extra = max(entry.n_extra, _WRITTEN_EXTRA)
+            n_extra = max(entry.n_extra, WRITTEN_EXTRA)
             disk_size = virtual_size if entry.disk_size is None else entry.disk_size
             yield serialise_snapshots([entry._replace(n_extra=n_extra, disk_size=disk_size)])
 
@@ -114,15 +115,13 @@ class _Read(NamedTuple):
 
 
 async def _read_entry(window: _Window, offset: int) -> _Read:
-    fixed = await window.read(offset, _FIXED_SIZE)
-    id_size, name_size = struct.unpack_from(">HH", fixed, 12)
-    (n_extra,) = struct.unpack_from(">I", fixed, 36)
+    fixed = await window.read(offset, SNAPSHOT_ENTRY_SIZE)
+    n_extra, n_names = lengths_of_snapshot(fixed)
     n_kept = min(n_extra, MAX_SNAPSHOT_EXTRA)
-    fixed = fixed[:36] + struct.pack(">I", n_kept)
-    extra = await window.read(offset + _FIXED_SIZE, n_kept)
-    names = await window.read(offset + _FIXED_SIZE + n_extra, id_size + name_size)
-    snapshot, _ = parse_snapshot(fixed + extra + names, 0)
-    return _Read(snapshot, n_extra, _FIXED_SIZE + n_extra + id_size + name_size)
+    extra = await window.read(offset + SNAPSHOT_ENTRY_SIZE, n_kept)
+    names = await window.read(offset + SNAPSHOT_ENTRY_SIZE + n_extra, n_names)
+    snapshot, _ = parse_snapshot(with_extra_length(fixed, n_kept) + extra + names, 0)
+    return _Read(snapshot, n_extra, SNAPSHOT_ENTRY_SIZE + n_extra + n_names)
 
 
 async def load_snapshot_table(storage: Storage, header: Qcow2Header, *, repair: bool = False) -> SnapshotTable:

@@ -30,12 +30,21 @@ from ..format.bitmap_directory import (
     bitmap_directory_place,
     is_valid_table_entry,
 )
-from ..format.entries import COMPRESSED, COPIED, OFFSET_MASK, READS_ZERO, parse_table, serialise_table
+from ..format.entries import (
+    COMPRESSED,
+    COPIED,
+    L1_RESERVED,
+    L2_RESERVED,
+    OFFSET_MASK,
+    READS_ZERO,
+    parse_table,
+    serialise_table,
+)
 from ..format.extensions import EXTENSION_LUKS_HEADER, find_extension
 from ..format.geometry import SECTOR_SIZE, round_up
 from ..format.header import Qcow2Header
 from ..format.header_fields import INCOMPATIBLE_DATA_FILE, INCOMPATIBLE_EXTENDED_L2, MAX_L1_SIZE
-from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK
+from ..format.refcounts import REFCOUNT_TABLE_OFFSET_MASK, REFCOUNT_TABLE_RESERVED
 from ..format.subclusters import ALL_ALLOCATED, ALL_ZERO
 from ..storage.base import Storage, pread
 from ..system.alone import checkpoint
@@ -48,9 +57,6 @@ from .snapshots import SnapshotTable
 MAX_CLUSTERS = (1 << 31) - 1
 """Host clusters of an image that can be checked; QEMU's limit."""
 
-_L1_RESERVED = 0x7F00_0000_0000_01FF
-_L2_RESERVED = 0x3F00_0000_0000_01FE
-_REFCOUNT_TABLE_RESERVED = 0x1FF
 _TABLE_CHUNK = 1 << 20
 _PER_READ = 64
 """What the read of a part of a table counts, beside its items."""
@@ -258,7 +264,7 @@ class Walk:
         for start in range(0, l1_size, ITEMS_PER_CHECKPOINT):
             await self.handled(_PER_READ + min(ITEMS_PER_CHECKPOINT, l1_size - start))
             for index, entry in self.used(await self.l1_part(l1_offset, l1_size, start), start):
-                if entry & _L1_RESERVED:
+                if entry & L1_RESERVED:
                     self.corrupt(f"L1 entry {index} {entry:#018x} has reserved bits set")
                 l2_offset = entry & OFFSET_MASK
                 self.count(l2_offset, self.cluster_size, "L2 table")
@@ -312,7 +318,7 @@ class Walk:
                 self._count_compressed(entry, is_active=is_active)
                 continue
             n_before = result.corruptions
-            if entry & _L2_RESERVED:
+            if entry & L2_RESERVED:
                 self.corrupt(f"L2 entry {entry:#018x} has reserved bits set")
             if entry & READS_ZERO and header.version < 3:
                 self.corrupt(f"L2 entry {entry:#018x} has the zero flag, which this image cannot have")
@@ -390,7 +396,7 @@ class Walk:
                 continue
             host_offset = entry & REFCOUNT_TABLE_OFFSET_MASK
             cluster = host_offset >> self._cluster_bits
-            if entry & _REFCOUNT_TABLE_RESERVED:
+            if entry & REFCOUNT_TABLE_RESERVED:
                 self.corrupt(f"refcount table entry {number} {entry:#018x} has reserved bits set")
                 self.needs_rebuild = True
             elif host_offset % self.cluster_size:

@@ -34,6 +34,9 @@ OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 COMPRESSED_V1 = 1 << 63
 OFFSET_MASK_V1 = (1 << 63) - 1
 ALL_BITS = (1 << 64) - 1
+L1_RESERVED = 0x7F00_0000_0000_01FF
+L2_RESERVED = 0x3F00_0000_0000_01FE
+"""Of an entry that is not compressed, in version 2 and 3."""
 MAX_HOST_OFFSET = 1 << 56
 """Offsets in version 2 and 3 have 56 bits; a v1 entry beyond that is garbage too."""
 

@@ -18,6 +18,7 @@ from ..errors import CorruptImageError
 
 _TYPECODES = {3: "B", 4: "H", 5: "I", 6: "Q"}
 REFCOUNT_TABLE_OFFSET_MASK = 0xFFFF_FFFF_FFFF_FE00
+REFCOUNT_TABLE_RESERVED = 0x1FF
 
 
 def max_refcount(refcount_order: int) -> int:

@@ -30,6 +30,10 @@ EXPECTED_EXTRA = 16
 
 _FIXED = struct.Struct(">QIHHIIQII")
 _EXTRA = struct.Struct(">QQQ")
+WRITTEN_EXTRA = _EXTRA.size
+"""Bytes of extra data that each snapshot gets when it is written."""
+_N_EXTRA = struct.Struct(">I")
+_N_EXTRA_AT = _FIXED.size - _N_EXTRA.size
 _NO_ICOUNT = (1 << 64) - 1
 
 
@@ -97,6 +101,18 @@ def snapshot_l1_place(data: Buffer, position: int) -> tuple[tuple[int, int], int
 def end_of_snapshot(data: Buffer, position: int) -> int:
     """Where the entry behind the one at byte ``position`` begins; see :func:`parse_snapshot`."""
     return _fixed_part(data, position)[3]
+
+
+def lengths_of_snapshot(fixed: Buffer) -> tuple[int, int]:
+    """The bytes of an entry's extra data, and of its id and name, whatever they are; ``fixed`` is its beginning,
+    SNAPSHOT_ENTRY_SIZE bytes."""
+    fields = _FIXED.unpack(fixed)
+    return fields[8], fields[2] + fields[3]
+
+
+def with_extra_length(fixed: bytes, n_extra: int) -> bytes:
+    """``fixed``, the beginning of an entry, with another number of bytes of extra data."""
+    return fixed[:_N_EXTRA_AT] + _N_EXTRA.pack(n_extra)
 
 
 def _fixed_part(data: Buffer, position: int) -> tuple[tuple[int, ...], int, int, int]:

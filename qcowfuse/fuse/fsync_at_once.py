@@ -17,11 +17,9 @@ from pyfuse3 import EntryAttributes
 
 from ..driver.image import Image
 from .attributes import Attributes
+from .open_files import WRITER
 from .sizes import Sizes
 from .writes_at_once import WritesAtOnce
-
-WRITER = 1 << 32
-"""Set in the handle of a file that is open for writing."""
 
 
 class FsyncAtOnce:

@@ -13,8 +13,10 @@ from collections.abc import Callable
 from pyfuse3 import FUSEError
 
 from ..driver.image import Image
-from .fsync_at_once import WRITER
 from .unsent_data import UnsentData
+
+WRITER = 1 << 32
+"""Set in the handle of a file that is open for writing."""
 
 
 class OpenFiles:

@@ -31,9 +31,9 @@ from ..driver.pending import PendingRead
 from .attributes import Attributes, Ownership
 from .copying import Copies
 from .failures import Failures
-from .fsync_at_once import WRITER, FsyncAtOnce
+from .fsync_at_once import FsyncAtOnce
 from .holes_at_once import FALLOC_KEEP_SIZE, FALLOC_PUNCH_HOLE, FALLOC_ZERO_RANGE, HolesAtOnce
-from .open_files import OpenFiles
+from .open_files import WRITER, OpenFiles
 from .request_gate import RequestGate
 from .seeking import Seeker, never
 from .sizes import Mend, Sizes
