@@ -61,8 +61,8 @@ def open_standard_streams() -> None:
     sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     if isinstance(sys.stdout, io.TextIOWrapper):
         plain = sys.stdout
-        encoding, errors, by_lines = plain.encoding, plain.errors, plain.line_buffering
-        sys.stdout = _Output(plain.detach(), encoding, errors, line_buffering=by_lines)
+        encoding, errors, by_lines, at_once = plain.encoding, plain.errors, plain.line_buffering, plain.write_through
+        sys.stdout = _Output(plain.detach(), encoding, errors, line_buffering=by_lines, write_through=at_once)
 
 
 def _open_null() -> int:
