@@ -55,8 +55,8 @@ def build_deb(output: Path, revision: int) -> Path:
     missing = [name for name in BUILD_PACKAGES if not _is_installed(name)]
     if missing:
         raise BuildError(f"building needs Debian packages: apt-get install {' '.join(missing)}")
-    # Files get the time of the source, so that the same source gives the same package.
-    os.environ.setdefault("SOURCE_DATE_EPOCH", str(int((REPOSITORY / "CHANGELOG.md").stat().st_mtime)))
+    # Files get the time of the source: the same source with the same Python packages gives the same package.
+    os.environ.setdefault("SOURCE_DATE_EPOCH", str(source_time()))
     architecture = _output("dpkg", "--print-architecture")
     full_version = f"{version()}-{revision}{_release()}"
     with tempfile.TemporaryDirectory(prefix="qcowfuse-deb-") as folder:
@@ -219,12 +219,22 @@ def maintainer() -> str:
     """Of the package: as Debian's own tools take it from the environment, else who made the last commit."""
     if "DEBEMAIL" in os.environ:
         return f"{os.environ.get('DEBFULLNAME', 'qcowfuse maintainers')} <{os.environ['DEBEMAIL']}>"
-    command = ["git", "-C", str(REPOSITORY), "log", "-1", "--format=%an <%ae>"]
+    return _last_commit("%an <%ae>") or "qcowfuse maintainers <root@localhost>"
+
+
+def source_time() -> int:
+    """When the source was made, in seconds since 1970: the time of the last commit, whenever that was checked out; of
+    an unpacked archive the time of the changelog in it."""
+    return int(_last_commit("%ct") or (REPOSITORY / "CHANGELOG.md").stat().st_mtime)
+
+
+def _last_commit(form: str) -> str:
+    """``form`` filled in by git log; empty where there is no git or no repository."""
+    command = ["git", "-C", str(REPOSITORY), "log", "-1", f"--format={form}"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     except OSError:
-        found = ""
-    return found or "qcowfuse maintainers <root@localhost>"
+        return ""
 
 
 def _write(path: Path, text: str) -> None:

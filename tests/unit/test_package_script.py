@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -18,17 +20,33 @@ PACKAGING = REPOSITORY / "packaging"
 IMAGE, POINT = "/images/a disk.qcow2", "/srv/a disk"
 
 
-def test_packages_agree() -> None:
+@pytest.fixture(name="deb")
+def packagelib_deb(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module that makes Debian packages."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "scripts"))
+    return importlib.import_module("packagelib.deb")
+
+
+def test_packages_agree(deb: ModuleType) -> None:
     """The version is that of the program, and the container installs what the script asks for."""
-    sys.path.insert(0, str(REPOSITORY / "scripts"))
-    try:
-        from packagelib import deb
-    finally:
-        sys.path.pop(0)
     assert deb.version() == __version__
     recipe = (REPOSITORY / "Containerfile").read_text().replace("\\\n", "")
     first = re.findall(r"--no-install-recommends install (.*)", recipe)[0]
     assert first.split() == list(deb.BUILD_PACKAGES)
+
+
+def test_files_have_the_time_of_the_source(deb: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last commit, not of its checkout; without a repository of the changelog."""
+    changelog = tmp_path / "CHANGELOG.md"
+    changelog.write_text("")
+    os.utime(changelog, (1_700_000_000, 1_700_000_000))
+    monkeypatch.setattr(deb, "REPOSITORY", tmp_path)
+    assert deb.source_time() == 1_700_000_000
+    author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
+    for words in (("init", "-q"), (*author, "commit", "-q", "--allow-empty", "-m", "x")):
+        dates = {"GIT_AUTHOR_DATE": "1600000000 +0000", "GIT_COMMITTER_DATE": "1600000000 +0000"}
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, env=os.environ | dates)
+    assert deb.source_time() == 1_600_000_000
 
 
 def test_the_configuration_that_comes_with_it_says_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
