@@ -12,16 +12,24 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from ..buffer import Buffer
+
+_PAGE_MASK = mmap.PAGESIZE - 1
 
 
 async def pread(storage: Storage, host_offset: int, n_bytes: int) -> Buffer:
     """:meth:`Storage.pread` without a hop to a thread where the bytes can be had at once."""
     data = storage.try_pread(host_offset, n_bytes)
     return await storage.pread(host_offset, n_bytes) if data is None else data
+
+
+def of_whole_pages(host_offset: int, n_bytes: int) -> bool:
+    """Whether the range covers each page that it touches: nothing has to be read to write it."""
+    return not (host_offset | n_bytes) & _PAGE_MASK
 
 
 class StorageCounters:
@@ -122,7 +130,8 @@ class Storage(Protocol):
 
     def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
         """Write all buffers back to back and return True, or return False: then nothing is promised and the
-        caller must await :meth:`pwritev` with the same arguments."""
+        caller must await :meth:`pwritev` with the same arguments. What is not :func:`of_whole_pages` may be declined
+        where other writes of that length are not."""
 
     async def pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> None:
         """Write all buffers back to back (any number of them), however many system calls it takes."""

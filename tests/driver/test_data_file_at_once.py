@@ -5,11 +5,13 @@ from __future__ import annotations
 import errno
 import random
 from collections.abc import Sequence
+from typing import Literal
 
 import pytest
 
 from qcowfuse.buffer import Buffer
 from qcowfuse.driver.qcow_image import QcowImage
+from qcowfuse.storage.base import of_whole_pages
 from tests.support.checker import check_image_bytes
 from tests.support.faults import Check, FaultyStorage
 from tests.support.images import (
@@ -219,6 +221,32 @@ class PatientStorage(MemoryStorage):
     def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
         """Decline what is more."""
         return sum(map(len, buffers)) <= 8 * KIB and super().try_pwritev(host_offset, buffers)
+
+
+class PagedStorage(MemoryStorage):
+    """Writes nothing but whole pages at once, as a block device."""
+
+    def try_pwritev(self, host_offset: int, buffers: Sequence[Buffer]) -> bool:
+        """Decline what is not."""
+        return of_whole_pages(host_offset, sum(map(len, buffers))) and super().try_pwritev(host_offset, buffers)
+
+
+@pytest.mark.parametrize("encryption", [None, "luks"])
+async def test_parts_of_pages_wait_and_whole_ones_do_not(encryption: Literal["luks"] | None) -> None:
+    """That a part of a page was declined says nothing about others."""
+    built = build_image(ImageSpec(size=256 * KIB, cluster_size=64 * KIB, encryption=encryption))
+    memory = PagedStorage(built.top, name=TOP)
+    image = await open_memory_image({**built.files, TOP: memory})
+    await image.write(0, b"x" * 512)
+    for place in (64 * KIB, 64 * KIB + 8 * KIB):  # a new cluster, and one in place
+        part = image.start_write(place + 4096, b"p" * 512)
+        if place & 64 * KIB - 1:
+            assert part is not None
+        if part is not None:
+            await part.finish()
+        assert image.start_write(place, b"w" * 4096) is None
+        assert bytes(await image.read(place, 4608)) == b"w" * 4096 + b"p" * 512
+    await image.aclose()
 
 
 @pytest.mark.parametrize("external", [True, False], ids=["data file", "image"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 import socket
 import subprocess
@@ -670,6 +671,25 @@ async def test_block_device(loop_device: str) -> None:
         assert caught.value.errno == errno.ENOSPC
     finally:
         await storage.aclose()
+
+
+async def test_whole_pages_go_to_a_block_device_at_once(loop_device: str) -> None:
+    """A part of a page may have to be read first, and more than 1 MiB takes long: both are left to a thread."""
+    storage = await open_file_storage(loop_device, writable=True)
+    page = mmap.PAGESIZE
+    assert storage.try_pwritev(page, (b"a" * 512, b"b" * (page - 512)))
+    assert not storage.try_pwritev(page, (b"x" * (page - 512),))
+    assert not storage.try_pwritev(512, (b"x" * page,))
+    assert not storage.try_pwritev(0, (bytes((1 << 20) + page),))
+    assert (storage.counters.writes, storage.counters.written_bytes) == (1, page)
+    with pytest.raises(OSError, match="No space left"):
+        storage.try_pwritev(1 << 20, (b"x" * page,))
+    assert storage.size() == 1 << 20
+    await storage.flush()
+    await storage.aclose()
+    assert not storage.try_pwritev(0, (b"x" * page,))
+    expected = b"L" * page + b"a" * 512 + b"b" * (page - 512) + b"L" * page
+    assert Path(loop_device).read_bytes()[: 3 * page] == expected
 
 
 async def test_space_of_a_block_device(loop_device: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -36,7 +36,7 @@ from ...format.luks import (
     parse_luks_header,
     require_available,
 )
-from ...storage.base import Deliver, OnEnd, Storage, pread
+from ...storage.base import Deliver, OnEnd, Storage, of_whole_pages, pread
 from ..options import PassphraseSource
 from .range_claims import Claim, Claims
 
@@ -138,7 +138,8 @@ class EncryptedData:
         self._cipher.encrypt_in_place(whole, self._sector(host_offset=host_offset, guest_offset=guest_offset))
         if self._storage.try_pwritev(host_offset, [whole]):
             return True
-        self._too_long = n_bytes
+        if of_whole_pages(host_offset, n_bytes):
+            self._too_long = n_bytes
         return False
 
     async def write(self, buffers: Sequence[Buffer], *, host_offset: int, guest_offset: int) -> None:

@@ -19,6 +19,7 @@ from ...buffer import Buffer
 from ...errors import CorruptImageError
 from ...format.cow_plan import MAX_CLUSTERS_PER_ALLOCATION, Action, CowPlan, shortened
 from ...format.entries import ClusterKind
+from ...storage.base import of_whole_pages
 from ..layers.data_file import DataClusters
 from ..layers.host_run import HostRun
 from ..layers.mapping import Mapping, Missing, lookup_chain
@@ -146,7 +147,7 @@ class WriterAtOnce:
                 is_written = self._encrypted.try_write(parts, host_offset=host_offset, guest_offset=start)
             elif (n_parts := sum(map(len, parts))) < self.too_long:
                 is_written = self._try_pwritev(host_offset, parts)
-                if not is_written:
+                if not is_written and of_whole_pages(host_offset, n_parts):
                     self.too_long = n_parts
         except OSError:
             if self._has_raw_data_file:
@@ -183,7 +184,8 @@ class WriterAtOnce:
             if not encrypted.try_write([view[:n_bytes]], host_offset=host_offset, guest_offset=guest_offset):
                 return 0
         elif not self._try_pwritev(host_offset, [view[:n_bytes]]):
-            self.too_long = n_bytes
+            if of_whole_pages(host_offset, n_bytes):
+                self.too_long = n_bytes
             return 0
         self._cache.use(slice_)
         return n_bytes
