@@ -89,14 +89,18 @@ async def test_a_large_write_in_place_is_made_by_a_thread(tmp_path: Path, kind: 
     try:
         await image.read(0, SIZE)  # every table is in memory from now on
         assert not await made_by_a_thread(image, 0, chosen(0, MIB)), "the first write of all has more to do"
+        small = image.start_write(0, chosen(0, 4096))
+        takes_writes_at_once = small is None  # the file system that the test runs on
+        if small is not None:
+            await small.finish()
         for off, n_bytes in ((0, MIB), (2 * MIB + 512, LARGE_WRITE), (4 * MIB, MIB), (3 * MIB - 100, MIB)):
             on_the_spot = image.start_write(off, chosen(off, n_bytes), lambda: True)
-            assert not isinstance(on_the_spot, PendingPlace)
-            if on_the_spot is not None:  # on some file systems no write is
+            assert (on_the_spot is None) == takes_writes_at_once
+            if on_the_spot is not None:
                 await on_the_spot.finish()
             assert await made_by_a_thread(image, off, chosen(off, n_bytes))
             assert bytes(await image.read(off, n_bytes)) == expected[off : off + n_bytes]
-        assert not await made_by_a_thread(image, 0, chosen(0, LARGE_WRITE - 1))
+        assert await made_by_a_thread(image, 0, chosen(0, LARGE_WRITE - 1)) == (not takes_writes_at_once)
         assert image.life.epochs.n_in_flight == 0
         counters = image.statistics()
         assert counters["backend.written_bytes"] >= MIB + 2 * (3 * MIB + LARGE_WRITE) + LARGE_WRITE - 1

@@ -50,7 +50,7 @@ from ..started import StartedRequest
 from ..writes_at_once import WritesAtOnce
 from .attribute_messages import SETATTR_BYTES, pack_attributes, parse_set_times
 from .replies import AnsweringThreads, send_data, send_error, send_written
-from .request_memory import RequestBuffer, RequestMemory
+from .request_memory import Loan, RequestBuffer, RequestMemory
 
 # linux/fuse.h: fuse_in_header, and the head that fuse_read_in and fuse_write_in have in common.
 _REQUEST = struct.Struct("<IIQQ12xHxxQQI")
@@ -70,6 +70,8 @@ _OPENED, _FOPEN_DIRECT_IO, _FOPEN_KEEP_CACHE = struct.Struct("<QII"), 1, 2
 _LSEEK, _LSEEK_BYTES = struct.Struct("<8xQI"), _HEADER_BYTES + 24
 _FALLOCATE, _FALLOCATE_BYTES = struct.Struct("<8xQQI"), _HEADER_BYTES + 32
 _SOUGHT = struct.Struct("<Q")
+COPIED_BYTES = 64 << 10
+"""What a thread is to write is copied up to here: longer data is lent, with all of the memory around it."""
 _USUAL_SECONDS = 100e-6
 """What the answer to a request takes at most, as the bounds of the gate suppose."""
 
@@ -109,6 +111,10 @@ class RequestHandlers(Protocol):
     @property
     def holes(self) -> HolesAtOnce:
         """What answers LSEEK and FALLOCATE."""
+
+
+def _nothing() -> None:
+    """There is no memory to give back."""
 
 
 _RECEIVE = ctypes.PYFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
@@ -261,7 +267,7 @@ class DirectRequests:
                                 send_written(fd, unique, size)
                                 n_answered += 1
                                 continue
-                            if isinstance(pending, PendingPlace) and self._lend(buffer, unique, size, pending):
+                            if isinstance(pending, PendingPlace) and self._hand_over(buffer, unique, size, pending):
                                 n_answered += 1
                                 view = buffer.view
                                 del pending
@@ -281,15 +287,19 @@ class DirectRequests:
             gate.count(n_answered + n_others)
             self.n_answered += n_answered
 
-    def _lend(self, buffer: RequestBuffer, unique: int, n_bytes: int, pending: PendingPlace) -> bool:
+    def _hand_over(self, buffer: RequestBuffer, unique: int, size: int, pending: PendingPlace) -> bool:
         """Have a thread make the write that was read into ``buffer``, and answer it; False where that can't be: then
         it is as before, in ``buffer``."""
-        loan = None if self.memory is None else self.memory.lend(buffer)
-        if loan is None:
+        loan: Loan | None = None
+        if size <= COPIED_BYTES:
+            pending.use(bytes(buffer.view[_WRITE_BYTES : _WRITE_BYTES + size]))
+        elif self.memory is None or (loan := self.memory.lend(buffer)) is None:
             return False
         writes = self._handlers.writes
-        if not self.threads.start_write(self._fd, unique, n_bytes, pending, loan.give_back, writes.end_elsewhere):
-            loan.undo()
+        give_back = loan.give_back if loan is not None else _nothing
+        if not self.threads.start_write(self._fd, unique, size, pending, give_back, writes.end_elsewhere):
+            if loan is not None:
+                loan.undo()
             return False
         writes.begin_elsewhere()
         return True
