@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import struct
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from ..errors import FormatError, UnsupportedFeatureError
 from .extensions import (
@@ -193,41 +193,16 @@ def _parse_v2(data: bytes, *, for_check: bool, for_info: bool) -> Qcow2Header:
     )
     cluster_size = 1 << cluster_bits
     area = bytes(data[:cluster_size]).ljust(cluster_size, b"\0")
-    incompatible = compatible = autoclear = 0
-    refcount_order, header_length, compression_type = 4, V2_HEADER_LENGTH, COMPRESSION_DEFLATE
-    if version == 3:
-        incompatible, compatible, autoclear, refcount_order, header_length = V3_STRUCT.unpack_from(
-            area, V2_HEADER_LENGTH
-        )
-        _require(
-            V3_MIN_HEADER_LENGTH <= header_length <= cluster_size,
-            100,
-            f"header_length {header_length}, expected 104 to {cluster_size}",
-        )
-        if header_length > V3_MIN_HEADER_LENGTH:
-            compression_type = area[V3_MIN_HEADER_LENGTH]
+    fields = _parse_v3_fields(area) if version == 3 else _V2_DEFAULTS
+    incompatible, header_length = fields.incompatible, fields.header_length
     _require(
         backing_file_offset <= cluster_size,
         8,
         f"backing file name at {backing_file_offset:#x}, expected inside the first cluster",
     )
-    _check_compression(compression_type, incompatible)
+    _check_compression(fields.compression_type, incompatible)
     extensions = _parse_extensions(area, header_length, backing_file_offset or cluster_size, incompatible)
-    backing_file: str | None = None
-    if backing_file_offset:
-        limit = min(MAX_BACKING_NAME, cluster_size - backing_file_offset)
-        _require(
-            backing_file_size <= limit,
-            16,
-            f"backing file name of {backing_file_size} bytes, expected at most {limit}",
-        )
-        if backing_file_size:
-            _require(
-                backing_file_offset >= header_length,
-                8,
-                f"backing file name at {backing_file_offset:#x}, expected behind the header of {header_length}",
-            )
-            backing_file = _parse_backing_name(area, backing_file_offset, backing_file_size)
+    backing_file = _parse_v2_backing_file(area, header_length, backing_file_offset, backing_file_size)
     header = Qcow2Header(
         version=version,
         backing_file_offset=backing_file_offset,
@@ -242,11 +217,11 @@ def _parse_v2(data: bytes, *, for_check: bool, for_info: bool) -> Qcow2Header:
         n_snapshots=n_snapshots,
         snapshots_offset=snapshots_offset,
         incompatible_features=incompatible,
-        compatible_features=compatible,
-        autoclear_features=autoclear,
-        refcount_order=refcount_order,
+        compatible_features=fields.compatible,
+        autoclear_features=fields.autoclear,
+        refcount_order=fields.refcount_order,
         header_length=header_length,
-        compression_type=compression_type,
+        compression_type=fields.compression_type,
         unknown_fields=area[V3_KNOWN_HEADER_LENGTH:header_length],
         extensions=extensions,
         backing_file=backing_file,
@@ -258,6 +233,48 @@ def _parse_v2(data: bytes, *, for_check: bool, for_info: bool) -> Qcow2Header:
         if not for_info:
             _check_raw_data_file(header)
     return header
+
+
+class _V3Fields(NamedTuple):
+    """What version 3 has behind the fields of version 2."""
+
+    incompatible: int
+    compatible: int
+    autoclear: int
+    refcount_order: int
+    header_length: int
+    compression_type: int
+
+
+_V2_DEFAULTS = _V3Fields(0, 0, 0, 4, V2_HEADER_LENGTH, COMPRESSION_DEFLATE)
+
+
+def _parse_v3_fields(area: bytes) -> _V3Fields:
+    """``area``: the first cluster."""
+    incompatible, compatible, autoclear, refcount_order, header_length = V3_STRUCT.unpack_from(area, V2_HEADER_LENGTH)
+    _require(
+        V3_MIN_HEADER_LENGTH <= header_length <= len(area),
+        100,
+        f"header_length {header_length}, expected 104 to {len(area)}",
+    )
+    compression_type = area[V3_MIN_HEADER_LENGTH] if header_length > V3_MIN_HEADER_LENGTH else COMPRESSION_DEFLATE
+    return _V3Fields(incompatible, compatible, autoclear, refcount_order, header_length, compression_type)
+
+
+def _parse_v2_backing_file(area: bytes, header_length: int, offset: int, n_bytes: int) -> str | None:
+    """``area``: the first cluster, in which ``offset`` lies, or at its end."""
+    if not offset:
+        return None
+    limit = min(MAX_BACKING_NAME, len(area) - offset)
+    _require(n_bytes <= limit, 16, f"backing file name of {n_bytes} bytes, expected at most {limit}")
+    if not n_bytes:
+        return None
+    _require(
+        offset >= header_length,
+        8,
+        f"backing file name at {offset:#x}, expected behind the header of {header_length}",
+    )
+    return _parse_backing_name(area, offset, n_bytes)
 
 
 def _check_compression(compression_type: int, incompatible: int) -> None:
