@@ -47,6 +47,9 @@ def test_a_sorted_array_is_a_set(start: int) -> None:
                 tested.difference_update(clusters)
         question = range(start - 1, start + chooser.randrange(1, 5))
         assert tested.isdisjoint(question) == known.isdisjoint(question)
+        edge = first + 500
+        question = range(edge - chooser.randrange(1, 9), edge + chooser.randrange(1, 9))
+        assert tested.isdisjoint(question) == known.isdisjoint(question)
 
 
 @pytest.mark.parametrize("kind", ["set", "array"])
