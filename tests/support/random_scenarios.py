@@ -127,6 +127,8 @@ def random_scenario(
         fault = Fault(chooser.randrange(8 * len(steps)), code, for_ever=chooser.random() < 0.3)
     tiny_caches = chooser.random() < 0.4
     scenario_seed = chooser.randrange(1 << 30)
+    # A raw data file that the disk grows into shows what lies behind its end.
+    shows_old = spec.data_file == "raw" and any(step[0] == "grow" for step in steps)
     return Scenario(
         spec,
         tuple(steps),
@@ -134,7 +136,7 @@ def random_scenario(
         tiny_caches=tiny_caches,
         fault=fault,
         seed=scenario_seed,
-        storage="file" if spec.version == 1 else KINDS[scenario_seed % len(KINDS)],
+        storage="file" if spec.version == 1 or shows_old else KINDS[scenario_seed % len(KINDS)],
     )
 
 
