@@ -20,7 +20,7 @@ from pathlib import Path
 from . import images
 from .contenders import OURS, Contender, Served
 from .row import NotDoneError, Row, Settings
-from .rows import MAKERS, image_mib, is_start_up
+from .rows import DEVICE, MAKERS, image_mib, is_start_up
 
 _SETTLING_SECONDS = 0.1
 """What each daemon has between its start and what is measured, but for the row of the start itself."""
@@ -52,23 +52,30 @@ class Result:
         return min(ratios, default=None)
 
 
-def _leave_out(row: Row) -> str:
+def _is_left_out(row: Row) -> bool:
     missing = [program for program in row.needs if shutil.which(program) is None]
     if missing:
-        return f"needs {', '.join(missing)}"
-    return "needs root" if row.needs_root and os.geteuid() else ""
+        print(f"left out: {row.name}: needs {', '.join(missing)}")
+        return True
+    if row.needs_root and os.geteuid():
+        print(f"left out: {row.name}: needs root")
+        return True
+    return False
 
 
 def compare(rows: list[Row], contenders: list[Contender], settings: Settings, *, rounds: int) -> list[Result]:
     """Measure all rows; says on standard error how far it is."""
     results = []
     for scene in dict.fromkeys(row.scene for row in rows):
+        of_scene = [row for row in rows if row.scene == scene and not _is_left_out(row)]
+        if not of_scene:
+            continue
         with tempfile.TemporaryDirectory(dir=settings.folder, prefix=f"{scene}-") as name:
             folder = Path(name)
             template = folder / "template"
             template.mkdir()
             MAKERS[scene](template, image_mib(scene, settings))
-            results += _run_scene([row for row in rows if row.scene == scene], contenders, settings, folder, rounds)
+            results += _run_scene(of_scene, contenders, settings, folder, rounds)
     return results
 
 
@@ -82,6 +89,8 @@ def _run_scene(
         is_fresh = all(row.is_fresh for row in rows)
         for number, contender in enumerate(list(contenders)):
             image = images.copy(folder / "template", folder / f"served{number}")
+            if rows[0].scene == DEVICE:
+                image = stack.enter_context(images.on_device(image))
             try:
                 if is_fresh:
                     with contender.serve(image, folder):
@@ -92,10 +101,6 @@ def _run_scene(
                 print(f"{contender.name} is left out for {rows[0].scene}: {error}", file=sys.stderr)
                 contenders.remove(contender)
         for row in rows:
-            reason = _leave_out(row)
-            if reason:
-                print(f"left out: {row.name}: {reason}")
-                continue
             able = [c for c in contenders if c.writes or not row.writes]
             results.append(_run_row(row, able, served, settings, folder, rounds))
     return results

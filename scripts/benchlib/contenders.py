@@ -113,7 +113,8 @@ def serve_qsd(program: str, n_iothreads: int, image: Path, folder: Path) -> Iter
     format_: dict[str, object] = {"driver": "qcow2", "node-name": "q", "file": "f", "discard": "unmap"}
     export: dict[str, object] = {"type": "fuse", "id": "e", "node-name": "q", "mountpoint": str(file)}
     export["writable"] = True
-    command = [program, "--blockdev", f"driver=file,node-name=f,filename={image},discard=unmap"]
+    driver = "host_device" if image.is_block_device() else "file"
+    command = [program, "--blockdev", f"driver={driver},node-name=f,filename={image},discard=unmap"]
     if key:
         command += ["--object", f"secret,id=key,file={key}"]
         format_["encrypt"] = {"format": "luks", "key-secret": "key"}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from .tools import run
@@ -149,6 +150,16 @@ def copy(template: Path, target: Path) -> Path:
     """Copy a folder of images, holes and all; gives the image to serve."""
     run("cp", "-r", "--sparse=always", str(template), str(target))
     return target / IMAGE
+
+
+@contextmanager
+def on_device(image: Path) -> Iterator[Path]:
+    """A loop device that holds ``image``, which is as large as it has to be: nothing is allocated."""
+    device = run("losetup", "--find", "--show", str(image)).strip()
+    try:
+        yield Path(device)
+    finally:
+        run("losetup", "--detach", device)
 
 
 Maker = Callable[[Path, int], None]

@@ -15,6 +15,9 @@ from .loop_rows import LOOP_ROWS
 from .row import Measure, Row, Settings
 from .tools import fio
 
+DEVICE = "device"
+"""The scene whose image lies on a block device."""
+
 MAKERS: dict[str, images.Maker] = {
     "full": images.full,
     "zlib": images.zlib,
@@ -23,6 +26,7 @@ MAKERS: dict[str, images.Maker] = {
     "empty": images.empty,
     "sparse": images.sparse_16_tib,
     "start": images.full,
+    DEVICE: images.full,
     "loop": images.empty,
     "luks": images.luks,
     "luks-empty": images.luks_empty,
@@ -130,6 +134,31 @@ def _luks_rows() -> tuple[Row, ...]:
     )
 
 
+def _device_rows() -> tuple[Row, ...]:
+    device = partial(Row, scene=DEVICE, needs=("losetup",), needs_root=True)
+    write = partial(device, writes=True)
+    return (
+        device(
+            "image on a block device: 4 KiB random read, direct, depth 1", unit="IOPS", measure=_job("randread", "4k")
+        ),
+        write(
+            "image on a block device: 4 KiB random write, direct, depth 1",
+            unit="IOPS",
+            measure=_job("randwrite", "4k"),
+        ),
+        write(
+            "image on a block device: 4 KiB random write, direct, depth 16",
+            unit="IOPS",
+            measure=_job("randwrite", "4k", 16),
+        ),
+        write(
+            "image on a block device: 64 KiB random write, direct, depth 4",
+            unit="IOPS",
+            measure=_job("randwrite", "64k", 4),
+        ),
+    )
+
+
 ROWS: tuple[Row, ...] = (
     Row("4 KiB random read, direct, depth 1", "full", "IOPS", _job("randread", "4k")),
     Row("4 KiB random read, direct, depth 16", "full", "IOPS", _job("randread", "4k", 16)),
@@ -204,6 +233,7 @@ ROWS: tuple[Row, ...] = (
     Row("chain of three: 4 KiB random read, direct, depth 16", "chain", "IOPS", _job("randread", "4k", 16)),
     Row("chain of three: 1 MiB sequential read, direct", "chain", "MiB/s", _stream("read", "1M")),
     *_luks_rows(),
+    *_device_rows(),
     Row(
         "4 KiB random write, direct, fsync each",
         "full",
