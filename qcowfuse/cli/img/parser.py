@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from ..._version import __version__
 from ...printable import printable
+from ..argument_parser import ArgumentParser
 from ..image_names import NAME_OPTIONS
 from ..near_misses import with_near_misses
 from ..option_table import add_options
@@ -17,7 +18,7 @@ _IGNORE_LOCKS = "change an image that is in use, for lock managers that are dead
 _KEY_FILE = "the passphrase of an encrypted image, the whole file, - for standard input; default: a prompt"
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         message = with_near_misses(message, self)
         self.exit(ImgExit.FAILED, printable(f"{self.prog}: {message} (--help says more)") + "\n")

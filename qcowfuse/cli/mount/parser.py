@@ -8,6 +8,7 @@ from typing import NoReturn
 
 from ..._version import __version__
 from ...printable import printable
+from ..argument_parser import ArgumentParser
 from ..exit_codes import EXPLANATIONS, ExitCode
 from ..near_misses import with_near_misses, without_mount_point
 from ..option_table import add_options
@@ -15,7 +16,7 @@ from ..verb_names import VERBS
 from .options import OPTIONS
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ArgumentParser):
     words: Sequence[str] = ()
     """The command line, for hints."""
 

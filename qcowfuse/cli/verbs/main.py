@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from ...errors import QcowFuseError
 from ...printable import print_error
+from ..argument_parser import ArgumentParser
 from ..exit_codes import ExitCode, exit_code_of
 from ..near_misses import with_near_misses
 from ..option_table import add_options
@@ -27,7 +28,7 @@ class _UsageError(Exception):
     """The message says what is wrong."""
 
 
-class _Parser(argparse.ArgumentParser):
+class _Parser(ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise _UsageError(with_near_misses(message, self))
 
