@@ -47,7 +47,7 @@ _MOST_SECONDS_WITHOUT_OTHERS = 4e-3
 
 
 class RequestGate:
-    """Stands in for ``trio.lowlevel``. Handlers that wait for something raise :attr:`n_slow` meanwhile."""
+    """Stands in for ``trio.lowlevel``. A handler that waits for something adds one to :attr:`n_slow` meanwhile."""
 
     current_task = staticmethod(trio.lowlevel.current_task)
     current_trio_token = staticmethod(trio.lowlevel.current_trio_token)

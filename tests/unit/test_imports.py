@@ -125,6 +125,12 @@ def test_a_docstring_states_the_purpose(path: Path) -> None:
         assert not unnamed, f"the docstring of {path.parent.name} does not name {sorted(unnamed)}"
 
 
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_module_can_be_read_at_one_go(path: Path) -> None:
+    """What grows longer is split where it has a seam."""
+    assert len(path.read_text().splitlines()) <= 450
+
+
 def test_every_directory_of_modules_is_a_package() -> None:
     """No directory with modules lacks __init__.py: packaging would leave it out."""
     assert all((path.parent / "__init__.py").exists() for path in MODULES)

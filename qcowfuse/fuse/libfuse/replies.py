@@ -5,7 +5,7 @@
    A thread writes that reply and nothing else; what failed is answered in the trio thread, which knows what to say.
 3. The connection stays open until the last of them has ended (:meth:`AnsweringThreads.wait_until_ended`): a thread
    must not find another file under the number of its descriptor.
-4. The gate knows how many threads are at work for us (rule 6 of :mod:`..request_gate`).
+4. The gate knows how many threads are at work for us (rule 7 of :mod:`..request_gate`).
 """
 
 from __future__ import annotations
