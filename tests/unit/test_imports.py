@@ -125,7 +125,7 @@ def test_a_docstring_states_the_purpose(path: Path) -> None:
         assert not unnamed, f"the docstring of {path.parent.name} does not name {sorted(unnamed)}"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+@pytest.mark.parametrize("path", MODULES, ids=MODULE_IDS)
 def test_a_module_can_be_read_at_one_go(path: Path) -> None:
     """What grows longer is split where it has a seam."""
     assert len(path.read_text().splitlines()) <= 450
