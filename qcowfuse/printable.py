@@ -7,8 +7,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
+from typing import TextIO
 
 
 def printable(text: str) -> str:
@@ -30,5 +32,18 @@ def print_error(line: str) -> None:
 def flush_output() -> None:
     """Write what was printed to standard output and standard error; what can't be written is lost."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):
+        try:
             stream.flush()
+        except ValueError:  # it is closed
+            pass
+        except OSError:
+            _give_up(stream)
+
+
+def _give_up(stream: TextIO) -> None:
+    """Let the rest of what was printed go nowhere. Python would write it once more when the process ends, complain,
+    and make the exit code 120 (Python 3.13)."""
+    with suppress(OSError, ValueError):
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)

@@ -42,10 +42,10 @@ def test_files_have_the_time_of_the_source(deb: ModuleType, tmp_path: Path, monk
     os.utime(changelog, (1_700_000_000, 1_700_000_000))
     monkeypatch.setattr(deb, "REPOSITORY", tmp_path)
     assert deb.source_time() == 1_700_000_000
-    author = ("-c", "user.name=a", "-c", "user.email=a@example.org")
-    for words in (("init", "-q"), (*author, "commit", "-q", "--allow-empty", "-m", "x")):
-        dates = {"GIT_AUTHOR_DATE": "1600000000 +0000", "GIT_COMMITTER_DATE": "1600000000 +0000"}
-        subprocess.run(["git", "-C", tmp_path, *words], check=True, env=os.environ | dates)
+    git = tmp_path / "git"  # a machine on which nothing is developed has none
+    git.write_text(f'#!/bin/sh\n[ "$*" = "-C {tmp_path} log -1 --format=%ct" ] && echo 1600000000\n')
+    git.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     assert deb.source_time() == 1_600_000_000
 
 
